@@ -1,0 +1,307 @@
+"""The flags of main.py and the modes behind them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+from bs_jax.errors import UserError
+
+_MODES = ("sweep", "train", "report", "explain")
+_DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Define the flags of main.py."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config", _DEFAULT_CONFIG, "The recipe; override a field by --config.batch_size=256."
+    )
+    flags.DEFINE_enum(
+        "mode",
+        "sweep",
+        _MODES,
+        "sweep: train every point of --sweep, then report. train: one run of the config. report: "
+        "from the records in --workdir. explain: the hyperparameters before and after scaling.",
+    )
+    flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
+    flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
+    flags.DEFINE_bool("dry_run", False, "List the runs and their hyperparameters; train nothing.")
+    flags.DEFINE_integer(
+        "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
+    )
+    flags.DEFINE_enum(
+        "run_axis",
+        "loop",
+        ("loop", "vmap"),
+        "Runs that share a compiled program go one after another, or side by side.",
+    )
+    flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
+
+
+def run() -> int:
+    """Do what the flags say.
+
+    Returns:
+        The exit code: 0 done, 1 some runs failed, 128 + n stopped by signal n.
+
+    Raises:
+        UserError: a mistake of the user's.
+    """
+    modes: dict[str, Callable[[], int]] = {
+        "sweep": _sweep,
+        "train": _train,
+        "report": _report,
+        "explain": _explain,
+    }
+    return modes[FLAGS.mode]()
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line; a misspelt config field with the one that was meant.
+
+    >>> one_line(AttributeError("'bach_size'\\nDid you mean \\"batch_size\\" instead of it?"))
+    "config has no field 'bach_size'; did you mean 'batch_size'?"
+    """
+    text = str(error.args[0]) if error.args else str(error)
+    names = re.findall(r"[\w.]+", text.split("Did you mean")[0])
+    meant = re.search(r'Did you mean "([^"]*)"', text)
+    if meant and names:
+        return f"config has no field {names[0]!r}; did you mean {meant[1]!r}?"
+    if isinstance(error, AttributeError | KeyError) and names:
+        return f"config has no field {names[0]!r}; see the fields in the config file"
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _config() -> dict[str, Any]:
+    """The config as plain nested data."""
+    try:
+        return json.loads(FLAGS.config.to_json())
+    except OSError as error:  # config_flags keeps its failure to load until the first use
+        raise UserError(f"--config: {one_line(error)}") from error
+
+
+def _config_module() -> ModuleType:
+    from ml_collections import config_flags
+
+    path = config_flags.get_config_filename(FLAGS["config"])
+    spec = importlib.util.spec_from_file_location("bs_jax_config", path)
+    assert spec is not None  # the flag has loaded it before
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _points() -> list[Any]:
+    from bs_jax.training import validate
+
+    module = _config_module()
+    prefix = "sweep_"
+    known = [name.removeprefix(prefix) for name in vars(module) if name.startswith(prefix)]
+    validate.choose("sweep", FLAGS.sweep, known)
+    return getattr(module, prefix + FLAGS.sweep)()
+
+
+def _refuse_overridden(points: list[Any]) -> None:
+    """Refuse a flag that every point of the sweep would overwrite: it would be without effect."""
+    from ml_collections import config_flags
+
+    given = config_flags.get_override_values(FLAGS["config"])
+    for field, value in given.items():
+        if all(field in point.overrides for point in points):
+            raise UserError(
+                f"--config.{field}={value} has no effect on sweep {FLAGS.sweep!r}, which sets that "
+                "field itself; leave the flag out, or use --mode=train"
+            )
+
+
+def _workdir(default: str) -> Path:
+    return Path(FLAGS.workdir or default).expanduser()
+
+
+def _sweep_workdir() -> Path:
+    return _workdir(f"runs/{FLAGS.config.name}-{FLAGS.sweep}")
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
+
+
+def _sweep() -> int:
+    from bs_jax.experiments import launchers, progress, sweep
+    from bs_jax.training import compilation, records, validate
+
+    if FLAGS.workers < 0:
+        raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
+    config = _config()
+    validate.check_config(config)
+    points = _points()
+    _refuse_overridden(points)
+    planned = sweep.plan_sweep(FLAGS.sweep, config, points)
+    if FLAGS.dry_run:
+        _print_dry_run(planned)
+        return 0
+    workdir = _sweep_workdir()
+    records.check_writable(workdir)
+    data = _load_data(planned.runs)
+    folders = {run.run_id: sweep.run_folder(workdir, run) for run in planned.runs}
+    sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
+    pending = [run for run in planned.runs if not folders[run.run_id].done]
+    failures: list[str] = []
+    if not pending:
+        print(f"All {len(planned.runs)} runs are done already.")
+    else:
+        compilation.enable_cache()
+        workers = _worker_count(len(pending))
+        print(
+            f"{len(planned.rows)} points, {len(planned.runs)} runs, {len(pending)} to train, "
+            f"{workers or 1} at a time; records in {workdir}"
+        )
+        with progress.Display(planned.runs, len(planned.runs) - len(pending)) as display:
+            display.pending(pending)
+            try:
+                if workers:
+                    failures = launchers.run_processes(
+                        pending, workdir, display, workers=workers, run_axis=FLAGS.run_axis
+                    )
+                else:
+                    failures = launchers.run_inline(
+                        pending, workdir, display, run_axis=FLAGS.run_axis
+                    )
+            except launchers.Stopped as stopped:
+                display.note("stopped; give the same command again to go on")
+                return 128 + stopped.signal_number
+    _write_report(workdir)
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _worker_count(pending: int) -> int:
+    """How many worker processes; 0 for this process alone."""
+    import os
+
+    import jax
+
+    if FLAGS.workers:
+        return min(FLAGS.workers, pending)
+    if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, pending)
+
+
+def _load_data(runs: list[Any]) -> str:
+    """Load each data set once, before anything compiles: it is checked, and cached for workers."""
+    from bs_jax import data
+    from bs_jax.training import validate
+
+    described = {}
+    for run in runs:
+        name, size = run.config["data"]["name"], run.config["data"]["image_size"]
+        if (name, size) not in described:
+            loaded = data.load(name, image_size=size)
+            described[name, size] = (
+                f"{loaded.description}: {len(loaded.train):,} to train on, "
+                f"{len(loaded.eval):,} to evaluate",
+                len(loaded.train),
+                loaded.image_shape[-1],
+            )
+        _, train_size, channels = described[name, size]
+        validate.check_data(run.config, train_size, channels)
+    return "; ".join(text for text, _, _ in described.values())
+
+
+def _print_dry_run(planned: Any) -> None:
+    from bs_jax.experiments import progress
+
+    points: dict[str, list[str]] = {}
+    for row in planned.rows:
+        points.setdefault(row["run_id"], []).append(row["arm"])
+    for run in planned.runs:
+        values = ", ".join(
+            f"{name} {'estimated while training' if value is None else format(value, '.6g')}"
+            for name, value in run.hparams["scaled"].items()
+        )
+        arms = ", ".join(dict.fromkeys(points[run.run_id]))
+        print(f"{run.run_id}  {progress.describe(run)}  [{arms}]\n    {values}")
+    print(f"{len(planned.rows)} points, {len(planned.runs)} runs")
+    for warning in planned.warnings:
+        print(f"warning: {warning}")
+
+
+def _train() -> int:
+    import jax
+
+    from bs_jax.experiments import launchers, progress
+    from bs_jax.experiments.points import resolve
+    from bs_jax.training import compilation, records, validate
+    from bs_jax.training.records import RunFolder
+
+    run = resolve(_config())
+    print(progress.describe(run))
+    for name, value in run.hparams["scaled"].items():
+        shown = "estimated while training" if value is None else f"{value:.6g}"
+        print(f"  {name}: {run.hparams['base'][name]:.6g} -> {shown}")
+    if FLAGS.dry_run:
+        return 0
+    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
+    records.check_writable(workdir)
+    _load_data([run])
+    folder = RunFolder(workdir, run)
+    if not folder.done:
+        compilation.enable_cache()
+        validate.check_devices(run.config, jax.local_device_count())
+        with progress.Display([run], 0) as display:
+            display.pending([run])
+            try:
+                launchers.run_one(folder, display)
+            except launchers.Stopped as stopped:
+                display.note("stopped; give the same command again to go on")
+                return 128 + stopped.signal_number
+    summary = folder.summary()
+    print(f"{summary['status']} after {summary['examples']:,} examples; records in {workdir}")
+    for name, value in summary["final"].items():
+        print(f"  {name}: {value:.4f}")
+    return 0
+
+
+def _report() -> int:
+    _write_report(_sweep_workdir())
+    return 0
+
+
+def _write_report(workdir: Path) -> None:
+    from rich.console import Console
+
+    from bs_jax.experiments import analysis, report, results
+
+    found = results.load_results(workdir)
+    path = report.write_report(workdir)
+    Console().print(report.terminal_table(analysis.analyse(found)))
+    print(f"Report: {path}")
+
+
+def _explain() -> int:
+    from bs_jax.training import optimizers
+
+    explanation = optimizers.explain_recipe(_config())
+    render = {
+        "text": explanation.to_text,
+        "markdown": explanation.to_markdown,
+        "json": explanation.to_json,
+    }
+    print(render[FLAGS.format]())
+    return 0

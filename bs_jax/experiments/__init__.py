@@ -1,0 +1,1 @@
+"""Experiments: points -> sweep -> records -> statistics -> report."""

@@ -1,0 +1,96 @@
+"""Training curves over examples seen, and how far a group's mean curve lies from the base's."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from bs_jax.experiments.results import Curve
+
+_MAX_WINDOWS = 40
+
+
+def window_edges(curves: Sequence[Curve]) -> np.ndarray:
+    """Edges, in examples seen, of windows of one width that suit every curve.
+
+    At most 40, and no more than the shortest curve has rows, so that none is empty by design. They
+    end where the shortest curve ends.
+
+    Returns:
+      An array one longer than the number of windows; empty if no curve has rows.
+
+    >>> window_edges([Curve(np.array([10, 20]), np.zeros(2)), Curve(np.arange(1, 25), np.zeros(24))])
+    array([ 0., 10., 20.])
+    """
+    filled = [curve for curve in curves if len(curve.examples) and curve.examples[-1] > 0]
+    if not filled:
+        return np.empty(0)
+    end = min(int(curve.examples[-1]) for curve in filled)
+    count = min(_MAX_WINDOWS, *(int((curve.examples <= end).sum()) for curve in filled))
+    return np.linspace(0, end, count + 1)
+
+
+def window_means(curve: Curve, edges: np.ndarray) -> np.ndarray:
+    """Mean of a curve in each window (low, high]; NaN in one without a finite row.
+
+    A row stands for the examples that lead up to it, so it belongs to the window that it ends.
+
+    >>> window_means(Curve(np.array([5, 10, 20]), np.array([1.0, 3.0, 7.0])), np.array([0, 10, 20]))
+    array([2., 7.])
+    """
+    count = len(edges) - 1
+    index = np.searchsorted(edges, curve.examples, side="left") - 1
+    keep = (index >= 0) & (index < count) & np.isfinite(curve.values)
+    sums = np.bincount(index[keep], curve.values[keep], minlength=count)
+    sizes = np.bincount(index[keep], minlength=count)
+    return np.divide(sums, sizes, out=np.full(count, math.nan), where=sizes > 0)
+
+
+def noise_variance(groups: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Variance over seeds in each window, pooled over groups of one shape (seeds, windows).
+
+    Returns:
+      An array (windows,), or None if no group has two seeds or the seeds do not differ.
+
+    >>> noise_variance([np.array([[1.0, 2.0], [3.0, 2.0]]), np.array([[5.0, 0.0]])])
+    array([2., 0.])
+    """
+    usable = [group for group in groups if len(group) >= 2]
+    if not usable:
+        return None
+    df = sum(len(group) - 1 for group in usable)
+    squares = sum(((group - group.mean(axis=0)) ** 2).sum(axis=0) for group in usable)
+    pooled = np.asarray(squares) / df
+    return pooled if np.nansum(pooled) > 0 else None
+
+
+def curve_deviation(
+    group: np.ndarray, base: np.ndarray, variance: np.ndarray | None
+) -> tuple[float, float]:
+    """How far the mean curve of a group lies from the base's, in loss and in seed noise.
+
+    rms = sqrt(mean_w (mean_group - mean_base)^2)
+    unit = sqrt(mean_w variance_w (1/n_group + 1/n_base)): what the rms of two groups of these
+    sizes comes to (root mean square) when nothing but the seed differs.
+
+    Args:
+      group: window means, (seeds, windows), of the group.
+      base: the same for the base.
+      variance: seed variance in each window, (windows,), or None if unknown.
+
+    Returns:
+      The rms, and the rms in units of seed noise (1 = nothing but seed noise); NaN if unknown.
+
+    >>> zero, one = np.zeros((2, 4)), np.ones((2, 4))
+    >>> curve_deviation(one, zero, np.full(4, 0.25))
+    (1.0, 2.0)
+    """
+    gap = group.mean(axis=0) - base.mean(axis=0)
+    seen = np.isfinite(gap)
+    if not seen.any():
+        return math.nan, math.nan
+    rms = math.sqrt(float((gap[seen] ** 2).mean()))
+    if variance is None or not np.isfinite(variance[seen]).any():
+        return rms, math.nan
+    unit = math.sqrt(float(np.nanmean(variance[seen])) * (1 / len(group) + 1 / len(base)))
+    return rms, rms / unit if unit > 0 else math.nan

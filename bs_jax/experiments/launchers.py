@@ -1,0 +1,328 @@
+"""Engines that train the runs of a sweep: in this process, or one process a core."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bs_jax.errors import UserError
+from bs_jax.experiments import sweep
+from bs_jax.experiments.progress import Display, describe
+from bs_jax.training import optimizers
+from bs_jax.training.records import Run, RunFolder
+
+_MAX_TRIES = 2  # of a run whose process died under it
+_GRACE_SECONDS = 30.0
+
+
+class Stopped(Exception):
+    """A signal asked to stop; everything is saved.
+
+    Args:
+        signal_number: the signal, for the exit code 128 + n.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class Schedule:
+    """Hands out runs so that a worker keeps its compiled programs as long as it can.
+
+    A worker is given runs of the cohort it has compiled; then the largest cohort that nobody has
+    begun; then part of the largest that somebody else is at (its programs come from the
+    persistent cache).
+
+    Args:
+        runs: what is to be trained.
+        at_once: the most runs in one assignment (more than 1 where they are vmapped).
+    """
+
+    def __init__(self, runs: Sequence[Run], at_once: int = 1) -> None:
+        self._cohorts: dict[str, list[Run]] = {}
+        for run in runs:
+            self._cohorts.setdefault(optimizers.cohort_key(run.config), []).append(run)
+        self._at_once = at_once
+        self._held: dict[int, str] = {}
+
+    def next(self, worker: int) -> list[Run]:
+        """The next assignment of a worker; empty where none is left."""
+        open_keys = [key for key, runs in self._cohorts.items() if runs]
+        if not open_keys:
+            self._held.pop(worker, None)
+            return []
+        key = self._held.get(worker)
+        if key not in open_keys:
+            others = {held for other, held in self._held.items() if other != worker}
+            fresh = [candidate for candidate in open_keys if candidate not in others]
+            key = max(fresh or open_keys, key=lambda name: _cost(self._cohorts[name]))
+            self._held[worker] = key
+        taken = self._cohorts[key][: self._at_once]
+        del self._cohorts[key][: self._at_once]
+        return taken
+
+
+def _cost(runs: Sequence[Run]) -> float:
+    # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
+    return sum(
+        run.config["train_examples"] * (1 + 20 / run.config["micro_batch_size"]) for run in runs
+    )
+
+
+def run_inline(runs: Sequence[Run], workdir: Path, display: Display, *, run_axis: str) -> list[str]:
+    """Train in this process, on all of its devices.
+
+    Args:
+        runs: what is to be trained.
+        workdir: the sweep's folder.
+        display: shows progress.
+        run_axis: "loop" or "vmap".
+
+    Returns:
+        A line for each run that crashed.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the state is saved.
+        UserError: a mistake of the user's.
+    """
+    from bs_jax.experiments.worker import CohortTrainer
+    from bs_jax.training.loop import Interrupted
+
+    trainer = CohortTrainer(run_axis)
+    schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
+    with _signals() as received:
+        while assignment := schedule.next(0):
+            display.starting(0, assignment[0])
+            try:
+                trainer.train(
+                    [sweep.run_folder(workdir, run) for run in assignment],
+                    lambda event: display.event(0, event),
+                    lambda: bool(received),
+                )
+            except Interrupted:
+                raise Stopped(received[0]) from None
+            if received:
+                raise Stopped(received[0])
+    return []
+
+
+def run_one(folder: RunFolder, display: Display) -> None:
+    """Train one run in this process, in a folder of its own.
+
+    Args:
+        folder: where it is recorded.
+        display: shows progress.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the state is saved.
+        UserError: a mistake of the user's.
+    """
+    from bs_jax.experiments.worker import CohortTrainer
+    from bs_jax.training.loop import Interrupted
+
+    with _signals() as received:
+        display.starting(0, folder.run)
+        try:
+            CohortTrainer("loop").train(
+                [folder], lambda event: display.event(0, event), lambda: bool(received)
+            )
+        except Interrupted:
+            raise Stopped(received[0]) from None
+
+
+@dataclasses.dataclass
+class _Worker:
+    """A worker process and what it was last told to do."""
+
+    number: int
+    process: subprocess.Popen[str]
+    assignment: list[Run]
+
+
+def run_processes(
+    runs: Sequence[Run], workdir: Path, display: Display, *, workers: int, run_axis: str
+) -> list[str]:
+    """Train in worker processes, each on a core of its own.
+
+    For small networks one single-threaded process a core is the best use of a CPU: their
+    operations are too small to share among threads.
+
+    Args:
+        runs: what is to be trained.
+        workdir: the sweep's folder.
+        display: shows progress.
+        workers: how many processes.
+        run_axis: "loop" or "vmap" within a process.
+
+    Returns:
+        A line for each run that crashed or whose process died twice.
+
+    Raises:
+        Stopped: SIGTERM or SIGINT came; the workers have saved their states.
+        UserError: a mistake of the user's, found by a worker.
+    """
+    pool = _Pool(runs, workdir, display, run_axis)
+    with _signals() as received:
+        try:
+            return pool.serve(workers, lambda: bool(received))
+        finally:
+            pool.stop()
+            if received:
+                raise Stopped(received[0])
+
+
+class _Pool:
+    def __init__(
+        self, runs: Sequence[Run], workdir: Path, display: Display, run_axis: str
+    ) -> None:
+        self._schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
+        self._workdir, self._display, self._run_axis = workdir, display, run_axis
+        self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
+        self._workers: dict[int, _Worker] = {}
+        self._tries: dict[str, int] = {}
+        self._failures: list[str] = []
+        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        (workdir / "logs").mkdir(parents=True, exist_ok=True)
+
+    def serve(self, count: int, stopping: Callable[[], bool]) -> list[str]:
+        for number in range(count):
+            self._assign(self._start(number))
+        while self._workers and not stopping():
+            try:
+                worker, event = self._events.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if event is None:
+                self._lost(worker)
+            elif event["event"] == "assignment_done":
+                self._assign(worker)
+            elif event["event"] == "user_error":
+                raise UserError(event["message"])
+            elif event["event"] == "crashed":
+                names = ", ".join(describe(run) for run in worker.assignment)
+                self._fail(f"{names}: {event['message']}")
+                self._assign(worker)
+            else:
+                self._display.event(worker.number, event)
+        return self._failures
+
+    def _start(self, number: int) -> _Worker:
+        log = open(self._workdir / "logs" / f"worker-{number}.log", "a", encoding="utf-8")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bs_jax.experiments.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # an interrupt at the terminal comes to us alone
+        )
+        log.close()
+        worker = _Worker(number, process, [])
+        core = self._cores[number % len(self._cores)] if self._cores else None
+        setup = {"workdir": str(self._workdir), "core": core, "run_axis": self._run_axis}
+        self._tell(worker, setup)
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        self._workers[number] = worker
+        return worker
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            with contextlib.suppress(ValueError):  # a line torn by a kill
+                self._events.put((worker, json.loads(line)))
+        self._events.put((worker, None))
+
+    def _assign(self, worker: _Worker) -> None:
+        worker.assignment = self._schedule.next(worker.number)
+        if not worker.assignment:
+            self._close(worker)
+            return
+        self._display.starting(worker.number, worker.assignment[0])
+        self._tell(worker, {"runs": [dataclasses.asdict(run) for run in worker.assignment]})
+
+    def _tell(self, worker: _Worker, message: dict[str, Any]) -> None:
+        assert worker.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its end is noticed by the listener
+            worker.process.stdin.write(json.dumps(message) + "\n")
+            worker.process.stdin.flush()
+
+    def _close(self, worker: _Worker) -> None:
+        self._workers.pop(worker.number, None)
+        self._display.idle(worker.number)
+        assert worker.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            worker.process.stdin.close()
+
+    def _lost(self, worker: _Worker) -> None:
+        """A worker's process ended: if it had work, give that to a new one, once."""
+        if self._workers.get(worker.number) is not worker:
+            return
+        del self._workers[worker.number]
+        code = worker.process.wait()
+        again, runs = [], worker.assignment
+        for run in runs:
+            self._tries[run.run_id] = self._tries.get(run.run_id, 0) + 1
+            if self._tries[run.run_id] < _MAX_TRIES:
+                again.append(run)
+            else:
+                self._fail(f"{describe(run)}: its process ended with code {code}")
+        self._display.note(f"worker {worker.number} ended with code {code}; starting another")
+        fresh = self._start(worker.number)
+        if again:
+            fresh.assignment = again
+            self._tell(fresh, {"runs": [dataclasses.asdict(run) for run in again]})
+        else:
+            self._assign(fresh)
+
+    def _fail(self, line: str) -> None:
+        self._failures.append(line)
+        self._display.note(f"failed: {line}")
+
+    def stop(self) -> None:
+        """End the workers that are left: they save their states at the next chunk."""
+        for worker in self._workers.values():
+            worker.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(OSError):
+                assert worker.process.stdin is not None
+                worker.process.stdin.close()
+        for worker in self._workers.values():
+            try:
+                worker.process.wait(timeout=_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of the first; a second one is the usual end."""
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

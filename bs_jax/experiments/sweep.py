@@ -1,0 +1,109 @@
+"""A sweep: points resolved to runs, each distinct run trained once, the list of points on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bs_jax.errors import UserError
+from bs_jax.experiments.points import Point, resolve
+from bs_jax.training import records, validate
+from bs_jax.training.records import Run, RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Points and the runs they come to.
+
+    Attributes:
+        name: of the sweep.
+        rows: a dict a point: arm, batch_size, offset, seed, run_id.
+        runs: the distinct runs, in order of first appearance.
+        warnings: what would make the comparison unfair.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    runs: list[Run]
+    warnings: list[str]
+
+
+def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) -> Sweep:
+    """Resolve every point against the recipe.
+
+    Args:
+        name: of the sweep.
+        config: the recipe.
+        points: what to compare.
+
+    Returns:
+        The sweep; points that come to the same training share a run.
+
+    Raises:
+        UserError: no points, or a point that cannot be trained (named).
+    """
+    if not points:
+        raise UserError(f"sweep {name!r} has no points")
+    runs: dict[str, Run] = {}
+    rows = []
+    for point in points:
+        try:
+            run = resolve(config, point.overrides)
+        except UserError as error:
+            settings = ", ".join(f"{field}={value!r}" for field, value in point.overrides.items())
+            raise UserError(f"sweep {name!r}, point {point.arm} ({settings}): {error}") from error
+        runs.setdefault(run.run_id, run)
+        rows.append(
+            {
+                "arm": point.arm,
+                "batch_size": run.config["batch_size"],
+                "offset": point.overrides.get("scaling.offset", config["scaling"]["offset"]),
+                "seed": run.config["seed"],
+                "run_id": run.run_id,
+            }
+        )
+    distinct = list(runs.values())
+    warnings = validate.comparison_warnings(run.config for run in distinct)
+    return Sweep(name, rows, distinct, warnings)
+
+
+def run_folder(workdir: Path, run: Run) -> RunFolder:
+    """The folder of one run of a sweep."""
+    return RunFolder(workdir / "runs" / run.run_id, run)
+
+
+def write_sweep_file(
+    sweep: Sweep, workdir: Path, config: Mapping[str, Any], *, command: str, data: str
+) -> None:
+    """Write ``sweep.json``, which ties points to runs for the report.
+
+    Args:
+        sweep: the sweep.
+        workdir: its folder.
+        config: the recipe.
+        command: what the user typed.
+        data: one line about the data set.
+    """
+    report = config["report"]
+    records.write_json(
+        workdir / "sweep.json",
+        {
+            "name": sweep.name,
+            "config_name": config["name"],
+            "title": config["title"],
+            "command": command,
+            "base_batch_size": config["base_batch_size"],
+            "train_examples": config["train_examples"],
+            "accuracy_metric": report["accuracy_metric"],
+            "loss_metric": report["loss_metric"],
+            "curve_metric": report["curve_metric"],
+            "margin": report["margin"],
+            "data": data,
+            "model": config["model"]["name"],
+            "recipe": config,
+            "warnings": sweep.warnings,
+            "points": sweep.rows,
+        },
+    )

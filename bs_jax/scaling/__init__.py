@@ -1,0 +1,37 @@
+"""Scaling an optimizer's hyperparameters with the batch size: needs JAX and optax, nothing else."""
+
+from bs_jax.scaling.explain import Explanation, explain
+from bs_jax.scaling.formulas import scale_hyperparams
+from bs_jax.scaling.noise_scale import (
+    MicrobatchStats,
+    NoiseScale,
+    noise_scale_estimate,
+    value_grad_and_stats,
+)
+from bs_jax.scaling.rules import RULES, ScalingRule, power, resolve_rule
+from bs_jax.scaling.transform import (
+    ScaleByBatchState,
+    ScalingWarning,
+    hyperparams,
+    invariant_adamw,
+    scale_by_batch,
+)
+
+__all__ = [
+    "RULES",
+    "Explanation",
+    "MicrobatchStats",
+    "NoiseScale",
+    "ScaleByBatchState",
+    "ScalingRule",
+    "ScalingWarning",
+    "explain",
+    "hyperparams",
+    "invariant_adamw",
+    "noise_scale_estimate",
+    "power",
+    "resolve_rule",
+    "scale_by_batch",
+    "scale_hyperparams",
+    "value_grad_and_stats",
+]

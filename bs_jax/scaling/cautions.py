@@ -1,0 +1,135 @@
+"""Where a scaled recipe leaves the range that the theory holds for, and how far it may go."""
+
+from __future__ import annotations
+
+import math
+
+from bs_jax.scaling.formulas import Scaler, is_number
+from bs_jax.scaling.roles import factory_name
+
+# Updates per half-life below which a moving average is hardly one.
+MIN_HALF_LIFE_UPDATES = 0.5
+# Updates in a run below which no rule follows the base (first epochs of the checks in the docs).
+MIN_UPDATES = 100
+# 1 - decay below which float32 holds it to less than two digits.
+_FLOAT32_GAP = 1e-6
+# Decay of the second moment below which optax's RAdam never rectifies.
+RADAM_SMALLEST_DECAY = 0.6
+
+_DECAYS = ("decay", "second_moment_decay", "undamped_momentum", "centering_decay")
+
+
+def find_warnings(
+    scaler: Scaler,
+    *,
+    batch_size: int,
+    base_batch_size: int,
+    noise_scale: float | None = None,
+    train_examples: int | None = None,
+) -> list[str]:
+    """Return what a user should know before training, each with the largest safe batch size.
+
+    Args:
+        scaler: rule, optimizer, base values and k.
+        batch_size: examples per update.
+        base_batch_size: examples per update that the values were tuned at.
+        noise_scale: gradient noise scale in examples, where known.
+        train_examples: length of training, where known.
+
+    Returns:
+        Sentences; empty if nothing is wrong.
+    """
+    if scaler.k == 1:
+        return []
+    return [
+        *_short_half_lives(scaler, base_batch_size),
+        *_dtypes(scaler),
+        *_radam(scaler, base_batch_size),
+        *_noise(scaler, batch_size, base_batch_size, noise_scale),
+        *_updates(batch_size, train_examples),
+        *_families(scaler),
+    ]
+
+
+def _limit(k: float, base_batch_size: int) -> str:
+    return f"holds up to k = {k:.3g} (batch size {int(k * base_batch_size):,})"
+
+
+def _short_half_lives(scaler: Scaler, base_batch_size: int) -> list[str]:
+    found = []
+    for name, role in scaler.spec.roles.items():
+        base = scaler.values.get(name)
+        if role not in _DECAYS or not is_number(base) or not 0 < base < 1:
+            continue
+        if not scaler.rule.time_constants or scaler.rule.k_of(name, scaler.k) is None:
+            continue
+        half_life = math.log(0.5) / math.log(base)
+        if half_life / scaler.k < MIN_HALF_LIFE_UPDATES:
+            found.append(
+                f"{name}: its half-life of {half_life * base_batch_size:,.0f} examples is"
+                f" {half_life / scaler.k:.2g} updates, so it hardly averages any more;"
+                f" {_limit(half_life / MIN_HALF_LIFE_UPDATES, base_batch_size)}"
+            )
+    return found
+
+
+def _dtypes(scaler: Scaler) -> list[str]:
+    found = []
+    for name, role in scaler.spec.roles.items():
+        base = scaler.values.get(name)
+        if role not in _DECAYS or base is None:
+            continue
+        dtype = str(getattr(base, "dtype", ""))
+        if dtype in ("bfloat16", "float16"):
+            found.append(f"{name} is {dtype}, which rounds decays near 1 to 1; give a float32")
+        elif is_number(base) and 0 < base < 1 and 1 - scaler.value(name) < _FLOAT32_GAP:
+            k = math.log1p(-_FLOAT32_GAP) / math.log(base)
+            found.append(
+                f"{name}: 1 - {name} becomes {1 - scaler.value(name):.2g}, which float32 holds"
+                f" poorly; keep k at or above {k:.3g}"
+            )
+    return found
+
+
+def _radam(scaler: Scaler, base_batch_size: int) -> list[str]:
+    if factory_name(scaler.spec.factory) != "radam":
+        return []
+    base, new = scaler.values["b2"], scaler.value("b2")
+    if not is_number(base) or not is_number(new) or new >= RADAM_SMALLEST_DECAY:
+        return []
+    limit = math.log(RADAM_SMALLEST_DECAY) / math.log(base)
+    return [
+        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} optax.radam never rectifies;"
+        " scale_by_batch keeps the rectification on the clock of base-size updates, but these"
+        f" numbers alone do not; by themselves they serve: {_limit(limit, base_batch_size)}"
+    ]
+
+
+def _noise(
+    scaler: Scaler, batch_size: int, base_batch_size: int, noise_scale: float | None
+) -> list[str]:
+    if noise_scale is None or batch_size <= max(noise_scale, base_batch_size):
+        return []
+    k = max(noise_scale / base_batch_size, 1.0)
+    return [
+        f"batch size {batch_size:,} is past the noise scale of {noise_scale:,.0f} examples: a"
+        " larger batch buys little there and learning rates near k times the base run into the"
+        f" stability limit; {_limit(k, base_batch_size)}"
+    ]
+
+
+def _updates(batch_size: int, train_examples: int | None) -> list[str]:
+    if train_examples is None or train_examples >= MIN_UPDATES * batch_size:
+        return []
+    return [
+        f"{train_examples:,} examples are {train_examples // batch_size} updates of {batch_size:,};"
+        f" under {MIN_UPDATES} no rule follows the base: use a batch size of at most"
+        f" {max(train_examples // MIN_UPDATES, 1):,}"
+    ]
+
+
+def _families(scaler: Scaler) -> list[str]:
+    family = scaler.spec.family
+    if family is None or family.label == "exact" or not scaler.rule.time_constants:
+        return []
+    return [f"{factory_name(scaler.spec.factory)} is scaled approximately: {family.note}"]

@@ -1,0 +1,1 @@
+"""Training: recipe -> optimizer, one step, the loop over chunks of steps, checkpoints."""

@@ -1,0 +1,284 @@
+"""One folder a run: who may write in it, what is in it, and when it counts as done."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bs_jax.errors import UserError
+
+_PACKAGES = ("bs_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_LOCK_PATIENCE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A point met with its recipe: everything that training needs, resolved and frozen.
+
+    Attributes:
+        run_id: stable name made from the content.
+        config: the config as trained (nested, JSON only): hyperparameters of a fixed rule are
+            already scaled in it, those of a rule that works while training are the base's.
+        hparams: the record of what was scaled, how and why (``hparams.json``).
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    hparams: dict[str, Any]
+
+
+class RunFolder:
+    """The record of one run: ``config.json hparams.json metrics.jsonl summary.json DONE``.
+
+    ``DONE`` is written last, so a folder that has it is complete. Only one process writes in a
+    folder at a time (a lock on ``LOCK`` that the system releases however the process ends).
+
+    Args:
+        path: the folder; made if missing.
+        run: what is to be trained in it.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a run of another config.
+    """
+
+    def __init__(self, path: Path, run: Run) -> None:
+        self.path = path
+        self.run = run
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_config()
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is complete."""
+        return (self.path / "DONE").exists()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for writing; wait a little for a dying process to let go of it."""
+        with disk_errors(self.path), open(self.path / "LOCK", "w", encoding="utf-8") as lock:
+            deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"another process is training in {self.path}; "
+                            "wait for it, or give this one another --workdir"
+                        ) from None
+                    time.sleep(0.1)
+            yield
+
+    def begin(self) -> None:
+        """Write what is known before training."""
+        write_json(self.path / "config.json", self.run.config)
+        write_json(self.path / "hparams.json", self.run.hparams)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary; then, unless the run was interrupted, mark the folder complete."""
+        write_json(self.path / "summary.json", summary)
+        if summary["status"] != "interrupted":
+            with disk_errors(self.path):
+                (self.path / "DONE").touch()
+
+    def summary(self) -> dict[str, Any]:
+        """The summary as written."""
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def _refuse_other_config(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            if self.done:
+                raise UserError(f"{path} is damaged; delete the folder to train again") from None
+            return  # torn by a kill while it was first written: it will be written again
+        different = differences(found, self.run.config)
+        if different:
+            shown = "; ".join(different[:4]) + ("; …" if len(different) > 4 else "")
+            raise UserError(
+                f"{self.path} holds a run of another config ({shown}); use another --workdir, "
+                "or delete that folder"
+            )
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """What differs between two nested configs, a line a field.
+
+    >>> differences({"a": {"b": 1}}, {"a": {"b": 2}})
+    ['a.b is 1 there and 2 here']
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for name in sorted({*found, *wanted})
+            for line in differences(
+                found.get(name, "missing"), wanted.get(name, "missing"), f"{path}.{name}".strip(".")
+            )
+        ]
+    same = json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+    return [] if same else [f"{path} is {found!r} there and {wanted!r} here"]
+
+
+class MetricsFile:
+    """``metrics.jsonl``: a JSON object a line, in order of examples seen.
+
+    Args:
+        path: the file. Lines beyond `examples` (written after the checkpoint that training goes
+            on from) and a torn last line are cut off.
+        examples: of the state that training goes on from.
+
+    Attributes:
+        kept: the rows that were there already.
+    """
+
+    def __init__(self, path: Path, examples: int) -> None:
+        self._path = path
+        with disk_errors(path):
+            self.kept = [row for row in _whole_lines(path) if row["examples"] <= examples]
+            text = "".join(_line(row) for row in self.kept)
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                _write_atomically(path, text)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows and hand them to the system."""
+        with disk_errors(self._path):
+            self._file.write("".join(_line(row) for row in rows))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("examples"), int):
+            break
+        rows.append(row)
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """The value with every non-finite number as None, since JSON has none of them."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file or none: readers never see half of one."""
+    with disk_errors(path):
+        text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False)
+        _write_atomically(path, text + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {path}; free some space and give the same command "
+                "again: finished runs are kept"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; give a --workdir that can be written"
+            ) from error
+        raise
+
+
+def check_writable(workdir: Path) -> None:
+    """Raise a UserError at once if the work folder cannot take files."""
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """Commit of the code's checkout, with "+" if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        revision, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *command],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+" if changes else "")
+
+
+def now() -> str:
+    """The time, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

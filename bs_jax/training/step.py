@@ -1,0 +1,263 @@
+"""The compiled programs of one run: initialise, train a chunk of steps, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bs_jax import models, scaling
+from bs_jax.data import augment
+from bs_jax.training import optimizers, parallel
+from bs_jax.training.state import TrainState
+
+
+class RunInputs(NamedTuple):
+    """The values in which runs of one compiled program may differ.
+
+    Attributes:
+        seed: uint32 scalar; initial weights and augmentation come from it.
+        hyperparams: name -> float32 scalar.
+    """
+
+    seed: jax.Array
+    hyperparams: dict[str, jax.Array]
+
+
+class Programs(NamedTuple):
+    """Compiled functions that serve every run with the same static config.
+
+    Attributes:
+        init: RunInputs -> TrainState.
+        train_chunk: (state, RunInputs, data, batches) -> (state, metrics with a leading step axis).
+            `data` is ``(images, labels)`` held on the device and `batches` the example numbers,
+            int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
+            pair (uint8 images, int32 labels) with those leading axes.
+        evaluate: (state, RunInputs, data, (indices, mask)) -> sums over the marked examples.
+    """
+
+    init: Callable[..., Any]
+    train_chunk: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+def run_inputs(config: Mapping[str, Any]) -> RunInputs:
+    """The arrays that stand for one run's seed and hyperparameters."""
+    return RunInputs(
+        jnp.asarray(config["seed"] % 2**32, jnp.uint32),
+        {
+            name: jnp.asarray(value, jnp.float32)
+            for name, value in optimizers.traced_values(config).items()
+        },
+    )
+
+
+def make_programs(
+    config: Mapping[str, Any],
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    devices: parallel.Devices,
+    *,
+    vmapped: bool = False,
+) -> Programs:
+    """Build the programs of a config; nothing compiles before the first call.
+
+    Args:
+        config: a resolved run's config. Its seed and numeric hyperparameters are not read here:
+            they come with every call (`RunInputs`), so one program serves a whole cohort.
+        num_classes: of the data set.
+        image_shape: (height, width, channels) of its images.
+        devices: to spread every batch over; the batch must divide by their number.
+        vmapped: state, inputs and batches carry a leading run axis (after the device axis in
+            `batches`), and many runs advance together.
+
+    Returns:
+        The programs.
+    """
+    model = models.create(
+        config["model"]["name"],
+        num_classes=num_classes,
+        dtype=jnp.dtype(config["model"]["dtype"]),
+        ghost_batch_size=config["ghost_batch_size"],
+        axis_name=parallel.BATCH_AXIS if config["bn_cross_device"] else None,
+    )
+    spec = _augment_spec(config)
+    eval_shape = (1, *jax.eval_shape(
+        lambda images: augment.prepare_eval(images, spec),
+        jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+    ).shape[1:])
+
+    def init(inputs: RunInputs) -> TrainState:
+        key = jax.random.fold_in(jax.random.key(inputs.seed), 0)
+        variables = model.init(key, jnp.zeros(eval_shape, jnp.float32), train=False)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        optimizer = optimizers.make_optimizer(config, inputs.hyperparams)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            examples=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            ema_params=jax.tree.map(jnp.copy, params) if config["ema_decay"] else (),
+        )
+
+    train_chunk = _train_chunk(config, model, spec, len(devices))
+    evaluate = _evaluate(config, model, spec)
+    if vmapped:
+        init = jax.vmap(init)
+        train_chunk = jax.vmap(train_chunk, in_axes=(0, 0, None, 0))
+        evaluate = jax.vmap(evaluate, in_axes=(0, 0, None, None))
+    return Programs(
+        init=jax.jit(init),
+        train_chunk=parallel.data_parallel(
+            train_chunk, replicated=3, devices=devices, donate=(0,)
+        ),
+        evaluate=parallel.data_parallel(evaluate, replicated=3, devices=devices),
+    )
+
+
+def _augment_spec(config: Mapping[str, Any]) -> augment.AugmentSpec:
+    data = config["data"]
+    low, high = data["crop_area"]
+    return augment.AugmentSpec(
+        image_size=data["image_size"],
+        flip=data["flip"],
+        crop_padding=data["crop_padding"],
+        random_resized_crop=augment.RandomResizedCrop(low, high) if low < 1 else None,
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+
+
+def _train_chunk(
+    config: Mapping[str, Any], model: Any, spec: augment.AugmentSpec, num_devices: int
+) -> Callable[..., Any]:
+    """(state, inputs, data, batches of one device) -> (state, metrics per step)."""
+    batch_size = config["batch_size"]
+    local_size = batch_size // num_devices
+    micro_batches = local_size // min(config["micro_batch_size"], local_size)
+    smoothing = config["label_smoothing"]
+    axis = parallel.BATCH_AXIS
+
+    def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
+        images = augment.augment(augment_key, batch["positions"], batch["images"], spec)
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            bn_decay=bn_decay,
+            mutable=["batch_stats"],
+        )
+        losses = cross_entropy(logits, batch["labels"], smoothing)
+        correct = jnp.argmax(logits, axis=-1) == batch["labels"]
+        aux = {"batch_stats": updated["batch_stats"], "accuracy": jnp.mean(correct)}
+        return jnp.mean(losses), aux
+
+    loss_and_grads = scaling.value_grad_and_stats(
+        loss_fn, microbatches=micro_batches, axis_name=axis, has_aux=True
+    )
+
+    def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
+        augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
+        hyperparams = inputs.hyperparams
+        optimizer = optimizers.make_optimizer(config, hyperparams)
+        offset = jax.lax.axis_index(axis) * local_size
+
+        def step(state: TrainState, batch: Any):
+            if data:
+                images, labels = data[0][batch], data[1][batch]
+            else:
+                images, labels = batch
+            batch = {
+                "images": images,
+                "labels": labels,
+                "positions": state.examples + offset + jnp.arange(local_size, dtype=jnp.int32),
+            }
+            (loss, aux), grads, stats = loss_and_grads(
+                state.params, batch, state.batch_stats, augment_key, hyperparams["bn_decay"]
+            )
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, microbatch=stats
+            )
+            params = jax.tree.map(jnp.add, state.params, updates)
+            ema_params = state.ema_params
+            if config["ema_decay"]:
+                decay = hyperparams["ema_decay"]
+                ema_params = jax.tree.map(
+                    lambda mean, new: decay * mean + (1 - decay) * new, ema_params, params
+                )
+            metrics = {
+                "train/loss": loss,
+                "train/accuracy": aux["accuracy"],
+                **optimizers.metrics(config, hyperparams, state, opt_state),
+            }
+            new_state = TrainState(
+                step=state.step + 1,
+                examples=state.examples + batch_size,
+                params=params,
+                batch_stats=aux["batch_stats"],
+                opt_state=opt_state,
+                ema_params=ema_params,
+            )
+            return new_state, metrics
+
+        return jax.lax.scan(step, state, batches)
+
+    return train_chunk
+
+
+def _evaluate(
+    config: Mapping[str, Any], model: Any, spec: augment.AugmentSpec
+) -> Callable[..., Any]:
+    """(state, inputs, data, batches of one device) -> sums over all devices' marked examples."""
+
+    def evaluate(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
+        del inputs  # nothing in evaluation depends on a hyperparameter
+        params = state.ema_params if config["ema_decay"] else state.params
+        variables = {"params": params, "batch_stats": state.batch_stats}
+
+        def batch_sums(sums, batch):
+            source, mask = batch
+            images, labels = (data[0][source], data[1][source]) if data else source
+            logits = model.apply(variables, augment.prepare_eval(images, spec), train=False)
+            found = {
+                "loss": cross_entropy(logits, labels, 0.0),
+                "accuracy": (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),
+                # A smoother yardstick than accuracy: softmax(3 logits) at the true class.
+                "smoothed_accuracy": jnp.exp(-cross_entropy(3.0 * logits, labels, 0.0)),
+                "count": jnp.ones(labels.shape, jnp.float32),
+            }
+            # where, not a product: a padded example must not bring in an infinity.
+            added = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in found.items()}
+            return jax.tree.map(jnp.add, sums, added), None
+
+        names = ("loss", "accuracy", "smoothed_accuracy", "count")
+        zeros = {name: jnp.zeros((), jnp.float32) for name in names}
+        sums, _ = jax.lax.scan(batch_sums, zeros, batches)
+        return jax.lax.psum(sums, parallel.BATCH_AXIS)
+
+    return evaluate
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross entropy with label smoothing e: (1 - e) nll + e mean over classes of -log p.
+
+    Args:
+        logits: float [batch, classes].
+        labels: int [batch].
+        smoothing: e, share of the target spread evenly over all classes.
+
+    Returns:
+        float32 [batch].
+
+    >>> import jax.numpy as jnp
+    >>> float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]), 0.1)[0])  # ln 4 at any smoothing
+    1.3862943649291992
+
+    Reference: Szegedy et al., Rethinking the Inception architecture (2016), section 7.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    nll = -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return (1 - smoothing) * nll - smoothing * jnp.mean(log_p, axis=-1)
