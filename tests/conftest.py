@@ -1,8 +1,21 @@
-"""Two CPU devices, no rank promotion, and the same hypothesis examples on every run."""
+"""Two CPU devices, no rank promotion, quick compiles, the same hypothesis examples every time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "BS_JAX_TEST_CACHE" not in os.environ:  # the parallel workers and subprocesses inherit it
+    os.environ["BS_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="bs_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["BS_JAX_TEST_CACHE"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["BS_JAX_TEST_CACHE"]
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # Tests run each program for moments: less optimisation is less time in all.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
 import hypothesis
 import jax

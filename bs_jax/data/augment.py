@@ -1,4 +1,4 @@
-"""Augmentation on the device, inside the jitted step: crop, flip, resize and normalise uint8 images.
+"""Augmentation on the device, inside the jitted step: crop, flip, resize, normalise.
 
 Each example draws its randomness from the run's key and its own position in the run's stream, so
 what happens to it depends neither on the batch size nor on how a batch is cut into micro-batches
@@ -123,7 +123,7 @@ def augment(
 
     >>> spec = AugmentSpec(image_size=4, crop_padding=1, flip=True)
     >>> images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
-    >>> augment(jax.random.key(0), jnp.arange(2), images, spec).shape
+    >>> jax.jit(augment, static_argnames="spec")(jax.random.key(0), jnp.arange(2), images, spec).shape
     (2, 4, 4, 1)
     """
     _check_shape(images.shape, spec)
@@ -135,7 +135,8 @@ def augment(
     if resized_crop is None:
         cropped = _shifted_crop(draws[:, 1:], mirrored, images, spec)
     else:
-        boxes = jax.vmap(lambda u: _random_box(u, images.shape[1:3], resized_crop))(draws[:, 1:])
+        _, height, width, _ = images.shape
+        boxes = jax.vmap(lambda u: _random_box(u, height, width, resized_crop))(draws[:, 1:])
         cropped = resize_boxes(images, boxes, mirrored, spec.image_size)
     return _normalize(cropped, spec)
 
@@ -168,7 +169,8 @@ def resize_boxes(
     """Cut one box out of each image and resize it, bilinear with antialiasing.
 
     Along each axis output pixel i is the mean of the box's pixels j weighted by the triangle
-    `max(0, 1 - |j + 1/2 - c_i| / max(s, 1))`, `c_i = start + (i + 1/2) s`, `s = length / image_size`.
+    `max(0, 1 - |j + 1/2 - c_i| / max(s, 1))`, where `s = length / image_size` and
+    `c_i = start + (i + 1/2) s`.
     Pixels outside the box are never used, as if it had been cut out first.
 
     Args:
@@ -182,7 +184,7 @@ def resize_boxes(
 
     >>> image = jnp.array([[[[0], [100]], [[0], [100]]]], jnp.uint8)
     >>> box = jnp.array([[0.0, 0.0, 2.0, 2.0]])
-    >>> resize_boxes(image, box, jnp.array([True]), 1).item()
+    >>> jax.jit(resize_boxes, static_argnames="image_size")(image, box, jnp.array([True]), 1).item()
     50.0
     """
     _, height, width, _ = images.shape
@@ -222,11 +224,8 @@ def _taps(
     return jnp.clip(pixel, 0, stored_size - 1).astype(jnp.int32), weight
 
 
-def _random_box(
-    draws: jax.Array, stored_shape: tuple[int, int], spec: RandomResizedCrop
-) -> jax.Array:
+def _random_box(draws: jax.Array, height: int, width: int, spec: RandomResizedCrop) -> jax.Array:
     """Return top, left, height, width of the first box drawn that fits, else the central one."""
-    height, width = stored_shape
     area, log_ratio, vertical, horizontal = draws.reshape(spec.attempts, 4).T
     area = (spec.min_area + area * (spec.max_area - spec.min_area)) * (height * width)
     low, high = math.log(spec.min_ratio), math.log(spec.max_ratio)
@@ -236,8 +235,13 @@ def _random_box(
     fits = (box_width <= width) & (box_height <= height)
     top = jnp.minimum(jnp.floor(vertical * (height - box_height + 1)), height - box_height)
     left = jnp.minimum(jnp.floor(horizontal * (width - box_width + 1)), width - box_width)
-    tried = jnp.stack([top, left, box_height, box_width], axis=-1)
-    return jnp.where(jnp.any(fits), tried[jnp.argmax(fits)], _central_box(height, width, spec))
+    # The central box always fits and comes last. A stable sort puts the first that fits in front;
+    # unlike argmax, XLA on CPU does not fuse it into the resize and redo it for every pixel there.
+    tried = jnp.stack([top, left, box_height, box_width])
+    tried = jnp.concatenate([tried, _central_box(height, width, spec)[:, None]], axis=1)
+    unfit = jnp.concatenate([~fits, np.array([False])])
+    _, *first = jax.lax.sort((unfit, *tried), num_keys=1, is_stable=True)
+    return jnp.stack([values[0] for values in first])
 
 
 def _central_box(height: int, width: int, spec: RandomResizedCrop) -> np.ndarray:

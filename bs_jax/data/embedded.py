@@ -22,8 +22,8 @@ _SHA256 = {
     _IMAGES_FILE: "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     _LABELS_FILE: "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
-_IMAGES_HEADER = bytes.fromhex("00000803" "00002710" "0000001c" "0000001c")
-_LABELS_HEADER = bytes.fromhex("00000801" "00002710")
+_IMAGES_HEADER = bytes.fromhex("00000803000027100000001c0000001c")
+_LABELS_HEADER = bytes.fromhex("0000080100002710")
 _CLASS_NAMES = (
     "T-shirt/top",
     "Trouser",
@@ -115,8 +115,8 @@ def _read_verified(folder: Traversable, name: str, header: bytes) -> np.ndarray:
     found = hashlib.sha256(packed).hexdigest()
     if found != _SHA256[name]:
         raise UserError(
-            f"embedded data file {name} is corrupt: sha256 {found[:12]}... in {len(packed):,} bytes, "
-            f"want {_SHA256[name][:12]}...; reinstall bs_jax"
+            f"embedded data file {name} is corrupt: {len(packed):,} bytes with sha256 "
+            f"{found[:12]}..., want {_SHA256[name][:12]}...; reinstall bs_jax"
         )
     content = gzip.decompress(packed)
     if not content.startswith(header):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,11 +172,11 @@ def fits_on_device(split: Split, budget_bytes: int) -> bool:
     return num_bytes(split) <= budget_bytes
 
 
-def device_budget_bytes(device: jax.Device, fraction: float) -> int:
+def device_budget_bytes(device: Any, fraction: float) -> int:
     """Return `fraction` of the memory that `device` may use, in bytes.
 
     Args:
-      device: a local device; a CPU device counts the machine's physical memory.
+      device: a local `jax.Device`; a CPU device counts the machine's physical memory.
       fraction: share of it to give to resident data, in (0, 1].
 
     >>> device_budget_bytes(jax.local_devices()[0], 0.25) > 0
@@ -190,13 +191,13 @@ def device_budget_bytes(device: jax.Device, fraction: float) -> int:
 
 
 def device_arrays(
-    split: Split, sharding: jax.sharding.Sharding | jax.Device | None = None
+    split: Split, sharding: jax.sharding.Sharding | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Put all of `split` on the device(s), to be gathered inside the jitted step.
 
     Args:
       split: what to place.
-      sharding: where; `None` means the default device.
+      sharding: where, for example replicated over a mesh; `None` means the default device.
 
     Returns:
       Images, uint8 [N, H, W, C], and labels, int32 [N].

@@ -14,20 +14,22 @@ def window_edges(curves: Sequence[Curve]) -> np.ndarray:
     """Edges, in examples seen, of windows of one width that suit every curve.
 
     At most 40, and no more than the shortest curve has rows, so that none is empty by design. They
-    end where the shortest curve ends.
+    end where most curves end; a curve that stops well before (a damaged file) has no say.
 
     Returns:
       An array one longer than the number of windows; empty if no curve has rows.
 
-    >>> window_edges([Curve(np.array([10, 20]), np.zeros(2)), Curve(np.arange(1, 25), np.zeros(24))])
+    >>> coarse, fine = np.array([10, 20]), np.arange(1, 21)
+    >>> window_edges([Curve(coarse, np.zeros(2)), Curve(fine, np.zeros(20))])
     array([ 0., 10., 20.])
     """
     filled = [curve for curve in curves if len(curve.examples) and curve.examples[-1] > 0]
     if not filled:
         return np.empty(0)
-    end = min(int(curve.examples[-1]) for curve in filled)
-    count = min(_MAX_WINDOWS, *(int((curve.examples <= end).sum()) for curve in filled))
-    return np.linspace(0, end, count + 1)
+    end = float(np.median([curve.examples[-1] for curve in filled]))
+    whole = [curve for curve in filled if curve.examples[-1] >= 0.9 * end]
+    count = min(_MAX_WINDOWS, *(int((curve.examples <= end).sum()) for curve in whole))
+    return np.linspace(0, end, max(count, 1) + 1)
 
 
 def window_means(curve: Curve, edges: np.ndarray) -> np.ndarray:

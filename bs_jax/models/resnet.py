@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from bs_jax.models.conv import conv
+from bs_jax.models.initializers import he_normal
 from bs_jax.models.normalization import BatchNorm
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""Normal with variance 2 / fan_out, not truncated (He et al., 2015)."""
 
 
 class BasicBlock(nn.Module):
@@ -107,7 +106,7 @@ class ResNet(nn.Module):
         Returns:
             float32 [examples, num_classes].
         """
-        convolve = partial(conv, dtype=self.dtype, kernel_init=he_normal)
+        convolve = partial(conv, dtype=self.dtype, kernel_init=he_normal("fan_out"))
         norm = partial(
             BatchNorm,
             ghost_batch_size=self.ghost_batch_size,
@@ -125,16 +124,7 @@ class ResNet(nn.Module):
             x = convolve(self.widths[0], 3, name="stem_conv")(x)
         else:
             patch = int(self.stem.removeprefix("patch"))
-            x = nn.Conv(
-                self.widths[0],
-                (patch, patch),
-                strides=(patch, patch),
-                padding="VALID",
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=he_normal,
-                name="stem_conv",
-            )(x)
+            x = convolve(self.widths[0], patch, strides=patch, padding=0, name="stem_conv")(x)
         x = nn.relu(normalise(norm(name="stem_norm"), x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

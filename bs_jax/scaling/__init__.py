@@ -8,6 +8,8 @@ from bs_jax.scaling.noise_scale import (
     noise_scale_estimate,
     value_grad_and_stats,
 )
+from bs_jax.scaling.ranger import ranger
+from bs_jax.scaling.registry import FAMILIES
 from bs_jax.scaling.rules import RULES, ScalingRule, power, resolve_rule
 from bs_jax.scaling.transform import (
     ScaleByBatchState,
@@ -18,6 +20,7 @@ from bs_jax.scaling.transform import (
 )
 
 __all__ = [
+    "FAMILIES",
     "RULES",
     "Explanation",
     "MicrobatchStats",
@@ -30,6 +33,7 @@ __all__ = [
     "invariant_adamw",
     "noise_scale_estimate",
     "power",
+    "ranger",
     "resolve_rule",
     "scale_by_batch",
     "scale_hyperparams",

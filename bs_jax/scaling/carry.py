@@ -12,7 +12,7 @@ import optax
 from bs_jax.scaling.formulas import Scaler
 from bs_jax.scaling.noise_scale import tree_map
 
-_MOMENTS = ("mu", "nu", "nu_max", "ema", "trace", "sum_of_squares")
+_MOMENTS = ("mu", "nu", "nu_max", "ema", "trace", "sum_of_squares", "v_row")
 
 
 def _holds_moments(node: Any) -> bool:
@@ -57,6 +57,9 @@ def carry_moments(inner_state: Any, old: Scaler, new: Scaler) -> Any:
         "nu": second,
         "nu_max": second,
         "sum_of_squares": second,
+        "v_row": second,
+        "v_col": second,
+        "v": second,
         "trace": trace,
         "ema": step if family.trace_after_lr else 1.0,
     }
@@ -65,6 +68,12 @@ def carry_moments(inner_state: Any, old: Scaler, new: Scaler) -> Any:
         if not _holds_moments(node):
             return node
         present = {n: f for n, f in factors.items() if n in node._fields}
+        if family.second_moment == "centered_raw":
+            # Only the spread about the average changes with the batch size.
+            spread = tree_map(
+                lambda n, m: jnp.square(m) + second * (n - jnp.square(m)), node.nu, node.mu
+            )
+            return node._replace(nu=spread)
         return node._replace(
             **{n: tree_map(lambda x, f=f: x * f, getattr(node, n)) for n, f in present.items()}
         )

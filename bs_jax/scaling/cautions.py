@@ -16,7 +16,13 @@ _FLOAT32_GAP = 1e-6
 # Decay of the second moment below which optax's RAdam never rectifies.
 RADAM_SMALLEST_DECAY = 0.6
 
-_DECAYS = ("decay", "second_moment_decay", "undamped_momentum", "centering_decay")
+DECAYS = (
+    "decay",
+    "second_moment_decay",
+    "undamped_momentum",
+    "centering_decay",
+    "variance_decay",
+)
 
 
 def find_warnings(
@@ -59,7 +65,7 @@ def _short_half_lives(scaler: Scaler, base_batch_size: int) -> list[str]:
     found = []
     for name, role in scaler.spec.roles.items():
         base = scaler.values.get(name)
-        if role not in _DECAYS or not is_number(base) or not 0 < base < 1:
+        if role not in DECAYS or not is_number(base) or not 0 < base < 1:
             continue
         if not scaler.rule.time_constants or scaler.rule.k_of(name, scaler.k) is None:
             continue
@@ -77,7 +83,7 @@ def _dtypes(scaler: Scaler) -> list[str]:
     found = []
     for name, role in scaler.spec.roles.items():
         base = scaler.values.get(name)
-        if role not in _DECAYS or base is None:
+        if role not in DECAYS or base is None:
             continue
         dtype = str(getattr(base, "dtype", ""))
         if dtype in ("bfloat16", "float16"):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bs_jax.scaling.cautions import find_warnings
+from bs_jax.scaling.cautions import DECAYS, find_warnings
 from bs_jax.scaling.formulas import (
     Noise,
     NoiseScaleNeeded,
@@ -18,7 +18,7 @@ from bs_jax.scaling.formulas import (
     is_number,
     named_values,
 )
-from bs_jax.scaling.roles import ROLES, Spec, factory_name, resolve, resolve_factory
+from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
 
 COLUMNS = ("hyperparameter", "role", "base", "new", "kept", "formula", "source")
@@ -114,7 +114,11 @@ def explain(
     factory, rule = resolve_factory(factory), resolve_rule(rule)
     values = named_values(factory, hyperparams, roles)
     spec = resolve(factory, values, roles, family)
-    values = {n: v for n, v in values.items() if n in spec.roles and v is not None}
+    values = {
+        name: value
+        for name, value in fill_implied(values, spec).items()
+        if name in spec.roles and value is not None
+    }
     for name, value in values.items():
         check_value(name, spec.roles[name], value)
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
@@ -208,7 +212,7 @@ def _factor_names(rule: ScalingRule, spec: Spec) -> tuple[str, str]:
 def _kept(scaler: Scaler, name: str, base: Any, new: Any, base_batch_size: int) -> str:
     role = scaler.spec.roles[name]
     rule = scaler.rule
-    if role in ("decay", "second_moment_decay", "undamped_momentum", "centering_decay"):
+    if role in DECAYS:
         if not is_number(base) or not 0 < base < 1:
             return ROLES[role].kept
         half_life = math.log(0.5) / math.log(base) * base_batch_size

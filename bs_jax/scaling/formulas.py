@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.roles import ROLES, Spec, factory_name, resolve, resolve_factory
+from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule, sqrt
 
 
@@ -123,13 +123,16 @@ class Scaler:
         return q / sqrt(k) if family.denominator == "sum" else q
 
     def _centered_gain(self) -> Scalar:
-        # The prediction error g - m holds b1 (g - m_previous), whose variance is
-        # b1^2 2/(1 + b1) that of g: it changes with b1 as well as with the batch.
+        # Of the variance of g, the error g - m of an average m that holds g shows b^2 2/(1 + b),
+        # and the spread of an average of squares about it 2 b/(1 + b): both change with b as
+        # well as with the batch.
         gain: Scalar = 1.0
         for name, role in self.spec.roles.items():
-            if role == "centering_decay" and name in self.values:
+            if role in ("centering_decay", "variance_decay") and name in self.values:
                 old, new = self.values[name], self.value(name)
-                gain = gain * (new / old) * sqrt((1 + old) / (1 + new))
+                share = new / old
+                root = share if role == "centering_decay" else sqrt(share)
+                gain = gain * root * sqrt((1 + old) / (1 + new))
         return gain
 
     def lr_factor(self, k: Scalar) -> Scalar:
@@ -184,6 +187,13 @@ def _eps_root(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     return base * scaler.denominator_factor(k) ** 2
 
 
+def _eps_sum(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
+    # Added to the average at each update, it settles at eps/(1 - b).
+    (decay,) = (n for n, role in scaler.spec.roles.items() if role == "second_moment_decay")
+    settled = (1 - scaler.value(decay)) / (1 - scaler.values[decay])
+    return base * scaler.denominator_factor(k) ** 2 * settled
+
+
 def _weight_decay(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     if scaler.rule.weight_decay_power is not None:
         return base * k**scaler.rule.weight_decay_power
@@ -204,11 +214,26 @@ def _gradient_norm(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     return base * scaler.gradient_norm_factor(k)
 
 
+def _divided_learning_rate(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
+    if scaler.rule.lr_power is not None:
+        return base * k**scaler.rule.lr_power
+    return base * (k * scaler.denominator_factor(k))
+
+
+def _update_norm(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
+    return base * (scaler.gradient_norm_factor(k) / scaler.denominator_factor(k))
+
+
 def _period(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     if not scaler.rule.time_constants:
         return base
     if is_number(base) and is_number(k):
         return max(1, round(base / k))
+    if factory_name(scaler.spec.factory) == "lookahead":
+        raise UserError(
+            "optax.lookahead cannot change its period while training; keep the batch size constant,"
+            " or use bs_jax.scaling.ranger"
+        )
     return jnp.maximum(1, jnp.round(base / k))
 
 
@@ -220,7 +245,23 @@ def _slow_step_size(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
 
 
 def _mixing_weight(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
-    raise NotImplementedError
+    """Solve for the weight that keeps the signal to noise ratio of the mixed gradient.
+
+    x = b1 m + (1 - b1) g, with m an average of decay b2, has the noise of g times
+    V(b1, r) = (1 - b1)^2 + r b1^2, r = (1 - b2)/(1 + b2); a batch k times as large has 1/k of it.
+    """
+    if not scaler.rule.time_constants:
+        return base
+    (decay,) = (n for n, role in scaler.spec.roles.items() if role == "decay")
+    old, new = scaler.values[decay], scaler.value(decay)
+    r_old, r_new = (1 - old) / (1 + old), (1 - new) / (1 + new)
+    wanted = k * ((1 - base) ** 2 + r_old * base**2)
+    # Roots of (1 + r) x^2 - 2 x + 1 - wanted; none is real where even the average is too noisy,
+    # and none positive where the raw gradient is too clean: the nearest weight serves then.
+    inside = 1 - (1 + r_new) * (1 - wanted)
+    if is_number(inside):
+        return max(0.0, (1 - math.sqrt(max(inside, 0.0))) / (1 + r_new))
+    return jnp.maximum(0.0, (1 - jnp.sqrt(jnp.maximum(inside, 0.0))) / (1 + r_new))
 
 
 _FORMULAS: dict[str, Callable[[Scaler, Scalar, Scalar], Scalar]] = {
@@ -229,13 +270,17 @@ _FORMULAS: dict[str, Callable[[Scaler, Scalar, Scalar], Scalar]] = {
     "second_moment_decay": _decay,
     "undamped_momentum": _decay,
     "centering_decay": _decay,
+    "variance_decay": _decay,
     "mixing_weight": _mixing_weight,
     "eps": _eps,
     "eps_root": _eps_root,
+    "eps_sum": _eps_sum,
     "weight_decay": _weight_decay,
     "weight_decay_normalized": _weight_decay_normalized,
     "weight_decay_independent": _weight_decay_independent,
+    "divided_learning_rate": _divided_learning_rate,
     "gradient_norm": _gradient_norm,
+    "update_norm": _update_norm,
     "period": _period,
     "slow_step_size": _slow_step_size,
 }
@@ -297,7 +342,7 @@ def scale_hyperparams(
     factory, rule = resolve_factory(factory), resolve_rule(rule)
     values = named_values(factory, hyperparams, roles)
     spec = resolve(factory, values, roles, family)
-    values = {name: v for name, v in values.items() if name in spec.roles}
+    values = {n: v for n, v in fill_implied(values, spec).items() if n in spec.roles}
     for name, value in values.items():
         check_value(name, spec.roles[name], value)
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bs_jax.scaling.noise_scale import MicrobatchStats, PyTree, signal_and_noise, tree_map
@@ -81,31 +83,79 @@ def _is_one(x: Any) -> bool:
     return isinstance(x, (int, float)) and x == 1
 
 
-class _Layout(NamedTuple):
-    """Where a kind of second moment lives in an optimizer's state, and how it grows."""
+class _Field(NamedTuple):
+    """One field of an optimizer's state that averages or sums squared gradients."""
 
-    field: str
-    reduce: Callable[[jax.Array], jax.Array]
+    name: str
+    reduce: Callable[[jax.Array, jax.Array], jax.Array]  # (square, field's leaf) -> what is added
 
 
-_LAYOUTS: Mapping[str, _Layout] = {
-    "ema": _Layout("nu", lambda x: x),
-    "sum": _Layout("sum_of_squares", lambda x: x),
-    "layer": _Layout("nu", jnp.sum),
+def _mean_over(axis_from_end: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    # optax factors the two largest dimensions: rows average over the largest, columns over the
+    # second largest. A leaf too small to be factored has placeholders of one entry instead.
+    def reduce(square: jax.Array, leaf: jax.Array) -> jax.Array:
+        if leaf.shape == (1,):
+            return jnp.zeros_like(leaf, jnp.float32)
+        axis = int(np.argsort(square.shape)[-axis_from_end])
+        return jnp.mean(square, axis=axis)
+
+    return reduce
+
+
+def _unfactored(square: jax.Array, leaf: jax.Array) -> jax.Array:
+    return square if leaf.shape == square.shape else jnp.zeros_like(leaf, jnp.float32)
+
+
+_FIELDS: Mapping[str, tuple[_Field, ...]] = {
+    "ema": (_Field("nu", lambda square, leaf: square),),
+    "sum": (_Field("sum_of_squares", lambda square, leaf: square),),
+    "layer": (_Field("nu", lambda square, leaf: jnp.sum(square)),),
+    "factored": (
+        _Field("v_row", _mean_over(1)),
+        _Field("v_col", _mean_over(2)),
+        _Field("v", _unfactored),
+    ),
 }
 
 
-def _holds(field: str) -> Callable[[Any], bool]:
-    return lambda node: isinstance(node, tuple) and field in getattr(node, "_fields", ())
+def _holder(kind: str) -> Callable[[Any], bool]:
+    first = _FIELDS[kind][0].name
+    return lambda node: isinstance(node, tuple) and first in getattr(node, "_fields", ())
+
+
+def _zeros(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def init_variance(inner_state: Any, kind: str) -> tuple[PyTree, ...]:
     """Return zeros for the averaged noise part of every second moment in an optimizer state."""
-    field = _LAYOUTS[kind].field
-    nodes = jax.tree.leaves(inner_state, is_leaf=_holds(field))
-    return tuple(
-        jax.tree.map(jnp.zeros_like, getattr(node, field)) for node in nodes if _holds(field)(node)
-    )
+    holds = _holder(kind)
+    nodes = [x for x in jax.tree.leaves(inner_state, is_leaf=holds) if holds(x)]
+    return tuple(_zeros(getattr(node, f.name)) for node in nodes for f in _FIELDS[kind])
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoment:
+    """How an optimizer keeps its second moment, and what this update adds to it.
+
+    Attributes:
+        kind: ``"ema"``, ``"sum"``, ``"layer"`` or ``"factored"``.
+        decay: state node -> decay in force (unused for ``"sum"``).
+        k: batch size over base batch size.
+        base: v0 and its noise part, from ``base_second_moment``.
+        floor: smallest share of the averaged noise part.
+        eps: what the optimizer adds to each squared gradient.
+        direct: whether the optimizer squares the gradients as given; otherwise (a user's own
+            chain with, say, clipping in front) what it squares is found by a trial update.
+    """
+
+    kind: str
+    decay: Callable[[Any], Scalar]
+    k: Scalar
+    base: tuple[PyTree, PyTree]
+    floor: float = VARIANCE_FLOOR
+    eps: Scalar = 0.0
+    direct: bool = True
 
 
 def update_with(
@@ -113,12 +163,7 @@ def update_with(
     grads: PyTree,
     inner_state: Any,
     variance: tuple[PyTree, ...],
-    moment: tuple[PyTree, PyTree],
-    *,
-    kind: str,
-    decay: Scalar,
-    k: Scalar,
-    floor: float = VARIANCE_FLOOR,
+    moment: SecondMoment,
 ) -> tuple[PyTree, Any, tuple[PyTree, ...]]:
     r"""Run an optimizer's own update with its second moment made that of the base batch size.
 
@@ -129,55 +174,128 @@ def update_with(
 
     Args:
         update: ``inner_state -> (updates, inner_state)``, the optimizer's own.
-        grads: the gradients that it sees.
+        grads: the gradients that it is given.
         inner_state: its state.
         variance: W, one tree for each second moment in the state.
-        moment: v0 and its noise part, from ``base_second_moment``.
-        kind: how the second moment is kept: ``"ema"``, ``"sum"`` or ``"layer"``.
-        decay: of the second moment, in force; unused for ``"sum"``.
-        k: batch size over base batch size.
-        floor: smallest share of W.
+        moment: how it keeps its second moment, and what is to be added.
 
     Returns:
         updates, the new inner state, the new W.
     """
-    layout = _LAYOUTS[kind]
-    holds = _holds(layout.field)
-    keep, add = (1.0, k) if kind == "sum" else (decay, 1 - decay)
-    own = 1.0 if kind == "sum" else 1 - decay
-    v0, noise = moment
+    holds = _holder(moment.kind)
+    squares = tree_map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
     leaves, treedef = jax.tree.flatten(inner_state, is_leaf=holds)
-    averages, widths, nodes = [], [], []
-    for node in leaves:
+    seen = [None] * len(leaves) if moment.direct else _seen(update, leaves, treedef, moment)
+    old_widths = iter(variance)
+    handed_nodes, kept, widths = [], [], []
+    for node, own_squares in zip(leaves, seen, strict=True):
         if not holds(node):
-            nodes.append(node)
+            handed_nodes.append(node)
             continue
-        width = variance[len(widths)]
-
-        def average(old: jax.Array, new: jax.Array) -> jax.Array:
-            return keep * old.astype(jnp.float32) + add * layout.reduce(new)
-
-        second = getattr(node, layout.field)
-        mean, wide = tree_map(average, second, v0), tree_map(average, width, noise)
-
-        def handed(mean: jax.Array, wide: jax.Array, grad: jax.Array) -> jax.Array:
-            square = layout.reduce(jnp.square(grad.astype(jnp.float32)))
-            target = jnp.maximum(jnp.maximum(mean, floor * wide), _ROUNDING_FLOOR * square)
-            return (target - own * square) / keep
-
-        averages.append(mean)
-        widths.append(wide)
-        nodes.append(node._replace(**{layout.field: tree_map(handed, mean, wide, grads)}))
-    updates, new_state = update(jax.tree.unflatten(treedef, nodes))
+        own, base = squares, moment.base
+        if own_squares is not None:
+            own, base = own_squares, _rescaled(moment.base, own_squares, squares)
+        handed, keep = {}, {}
+        for field in _FIELDS[moment.kind]:
+            old = getattr(node, field.name)
+            args = (field, moment, node, old, next(old_widths), base, own)
+            handed[field.name], keep[field.name], wide = _field_update(*args)
+            widths.append(wide)
+        kept.append(keep)
+        if moment.kind == "layer":
+            # NovoGrad's first update takes the raw norm as it is; counted as a later one it
+            # averages, and what it averages is ours.
+            handed["count"] = jnp.maximum(node.count, 1)
+            keep["count"] = optax.safe_increment(node.count)
+        handed_nodes.append(node._replace(**handed))
+    updates, new_state = update(jax.tree.unflatten(treedef, handed_nodes))
     new_leaves, new_treedef = jax.tree.flatten(new_state, is_leaf=holds)
-    kept = iter(averages)
-    restored = [
-        node._replace(**{layout.field: next(kept)}) if holds(node) else node for node in new_leaves
-    ]
+    to_keep = iter(kept)
+    restored = [node._replace(**next(to_keep)) if holds(node) else node for node in new_leaves]
     return updates, jax.tree.unflatten(new_treedef, restored), tuple(widths)
 
 
-def is_masked_tree(tree: PyTree) -> bool:
-    """Whether an optimizer sees only part of the tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    return any(isinstance(x, optax.MaskedNode) for x in leaves)
+def _field_update(
+    field: _Field,
+    moment: SecondMoment,
+    node: Any,
+    old: PyTree,
+    old_wide: PyTree,
+    base: tuple[PyTree, PyTree],
+    own_squares: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """Return what one field is handed as, what is kept of it, and its new W."""
+    if moment.kind == "sum":
+        keep, add, own_add = 1.0, moment.k, 1.0
+    else:
+        keep = moment.decay(node)
+        add = own_add = 1 - keep
+        if moment.kind == "layer":
+            first = node.count == 0
+            keep_old, add = jnp.where(first, 0.0, keep), jnp.where(first, 1.0, add)
+            return _finish(
+                field, moment, (keep_old, keep, add, own_add), old, old_wide, base, own_squares
+            )
+    return _finish(field, moment, (keep, keep, add, own_add), old, old_wide, base, own_squares)
+
+
+def _finish(
+    field: _Field,
+    moment: SecondMoment,
+    weights: tuple[Scalar, Scalar, Scalar, Scalar],
+    old: PyTree,
+    old_wide: PyTree,
+    base: tuple[PyTree, PyTree],
+    own_squares: PyTree,
+) -> tuple[PyTree, PyTree, PyTree]:
+    keep_old, keep, add, own_add = weights
+
+    def average(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return keep_old * leaf.astype(jnp.float32) + add * field.reduce(new + moment.eps, leaf)
+
+    mean, wide = tree_map(average, old, base[0]), tree_map(average, old_wide, base[1])
+
+    def handed(mean: jax.Array, wide: jax.Array, square: jax.Array) -> jax.Array:
+        own = own_add * field.reduce(square + moment.eps, mean)
+        target = jnp.maximum(jnp.maximum(mean, moment.floor * wide), _ROUNDING_FLOOR * own)
+        return (target - own) / keep
+
+    return tree_map(handed, mean, wide, own_squares), mean, wide
+
+
+def _seen(
+    update: Callable[[Any], tuple[PyTree, Any]],
+    leaves: list[Any],
+    treedef: Any,
+    moment: SecondMoment,
+) -> list[PyTree | None]:
+    """Return the squares that the optimizer itself takes, from an update with empty moments."""
+    holds = _holder(moment.kind)
+    names = [field.name for field in _FIELDS[moment.kind]]
+    empty = [
+        node._replace(**{name: _zeros(getattr(node, name)) for name in names})
+        if holds(node)
+        else node
+        for node in leaves
+    ]
+    _, trial = update(jax.tree.unflatten(treedef, empty))
+    (name,) = names
+    found = []
+    for old, new in zip(leaves, jax.tree.leaves(trial, is_leaf=holds), strict=True):
+        if not holds(old):
+            found.append(None)
+            continue
+        share = 1.0 if moment.kind == "sum" else 1 - moment.decay(old)
+        found.append(tree_map(lambda x, s=share: x.astype(jnp.float32) / s, getattr(new, name)))
+    return found
+
+
+def _rescaled(base: tuple[PyTree, PyTree], seen: PyTree, given: PyTree) -> tuple[PyTree, PyTree]:
+    """Scale v0 as the chain in front of the optimizer scaled the gradient, leaf by leaf."""
+
+    def scale(seen: jax.Array, given: jax.Array, x: jax.Array) -> jax.Array:
+        raw = jnp.sum(given)
+        return x * (jnp.sum(seen) / jnp.where(raw > 0, raw, 1.0))
+
+    first, second = (tree_map(scale, seen, given, part) for part in base)
+    return first, second

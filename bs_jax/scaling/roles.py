@@ -9,8 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import optax
-
 from bs_jax.errors import UserError
 
 Factory = Callable[..., Any]
@@ -25,14 +23,12 @@ class Role:
         formula: the new value, for tables.
         low: smallest valid base value.
         high: base values must lie below it.
-        open_low: whether ``low`` itself is invalid.
     """
 
     kept: str
     formula: str
     low: float = 0.0
     high: float = float("inf")
-    open_low: bool = False
 
 
 ROLES: dict[str, Role] = {
@@ -43,14 +39,20 @@ ROLES: dict[str, Role] = {
         "half-life in examples; learning rate x (1 - decay^k)/(1 - decay)", "decay^k", high=1.0
     ),
     "centering_decay": Role("half-life in examples", "decay^k", high=1.0),
+    "variance_decay": Role("half-life in examples", "decay^k", high=1.0),
     "mixing_weight": Role("signal to noise of the mixed gradient", "solved", high=1.0),
     "eps": Role("size beside the root of the second moment", "x q"),
     "eps_root": Role("size beside the second moment", "x q^2"),
+    "eps_sum": Role(
+        "size beside the second moment it is added to at each update", "x q^2 (1-b^k)/(1-b)"
+    ),
     "weight_decay": Role("learning rate x weight decay, per example", "x k/F"),
     "weight_decay_normalized": Role("size beside the normalised gradient", "x 1/q"),
+    "divided_learning_rate": Role("movement per example", "x k q"),
     "weight_decay_independent": Role("decay per example", "1 - (1 - wd)^k", high=1.0),
     "l2": Role("size beside the gradient", "unchanged"),
-    "gradient_norm": Role("size beside a raw gradient norm", "x q", open_low=False),
+    "gradient_norm": Role("size beside a raw gradient norm", "x q"),
+    "update_norm": Role("size beside the update before the learning rate", "x q/d"),
     "period": Role("examples per period", "max(1, round(period/k))", low=1.0),
     "slow_step_size": Role(
         "share of the slow weights replaced per example", "1 - (1 - a)^(k p'/p)", high=1.0 + 1e-9
@@ -69,7 +71,8 @@ class Family:
             own gradient), ``"sum"`` (squares summed over steps), ``"centered"`` (variance).
         normalized: whether the update is normalised once more afterwards, so that F = k.
         second_moment: how the optimizer keeps it: ``"ema"``, ``"sum"``, ``"layer"`` (one number a
-            leaf), ``"max"``, ``"centered"`` or ``"none"``. The first three can be made invariant.
+            leaf), ``"factored"``; these can be made invariant; ``"max"``, ``"centered"``,
+            ``"centered_raw"`` or ``"none"`` cannot.
         trace_after_lr: whether momentum is taken after the learning rate.
         label: ``"exact"`` or ``"approximate"``, as the noisy quadratic shows.
         note: what a user should know.
@@ -86,7 +89,7 @@ class Family:
     @property
     def can_be_invariant(self) -> bool:
         """Whether the second moment can be replaced by that of the base batch size."""
-        return self.second_moment in ("ema", "sum", "layer")
+        return self.second_moment in ("ema", "sum", "layer", "factored")
 
     @property
     def lr_formula(self) -> str:
@@ -98,14 +101,27 @@ class Family:
         ]
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family("linear", note="linear in the gradient"),
-        Family("adam", "raw", second_moment="ema"),
-        Family("wrapper", note="has no learning rate of its own"),
-    )
-}
+FAMILIES: dict[str, Family] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the registry knows of one factory.
+
+    Attributes:
+        name: of the factory.
+        family: a name in ``FAMILIES``.
+        roles: hyperparameter -> a name in ``ROLES``.
+        build: ``build(arguments, scaler)`` makes the transformation where the factory itself
+            cannot follow the batch size.
+        implied: hyperparameter -> the value, or the name of the argument, that ``None`` stands for.
+    """
+
+    name: str
+    family: str
+    roles: Mapping[str, str]
+    build: Callable[[Mapping[str, Any], Any], Any] | None = None
+    implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,44 +132,32 @@ class Spec:
         factory: the optax factory.
         family: its family, ``None`` if a user's own factory did not say.
         roles: hyperparameter -> name of its role.
-        build: called in place of the factory, with ``clock=`` (see ``rebuild.Clock``) added, where
-            the optax factory alone cannot follow the batch size; ``None``: the factory serves.
+        entry: the registry's, ``None`` for a user's own factory.
     """
 
     factory: Factory
     family: Family | None
     roles: Mapping[str, str]
-    build: Factory | None = None
+    entry: Entry | None = None
 
 
-Resolver = Callable[[Mapping[str, Any]], tuple[str, dict[str, str], Factory | None]]
-_REGISTRY: dict[Factory, Resolver] = {}
+Resolver = Callable[[Mapping[str, Any]], Entry]
+_REGISTRY: dict[Factory, tuple[str, Resolver]] = {}
 
 
-def register(
-    factory: Factory,
-    family: str,
-    build: Factory | None = None,
-    **roles: str,
-) -> None:
+def register(factory: Factory, entry: Entry, variant: Resolver | None = None) -> None:
     """Tell the registry what the hyperparameters of a factory mean.
 
     Args:
         factory: a function that returns an optax transformation.
-        family: a name in ``FAMILIES``.
-        build: used in place of ``factory`` where the batch size is not the base one.
-        **roles: hyperparameter -> a name in ``ROLES``.
+        entry: what it is.
+        variant: arguments -> entry, where it depends on them (``eps_in_sqrt`` and such).
 
     Raises:
         UserError: for an unknown family or role.
     """
-    _check_names(family, roles)
-    _REGISTRY[factory] = lambda arguments: (family, roles, build)
-
-
-def register_variants(factory: Factory, resolver: Resolver) -> None:
-    """Register a factory whose roles depend on its other arguments (``eps_in_sqrt`` and such)."""
-    _REGISTRY[factory] = resolver
+    _check_names(entry.family, entry.roles)
+    _REGISTRY[factory] = entry.name, variant or (lambda arguments: entry)
 
 
 def _check_names(family: str | None, roles: Mapping[str, str]) -> None:
@@ -196,7 +200,7 @@ def resolve_factory(factory: Factory | str) -> Factory:
 
 def registered() -> dict[str, Factory]:
     """Return every registered factory by name."""
-    return {factory.__name__: factory for factory in _REGISTRY}
+    return {name: factory for factory, (name, _) in _REGISTRY.items()}
 
 
 def bind(factory: Factory, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,11 +227,26 @@ def bind(factory: Factory, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return named
 
 
+def fill_implied(values: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """Return values with what ``None`` stands for filled in, so that it can be scaled."""
+    filled = dict(values)
+    for name, implied in (spec.entry.implied if spec.entry else {}).items():
+        if filled.get(name) is None:
+            filled[name] = filled.get(implied) if isinstance(implied, str) else implied
+    return filled
+
+
 def factory_name(factory: Factory) -> str:
     """Return a factory's name for messages."""
-    while isinstance(factory, functools.partial):
+    root = _root(factory)
+    return _REGISTRY[root][0] if root in _REGISTRY else getattr(root, "__name__", repr(root))
+
+
+def _root(factory: Factory) -> Factory:
+    # Some optax factories are partials themselves (nadam), others a user made.
+    while factory not in _REGISTRY and isinstance(factory, functools.partial):
         factory = factory.func
-    return getattr(factory, "__name__", repr(factory))
+    return factory
 
 
 def resolve(
@@ -251,30 +270,12 @@ def resolve(
         UserError: for unknown roles or families.
     """
     _check_names(family, roles or {})
-    root = factory
-    while isinstance(root, functools.partial):
-        root = root.func
-    known_family, known_roles, build = (None, {}, None)
-    if root in _REGISTRY:
-        known_family, known_roles, build = _REGISTRY[root](arguments)
-    chosen = family or known_family
+    root = _root(factory)
+    entry = _REGISTRY[root][1](arguments) if root in _REGISTRY else None
+    chosen = family or (entry.family if entry else None)
     return Spec(
         factory=factory,
         family=FAMILIES[chosen] if chosen else None,
-        roles={**known_roles, **(roles or {})},
-        build=build,
+        roles={**(entry.roles if entry else {}), **(roles or {})},
+        entry=entry,
     )
-
-
-_ADAM = {
-    "learning_rate": "learning_rate",
-    "b1": "decay",
-    "b2": "second_moment_decay",
-    "eps": "eps",
-    "eps_root": "eps_root",
-}
-
-register(optax.adam, "adam", **_ADAM)
-register(optax.adamw, "adam", **_ADAM, weight_decay="weight_decay")
-register(optax.sgd, "linear", learning_rate="learning_rate", momentum="undamped_momentum")
-register(optax.ema, "wrapper", decay="decay")

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from bs_jax.errors import UserError
-from bs_jax.scaling import invariant
+from bs_jax.scaling import invariant, rebuild
 from bs_jax.scaling import noise_scale as noise_lib
 from bs_jax.scaling.carry import carry_moments, with_effective_counts
 from bs_jax.scaling.formulas import (
@@ -28,7 +28,7 @@ from bs_jax.scaling.formulas import (
     scale_one,
 )
 from bs_jax.scaling.noise_scale import MicrobatchStats, NoiseScaleState
-from bs_jax.scaling.roles import Spec, bind, factory_name, resolve, resolve_factory
+from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
 
 # Roles whose values optax itself accepts as schedules.
@@ -121,6 +121,7 @@ def scale_by_batch(
     def scaled_factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         arguments = bind(factory, args, kwargs)
         spec = resolve(factory, arguments, roles, family)
+        arguments = fill_implied(arguments, spec)
         scaled = {n: v for n, v in arguments.items() if n in spec.roles and v is not None}
         for name, value in scaled.items():
             check_value(name, spec.roles[name], value)
@@ -187,7 +188,7 @@ class _Job:
         if self.static:
             scaler = self._scaler(scaled, self.k, noise)
             self.static_values = {name: scale_one(scaler, name) for name in scaled}
-            self.plain = self._build(self.static_values)
+            self.plain = self._build(self.static_values, scaler)
 
     def _asks_for_noise(self) -> bool:
         stand_ins = {n: v if is_number(v) else 0.5 for n, v in self.scaled.items()}
@@ -201,17 +202,25 @@ class _Job:
     def _scaler(self, values: Mapping[str, Any], k: Any, noise: Noise | None) -> Scaler:
         return Scaler(self.rule, self.spec, values, k, noise)
 
-    def _build(self, values: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-        make = self.spec.build or self.spec.factory
-        return optax.with_extra_args_support(make(**{**self.others, **values}))
+    def _build(
+        self, values: Mapping[str, Any], scaler: Scaler
+    ) -> optax.GradientTransformationExtraArgs:
+        arguments = {**self.others, **values}
+        entry = self.spec.entry
+        follows = self.rule.time_constants and not self.rule.is_identity(scaler.k)
+        if entry is not None and entry.build is not None and follows:
+            return optax.with_extra_args_support(entry.build(arguments, scaler))
+        return optax.with_extra_args_support(self.spec.factory(**arguments))
 
-    def _build_now(self, values: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    def _build_now(
+        self, values: Mapping[str, Any], scaler: Scaler
+    ) -> optax.GradientTransformationExtraArgs:
         """Build the optimizer for values in force now; its state as if schedules were its own."""
         now = {
             name: (lambda _, v=value: v) if self._is_schedule(name) else value
             for name, value in values.items()
         }
-        return self._build(now)
+        return self._build(now, scaler)
 
     def _is_schedule(self, name: str) -> bool:
         return callable(self.scaled[name]) and self.spec.roles[name] in _SCHEDULED_ROLES
@@ -228,8 +237,9 @@ class _Job:
         examples = jnp.zeros((), jnp.int32)
         online = noise_lib.init_noise_scale() if self.online else ()
         noise = _online_noise(online, self.base_batch_size) if self.online else self.noise
-        values = self._scaler(self._base_values(examples, self.batch_size), self.k, noise).all()
-        inner = self.plain if self.static else self._build_now(values)
+        scaler = self._scaler(self._base_values(examples, self.batch_size), self.k, noise)
+        values = scaler.all()
+        inner = self.plain if self.static else self._build_now(values, scaler)
         inner_state = inner.init(params)
         kind = self.moment_kind
         return ScaleByBatchState(
@@ -293,9 +303,10 @@ class _Job:
         if changing:
             old_k = state.batch_size / self.base_batch_size
             inner_state = carry_moments(inner_state, self._scaler(base, old_k, noise), scaler)
-        count = state.examples / batch_size if changing and self.rule.time_constants else None
+        counts = changing and self.rule.time_constants and self._kind() != "layer"
+        count = state.examples / batch_size if counts else None
         updates_out, inner_state, variance = self._run(
-            updates, state, inner_state, params, values, k, count, microbatch, extra_args
+            updates, state, inner_state, params, scaler, values, count, microbatch, extra_args
         )
         new_state = ScaleByBatchState(
             examples=_add_examples(state.examples, batch_size),
@@ -308,52 +319,74 @@ class _Job:
         # Float32 hyperparameters would otherwise widen a bfloat16 state or update.
         return _cast_like(updates_out, updates), _cast_like(new_state, state)
 
+    def _kind(self) -> str:
+        return self.spec.family.second_moment if self.spec.family is not None else "none"
+
     def _run(
         self,
         updates: Any,
         state: ScaleByBatchState,
         inner_state: Any,
         params: Any,
+        scaler: Scaler,
         values: dict[str, Any],
-        k: Any,
         count: Any,
         microbatch: MicrobatchStats | None,
         extra_args: dict[str, Any],
     ) -> tuple[Any, Any, tuple[Any, ...]]:
         """Run the optimizer's own update, its second moment made invariant where the rule says."""
+        identity = self.rule.is_identity(scaler.k)
+        replaced = self.moment_kind is not None
+        if replaced and identity and microbatch is None and count is None:
+            replaced = False
+        if replaced and microbatch is None and not identity:
+            raise missing_noise(self.rule, self.spec)
+        values = self._with_usable_decay(values) if replaced else values
+        inner = self._build_now(values, scaler)
 
-        def run(inner_state: Any, values: Mapping[str, Any]) -> tuple[Any, Any]:
-            inner = self._build_now(values)
-
+        def run(inner_state: Any) -> tuple[Any, Any]:
             def step(inner_state: Any) -> tuple[Any, Any]:
                 return inner.update(updates, inner_state, params, **extra_args)
 
             return with_effective_counts(step, inner_state, count)
 
-        identity = self.rule.is_identity(k)
-        if self.moment_kind is None or (identity and microbatch is None and count is None):
-            updates, inner_state = run(inner_state, values)
+        if not replaced:
+            updates, inner_state = run(inner_state)
             return updates, inner_state, state.variance
-        if microbatch is None and not identity:
-            raise missing_noise(self.rule, self.spec)
-        decay = None
+        moment = invariant.SecondMoment(
+            kind=self.moment_kind or "none",
+            decay=self._decay_of(values, scaler, count),
+            k=scaler.k,
+            base=invariant.base_second_moment(updates, microbatch, scaler.k),
+            floor=self.floor,
+            eps=values["eps"] if self.moment_kind == "factored" else 0.0,
+            direct=self.spec.entry is not None,
+        )
+        return invariant.update_with(run, updates, inner_state, state.variance, moment)
+
+    def _with_usable_decay(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Keep the second moment's decay large enough to divide by."""
+        low = invariant.SMALLEST_DECAY
+        usable = dict(values)
         for name, role in self.spec.roles.items():
             if role == "second_moment_decay" and name in values:
-                floor = invariant.SMALLEST_DECAY
                 value = values[name]
-                decay = max(value, floor) if is_number(value) else jnp.maximum(value, floor)
-                values = {**values, name: decay}
-        return invariant.update_with(
-            lambda inner_state: run(inner_state, values),
-            updates,
-            inner_state,
-            state.variance,
-            invariant.base_second_moment(updates, microbatch, k),
-            kind=self.moment_kind,
-            decay=decay,
-            k=k,
-            floor=self.floor,
-        )
+                usable[name] = max(value, low) if is_number(value) else jnp.maximum(value, low)
+        return usable
+
+    def _decay_of(
+        self, values: Mapping[str, Any], scaler: Scaler, count: Any
+    ) -> Callable[[Any], Any]:
+        if self.moment_kind == "factored":
+            rate, offset = values["decay_rate"], values["decay_offset"]
+
+            def growing(node: Any) -> Any:
+                done = node.count if count is None else count
+                return rebuild.adafactor_decay(done, rate, offset, scaler.k)
+
+            return growing
+        names = [n for n, r in self.spec.roles.items() if r == "second_moment_decay"]
+        return lambda node: values[names[0]]
 
     def _noise_now(
         self,
@@ -368,6 +401,10 @@ class _Job:
         online = state.noise
         if microbatch is not None:
             decay = self.noise_decay**k
+            if self._kind() == "sum":
+                # What the optimizer sums without end is compared with a noise averaged likewise.
+                done = state.examples / batch_size
+                decay = done / (done + 1)
             online = noise_lib.update_noise_scale(
                 online, updates, microbatch, batch_size=batch_size, decay=decay
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +41,13 @@ class ScaledRecipe:
 
 def names() -> tuple[str, ...]:
     """The optimizers that a config may name: optax factories whose hyperparameters are known."""
-    return tuple(sorted(roles.registered()))
+    return tuple(
+        sorted(
+            name
+            for name, factory in roles.registered().items()
+            if "learning_rate" in inspect.signature(factory).parameters
+        )
+    )
 
 
 def scalable_names(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bs_jax import models, scaling
-from bs_jax.data import augment
+from bs_jax.data import AugmentSpec, RandomResizedCrop, augment, prepare_eval
 from bs_jax.training import optimizers, parallel
 from bs_jax.training.state import TrainState
 
@@ -85,7 +85,7 @@ def make_programs(
     )
     spec = _augment_spec(config)
     eval_shape = (1, *jax.eval_shape(
-        lambda images: augment.prepare_eval(images, spec),
+        lambda images: prepare_eval(images, spec),
         jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
     ).shape[1:])
 
@@ -118,21 +118,21 @@ def make_programs(
     )
 
 
-def _augment_spec(config: Mapping[str, Any]) -> augment.AugmentSpec:
+def _augment_spec(config: Mapping[str, Any]) -> AugmentSpec:
     data = config["data"]
     low, high = data["crop_area"]
-    return augment.AugmentSpec(
+    return AugmentSpec(
         image_size=data["image_size"],
         flip=data["flip"],
         crop_padding=data["crop_padding"],
-        random_resized_crop=augment.RandomResizedCrop(low, high) if low < 1 else None,
+        random_resized_crop=RandomResizedCrop(low, high) if low < 1 else None,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
     )
 
 
 def _train_chunk(
-    config: Mapping[str, Any], model: Any, spec: augment.AugmentSpec, num_devices: int
+    config: Mapping[str, Any], model: Any, spec: AugmentSpec, num_devices: int
 ) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> (state, metrics per step)."""
     batch_size = config["batch_size"]
@@ -142,7 +142,7 @@ def _train_chunk(
     axis = parallel.BATCH_AXIS
 
     def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
-        images = augment.augment(augment_key, batch["positions"], batch["images"], spec)
+        images = augment(augment_key, batch["positions"], batch["images"], spec)
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -209,7 +209,7 @@ def _train_chunk(
 
 
 def _evaluate(
-    config: Mapping[str, Any], model: Any, spec: augment.AugmentSpec
+    config: Mapping[str, Any], model: Any, spec: AugmentSpec
 ) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> sums over all devices' marked examples."""
 
@@ -221,7 +221,7 @@ def _evaluate(
         def batch_sums(sums, batch):
             source, mask = batch
             images, labels = (data[0][source], data[1][source]) if data else source
-            logits = model.apply(variables, augment.prepare_eval(images, spec), train=False)
+            logits = model.apply(variables, prepare_eval(images, spec), train=False)
             found = {
                 "loss": cross_entropy(logits, labels, 0.0),
                 "accuracy": (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32),

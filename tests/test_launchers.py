@@ -1,0 +1,154 @@
+"""Scheduling, real worker processes, signals and kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from training_helpers import rows
+
+from bs_jax.experiments.launchers import Schedule
+from bs_jax.experiments.progress import Display
+from bs_jax.training.records import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fake_run(name, cohort, examples=100):
+    from training_helpers import tiny_config
+
+    config = tiny_config(train_examples=examples, **{"data.image_size": cohort})
+    config["scaling"] = {"rule": "fixed"}
+    return Run(name, config | {"micro_batch_size": 16}, {"k": 1.0, "rule": "none"})
+
+
+def test_a_worker_stays_with_its_cohort_and_then_helps_another():
+    runs = [fake_run(f"a{n}", 8) for n in range(4)] + [fake_run(f"b{n}", 9) for n in range(2)]
+    schedule = Schedule(runs)
+    order = [schedule.next(worker)[0].run_id for worker in (0, 1, 0, 1, 1, 0)]
+    # Worker 0 takes the larger cohort, worker 1 the other, then part of the first.
+    assert order == ["a0", "b0", "a1", "b1", "a2", "a3"]
+    assert schedule.next(0) == []
+
+
+def test_vmapped_assignments_hold_a_whole_cohort():
+    runs = [fake_run(f"a{n}", 8) for n in range(3)] + [fake_run("b0", 9)]
+    schedule = Schedule(runs, at_once=4)
+    assert [[r.run_id for r in schedule.next(0)] for _ in range(3)] == [
+        ["a0", "a1", "a2"],
+        ["b0"],
+        [],
+    ]
+
+
+def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
+    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    run = fake_run("a0", 8)
+    console = Console(file=sys.stdout, force_terminal=False, width=200)
+    with Display([run], 0, console) as display:
+        display.pending([run])
+        display.starting(0, run)
+        display.event(
+            0,
+            {
+                "event": "progress",
+                "run_id": "a0",
+                "examples": 50,
+                "train_examples": 100,
+                "metrics": {"train/loss": 0.5},
+            },
+        )
+        display.event(0, {"event": "run_finished", "run_id": "a0", "status": "diverged"})
+    out = capsys.readouterr().out
+    assert "50 of 100 examples, train loss 0.500" in out
+    assert "diverged (recorded; the sweep goes on)" in out
+    assert "1 of 1 runs done" in out
+
+
+SMALL = (
+    "--config.train_examples=512",
+    "--config.eval_every_examples=128",
+    "--config.checkpoint_every_examples=128",
+    "--config.log_every_examples=128",
+    "--config.model.name=resnet4_patch",
+)
+
+
+def start(*flags, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "main.py", *SMALL, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
+
+
+def run_main(*flags):
+    process = start(*flags)
+    out, _ = process.communicate(timeout=240)
+    return process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A training run that nobody disturbed."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, out = run_main("--mode=train", f"--workdir={workdir}")
+    assert code == 0, out
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
+    process = start("--mode=train", f"--workdir={tmp_path}")
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 1:
+            break
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    if process.returncode != 0:  # the run was quick enough to be over otherwise
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), out
+        assert not (tmp_path / "DONE").exists()
+    code, out = run_main("--mode=train", f"--workdir={tmp_path}")
+    assert code == 0, out
+    assert rows(tmp_path) == rows(undisturbed)
+    assert (tmp_path / "DONE").exists()
+
+
+def test_a_sweep_in_processes_survives_a_killed_worker_and_resumes(tmp_path):
+    process = start("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
+    deadline = time.monotonic() + 200
+    killed = False
+    while time.monotonic() < deadline and process.poll() is None and not killed:
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        begun = list((tmp_path / "runs").glob("*/metrics.jsonl")) if children else []
+        if begun:
+            os.kill(int(children[0]), signal.SIGKILL)
+            killed = True
+        time.sleep(0.01)
+    out, _ = process.communicate(timeout=280)
+    assert killed, out
+    assert process.returncode == 0, out
+    assert "starting another" in out
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    run_ids = {point["run_id"] for point in sweep["points"]}
+    assert len(run_ids) == 22
+    assert {path.parent.name for path in (tmp_path / "runs").glob("*/DONE")} == run_ids
+    code, again = run_main("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
+    assert code == 0, again
+    assert "All 22 runs are done already" in again
+    assert (tmp_path / "report" / "index.html").exists()

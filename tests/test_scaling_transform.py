@@ -1,0 +1,449 @@
+"""scale_by_batch: the static path to the bit, the traced path, composition, dtypes, bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bs_jax.errors import UserError
+from bs_jax.scaling import (
+    RULES,
+    MicrobatchStats,
+    ScalingWarning,
+    hyperparams,
+    invariant_adamw,
+    scale_by_batch,
+)
+
+PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
+RECIPE = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
+
+
+def gradients(steps, seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), steps)
+    return jax.vmap(
+        lambda key: jax.tree.map(
+            lambda p: (p + jax.random.normal(key, p.shape)).astype(dtype), PARAMS
+        )
+    )(keys)
+
+
+def train(tx, grads, params=PARAMS, extra=None):
+    """Return parameters and state after one update per gradient, in one scan."""
+
+    def step(carry, xs):
+        params, state = carry
+        grad, kwargs = xs
+        updates, state = tx.update(grad, state, params, **kwargs)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (params, state), updates = jax.jit(lambda p, g, e: jax.lax.scan(step, (p, tx.init(p)), (g, e)))(
+        params, grads, {} if extra is None else extra
+    )
+    return params, state, updates
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, rtol, atol=0.0):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+STATIC = {
+    "adamw": (
+        optax.adamw,
+        RECIPE,
+        {
+            "learning_rate": 1e-2 * 8**0.5,
+            "b1": 0.9**8,
+            "b2": 0.99**8,
+            "weight_decay": 0.1 * 8**0.5,
+            "eps": 1e-8 * 8**-0.5,
+        },
+    ),
+    "sgd": (optax.sgd, {"learning_rate": 0.1}, {"learning_rate": 0.1 * 8**0.5}),
+    "sgd_momentum": (
+        optax.sgd,
+        {"learning_rate": 0.1, "momentum": 0.9},
+        {"learning_rate": 0.1 * (8**0.5 * ((1 - 0.9**8) / (1 - 0.9))), "momentum": 0.9**8},
+    ),
+    "lion": (
+        optax.lion,
+        {"learning_rate": 1e-2, "b1": 0.0},
+        {"learning_rate": 1e-2 * 8**0.5, "b1": 0.0, "b2": 0.99**8, "weight_decay": 1e-3 * 8**0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_path_equals_hand_scaled_optax_to_the_bit(name):
+    factory, recipe, by_hand = STATIC[name]
+    tx = scale_by_batch(factory, batch_size=512, base_batch_size=64, rule="sqrt")(**recipe)
+    grads = gradients(50)
+    got, state, _ = train(tx, grads)
+    expected, inner, _ = train(factory(**by_hand), grads)
+    assert_equal(got, expected)
+    assert_equal(state.inner_state, inner)
+    assert {n: float(v) for n, v in hyperparams(state).items() if n in by_hand} == {
+        n: pytest.approx(v, rel=1e-6) for n, v in by_hand.items()
+    }
+    assert int(state.examples) == 50 * 512
+
+
+def test_static_path_computes_what_plain_optax_computes():
+    """The optimized program differs by the example clock and nothing else."""
+    tx = scale_by_batch(optax.adamw, batch_size=512, base_batch_size=64, rule="sqrt")(**RECIPE)
+    plain = optax.adamw(**STATIC["adamw"][2])
+
+    def operations(tx, pick):
+        state = tx.init(PARAMS)
+        run = jax.jit(lambda g, s, p: pick(tx.update(g, s, p)))
+        text = run.lower(PARAMS, state, PARAMS).compile().as_text()
+        body = [line.split(" = ")[1].split("(")[0] for line in text.splitlines() if " = " in line]
+        return sorted(op for op in body if "parameter" not in op and "tuple" not in op)
+
+    ours = operations(tx, lambda out: (out[0], out[1].inner_state))
+    assert ours == operations(plain, lambda out: out)
+
+
+def test_rule_none_at_any_size_is_plain_optax():
+    grads = gradients(20)
+    tx = scale_by_batch(optax.adamw, batch_size=512, base_batch_size=64, rule="none")(**RECIPE)
+    assert_equal(train(tx, grads)[0], train(optax.adamw(**RECIPE), grads)[0])
+
+
+@pytest.mark.parametrize("rule", [*RULES, "power(0.7)"])
+def test_at_the_base_size_every_rule_is_plain_optax_to_the_bit(rule):
+    tx = scale_by_batch(optax.adamw, batch_size=64, base_batch_size=64, rule=rule)(**RECIPE)
+    grads = gradients(20)
+    got, state, _ = train(tx, grads)
+    assert_equal(got, train(optax.adamw(**RECIPE), grads)[0])
+    stats = MicrobatchStats(mean_square=grads, count=jnp.full(20, 2))
+    assert_equal(got, train(tx, grads, extra={"microbatch": stats})[0])
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("batch_size", [16, 64, 96, 512])
+def test_a_schedule_written_for_the_base_size_serves_unchanged(batch_size):
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 100, 1000)
+    make = scale_by_batch(optax.sgd, batch_size=batch_size, base_batch_size=64, rule="linear")
+    k = batch_size / 64
+    _, _, updates = train(
+        make(learning_rate=schedule), jax.tree.map(lambda p: jnp.ones((40, *p.shape)), PARAMS)
+    )
+    expected = [-k * float(schedule(k * t)) for t in range(40)]
+    np.testing.assert_allclose(updates["b"][:, 0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_schedule_on_the_traced_path_and_what_hyperparams_shows():
+    def schedule(step):
+        return 0.1 / (1 + step)
+
+    make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="linear")
+    grads = gradients(10)
+    static, static_state, _ = train(make(learning_rate=schedule), grads)
+    traced, traced_state, _ = train(
+        make(learning_rate=schedule), grads, extra={"batch_size": jnp.full(10, 128)}
+    )
+    assert_close(static, traced, rtol=1e-6)
+    for state in (static_state, traced_state):
+        assert float(hyperparams(state)["learning_rate"]) == pytest.approx(0.2 / (1 + 18))
+
+
+TRACED_RULES = ["none", "linear", "sqrt", "seed", "power(0.7)"]
+
+
+@pytest.mark.parametrize("rule", TRACED_RULES)
+@pytest.mark.parametrize("factory", [optax.adamw, optax.sgd])
+def test_traced_hyperparameters_agree_with_the_static_path(factory, rule):
+    """To 1e-4 of the parameters over 300 updates: float32 against double hyperparameters."""
+    recipe = RECIPE if factory is optax.adamw else {"learning_rate": 0.01, "momentum": 0.9}
+    make = scale_by_batch(factory, batch_size=256, base_batch_size=64, rule=rule)
+    grads = gradients(300)
+    static = train(make(**recipe), grads)[0]
+
+    @jax.jit
+    def run(values):
+        return _scan(make(**values), grads)
+
+    traced = run({name: jnp.float32(value) for name, value in recipe.items()})
+    assert_close(static, traced, rtol=1e-4, atol=1e-5)
+
+
+def _scan(tx, grads):
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), grads)[0][0]
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])
+def test_batch_size_as_an_argument_agrees_and_does_not_retrace(rule):
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
+    grads = gradients(200)
+    stats = MicrobatchStats(jax.tree.map(lambda g: 1.5 * g**2 + 0.1, grads), jnp.full(200, 4))
+    given = {"batch_size": jnp.full(200, 256), "microbatch": stats}
+    params, state, _ = train(tx, grads, extra=given)
+    assert_close(params, train(tx, grads, extra={"microbatch": stats})[0], rtol=2e-4, atol=1e-5)
+    assert int(state.examples) == 200 * 256
+    traces = 0
+
+    @jax.jit
+    def update(grads, state, params, batch_size, stats):
+        nonlocal traces
+        traces += 1
+        return tx.update(grads, state, params, batch_size=batch_size, microbatch=stats)
+
+    stats = MicrobatchStats(jax.tree.map(lambda p: 2 * p**2, PARAMS), 4)
+    for batch_size in (256, 512):
+        updates, state = update(PARAMS, state, params, jnp.int32(batch_size), stats)
+    assert traces == 1
+
+
+def test_positional_arguments_names_partials_and_strings():
+    grads = gradients(5)
+    kwargs = {"batch_size": 128, "base_batch_size": 64, "rule": "sqrt"}
+    expected = train(scale_by_batch(optax.adamw, **kwargs)(**RECIPE), grads)[0]
+    partial = functools.partial(optax.adamw, weight_decay=0.1)
+    for factory, args, more in (
+        (optax.adamw, (1e-2, 0.9, 0.99), {"weight_decay": 0.1}),
+        ("adamw", (1e-2,), {"b2": 0.99, "weight_decay": 0.1}),
+        (partial, (1e-2, 0.9, 0.99), {}),
+    ):
+        tx = scale_by_batch(factory, **kwargs)(*args, **more)
+        assert_equal(train(tx, grads)[0], expected)
+
+
+def test_arguments_that_are_no_numbers_pass_through():
+    def mask(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    make = scale_by_batch(optax.adamw, batch_size=64, base_batch_size=32, rule="linear")
+    grads = gradients(5)
+    tx = make(**RECIPE, mask=mask, mu_dtype=jnp.bfloat16, nesterov=True)
+    by_hand = {**RECIPE, "learning_rate": 2e-2, "b1": 0.9**2, "b2": 0.99**2}
+    got, state, _ = train(tx, grads)
+    expected = train(optax.adamw(**by_hand, mask=mask, mu_dtype=jnp.bfloat16, nesterov=True), grads)
+    assert_equal(got, expected[0])
+    assert state.inner_state[0].mu["b"].dtype == jnp.bfloat16
+
+
+def test_trap_bfloat16_parameters_do_not_round_the_decays():
+    """With b2 rounded to 1 in bfloat16 the second moment would never move."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    grads = gradients(1, dtype=jnp.bfloat16)
+    make = scale_by_batch(optax.adam, batch_size=64, base_batch_size=64, rule="sqrt")
+    tx = make(learning_rate=jnp.float32(1e-2), b2=jnp.float32(0.999))
+    out, state, updates = train(tx, grads, params)
+    assert float(hyperparams(state)["b2"]) == pytest.approx(0.999)
+    nu = state.inner_state[0].nu["w"].astype(jnp.float32)
+    expected = 1e-3 * jnp.square(grads["w"][0].astype(jnp.float32))
+    np.testing.assert_allclose(nu, expected, rtol=0.01)
+    dtypes = {x.dtype for x in jax.tree.leaves((out, updates, state.inner_state[0].mu))}
+    assert dtypes == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_structure_and_dtypes_are_the_same_for_every_kind_of_update(rule, dtype):
+    params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    make = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule=rule)
+    tx = make(learning_rate=optax.constant_schedule(1e-2), b2=0.99)
+    stats = MicrobatchStats(jax.tree.map(lambda p: jnp.square(p) + 1.0, PARAMS), 2)
+    state = tx.init(params)
+    calls = [{"microbatch": stats}, {"batch_size": jnp.int32(256), "microbatch": stats}]
+    if rule == "sqrt":
+        calls += [{}, {"batch_size": 64}]
+    for kwargs in calls:
+        updates, new = jax.jit(lambda g, s, p, kw: tx.update(g, s, p, **kw))(
+            params, state, params, kwargs
+        )
+        jax.tree.map(lambda a, b: None, state, new)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(new)
+        ]
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(0.5), tx),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"a": tx, "z": optax.set_to_zero()}, {"w": "a", "b": "z"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_it_composes_with_other_transformations(name):
+    wrap = WRAPPERS[name]
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")(**RECIPE)
+    by_hand = optax.adamw(**STATIC_AT_4)
+    grads = gradients(6)
+    got, state, _ = train(wrap(tx), grads)
+    assert_equal(got, train(wrap(by_hand), grads)[0])
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
+
+
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+@pytest.mark.parametrize("name", ["masked", "multi_transform"])
+def test_micro_batches_reach_an_optimizer_that_sees_part_of_the_tree(name, rule):
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
+    grads = gradients(6)
+    stats = MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), jnp.full(6, 4))
+    got = train(WRAPPERS[name](tx), grads, extra={"microbatch": stats})[0]
+    only_w = {"w": PARAMS["w"]}
+    alone = MicrobatchStats({"w": stats.mean_square["w"]}, stats.count)
+    expected = train(tx, {"w": grads["w"]}, only_w, extra={"microbatch": alone})[0]
+    assert_close(got["w"], expected["w"], rtol=1e-6)
+
+
+STATIC_AT_4 = {
+    "learning_rate": 2e-2,
+    "b1": 0.9**4,
+    "b2": 0.99**4,
+    "weight_decay": 0.2,
+    "eps": 1e-8 / 2,
+}
+
+
+def test_inject_hyperparams_composes():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**RECIPE)
+    grads = gradients(20)
+    got, state, _ = train(injected, grads)
+    assert_close(got, train(optax.adamw(**STATIC_AT_4), grads)[0], rtol=1e-5, atol=1e-6)
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
+
+
+def test_two_scaled_optimizers_in_one_state_are_told_apart():
+    make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="linear")
+    tx = optax.multi_transform({"a": make(0.1), "z": make(0.2)}, {"w": "a", "b": "z"})
+    values = hyperparams(tx.init(PARAMS))
+    assert {n: float(v) for n, v in values.items()} == {
+        "0/learning_rate": pytest.approx(0.2),
+        "1/learning_rate": pytest.approx(0.4),
+    }
+    with pytest.raises(UserError, match="no scale_by_batch state"):
+        hyperparams(optax.adam(1e-3).init(PARAMS))
+
+
+def test_unknown_extra_arguments_are_ignored_or_reach_the_optimizer():
+    tx = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule="sqrt")(**RECIPE)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state = tx.init(PARAMS)
+    assert_equal(
+        tx.update(grads, state, PARAMS, value=1.0, other="x"), tx.update(grads, state, PARAMS)
+    )
+
+
+def test_under_vmap_over_runs():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    grads = gradients(10)
+    rates = jnp.array([1e-3, 1e-2])
+    both = jax.jit(jax.vmap(lambda lr: _scan(make(learning_rate=lr, b2=0.99), grads)))(rates)
+    for i, rate in enumerate(rates):
+        one = _scan(make(learning_rate=float(rate), b2=0.99), grads)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], both), one, rtol=1e-5, atol=1e-6)
+
+
+def test_own_factory_with_roles():
+    def mine(rate, forget, knob=3.0):
+        return optax.chain(optax.ema(forget), optax.scale(knob), optax.scale(-rate))
+
+    roles = {"rate": "learning_rate", "forget": "decay"}
+    make = scale_by_batch(mine, batch_size=128, base_batch_size=64, rule="linear", roles=roles)
+    with pytest.warns(ScalingWarning, match="no role is known for knob"):
+        tx = make(0.1, 0.9)
+    grads = gradients(5)
+    assert_equal(train(tx, grads)[0], train(mine(0.2, 0.9**2), grads)[0])
+    quiet = scale_by_batch(
+        mine,
+        batch_size=128,
+        base_batch_size=64,
+        rule="noise_aware",
+        family="linear",
+        roles={**roles, "knob": "unchanged"},
+    )(0.1, 0.9)
+    assert_equal(train(quiet, grads)[0], train(mine(0.2, 0.9**2), grads)[0])
+
+
+def test_own_factory_whose_family_is_needed():
+    make = scale_by_batch(
+        lambda rate: optax.sgd(rate),
+        batch_size=128,
+        base_batch_size=64,
+        rule="noise_aware",
+        roles={"rate": "learning_rate"},
+    )
+    with pytest.raises(UserError, match="family="):
+        make(0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: scale_by_batch(optax.adam, batch_size=0, base_batch_size=64), "batch_size is 0"),
+        (lambda: scale_by_batch(optax.adam, batch_size=6.5, base_batch_size=64), "6.5"),
+        (lambda: scale_by_batch(optax.adam, batch_size=64, base_batch_size=True), "True"),
+        (lambda: scale_by_batch(optax.adam, batch_size=1, base_batch_size=1, rule="x"), "unknown"),
+        (
+            lambda: scale_by_batch(optax.adam, batch_size=1, base_batch_size=1, noise_decay=1.0),
+            "noise_decay",
+        ),
+        (
+            lambda: scale_by_batch(optax.adam, batch_size=1, base_batch_size=1, variance_floor=0.0),
+            "variance_floor",
+        ),
+        (lambda: scale_by_batch(optax.adam, batch_size=8, base_batch_size=4)(-1.0), "-1.0"),
+        (lambda: scale_by_batch(optax.adam, batch_size=8, base_batch_size=4)(1.0, b4=0.1), "b4"),
+    ],
+)
+def test_mistakes_are_named_with_a_fix(call, message):
+    with pytest.raises(UserError) as error:
+        call()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+def test_rules_that_need_micro_batches_say_so(rule):
+    tx = scale_by_batch(optax.adam, batch_size=128, base_batch_size=64, rule=rule)(1e-3)
+    state = tx.init(PARAMS)
+    with pytest.raises(UserError, match="microbatch="):
+        tx.update(PARAMS, state, PARAMS)
+    with pytest.raises(UserError, match=r"count is 1"):
+        tx.update(PARAMS, state, PARAMS, microbatch=MicrobatchStats(PARAMS, 1))
+
+
+def test_noise_aware_needs_no_micro_batches_where_q_plays_no_part():
+    make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="noise_aware")
+    grads = gradients(5)
+    got = train(make(0.1, momentum=0.9), grads)[0]
+    by_hand = optax.sgd(0.1 * (2 * ((1 - 0.9**2) / (1 - 0.9))), momentum=0.9**2)
+    assert_equal(got, train(by_hand, grads)[0])
+
+
+def test_invariant_adamw_is_scale_by_batch():
+    grads = gradients(5)
+    stats = MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), jnp.full(5, 2))
+    alias = invariant_adamw(1e-2, 0.9, 0.99, weight_decay=0.1, batch_size=128, base_batch_size=64)
+    make = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule="invariant")
+    extra = {"microbatch": stats}
+    assert_equal(train(alias, grads, extra=extra)[0], train(make(**RECIPE), grads, extra=extra)[0])
+
+
+def test_the_example_clock_stops_instead_of_turning_negative():
+    tx = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="linear")(0.1)
+    state = tx.init(PARAMS)._replace(examples=jnp.int32(2**31 - 100))
+    _, state = tx.update(PARAMS, state, PARAMS)
+    assert int(state.examples) == 2**31 - 1

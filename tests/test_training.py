@@ -1,0 +1,233 @@
+"""The trainer: one golden step, equal results however the work is cut, resume, divergence."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_helpers import rows, tiny_config, tiny_data, train
+
+from bs_jax import models
+from bs_jax.data import AugmentSpec, augment, pipeline
+from bs_jax.errors import UserError
+from bs_jax.experiments.points import resolve
+from bs_jax.training import optimizers, step
+from bs_jax.training.loop import Interrupted, Trainer
+from bs_jax.training.records import RunFolder
+
+
+def losses(found):
+    return np.array([row["train/loss"] for row in found])
+
+
+def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
+    """The first update, computed again with nothing but the model, jax.grad and optax."""
+    config = resolve(tiny_config(**{"data.flip": False, "data.crop_padding": 0})).config
+    data = tiny_data()
+    programs = step.make_programs(config, 3, data.train.image_shape, jax.devices()[:1])
+    inputs = step.run_inputs(config)
+    state = programs.init(inputs)
+    order = pipeline.example_order(0, len(data.train), 0, 16)
+
+    model = models.create("resnet4_patch", num_classes=3, ghost_batch_size=4)
+    images = data.train.read(order).astype(np.float32) / 255
+    images = (images - 0.3) / 0.3
+
+    def loss_fn(params):
+        logits, _ = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            bn_decay=0.9,
+            mutable=["batch_stats"],
+        )
+        one_hot = jax.nn.one_hot(data.train.labels[order], 3)
+        return optax.softmax_cross_entropy(logits, one_hot).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    optimizer = optax.adamw(2e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(state.params), state.params)
+    wanted = optax.apply_updates(state.params, updates)
+
+    resident = pipeline.device_arrays(data.train)
+    after, metrics = programs.train_chunk(state, inputs, resident, order.reshape(1, 1, 16))
+    np.testing.assert_allclose(metrics["train/loss"], [loss], rtol=1e-5)
+    jax.tree.map(
+        # Adam's first update is the sign of the gradient: compare where that is well defined.
+        lambda got, want, g: np.testing.assert_allclose(
+            jnp.where(abs(g) > 1e-5, got, 0), jnp.where(abs(g) > 1e-5, want, 0), atol=2e-6
+        ),
+        after.params,
+        wanted,
+        grads,
+    )
+    assert int(after.step) == 1
+    assert int(after.examples) == 16
+
+
+def test_training_learns_and_records(tmp_path):
+    found = train(
+        tmp_path, {"train_examples": 960, "optimizer.hyperparams.learning_rate": 1e-2}
+    )
+    assert found[-1]["eval/accuracy"] > 0.8
+    assert losses(found)[-1] < 0.8 * losses(found)[0]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["final"]["eval/accuracy"] == found[-1]["eval/accuracy"]
+    assert (summary["step"], summary["examples"]) == (60, 960)
+    assert (tmp_path / "DONE").exists()
+
+
+def test_two_devices_train_like_one(tmp_path):
+    one = train(tmp_path / "one")
+    two = train(tmp_path / "two", devices=2)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-3)
+    # Evaluation is exact: 20 examples in batches of 8 over two devices, padded and masked.
+    assert abs(one[-1]["eval/loss"] - two[-1]["eval/loss"]) < 5e-3
+
+
+def test_accumulation_trains_like_the_whole_batch(tmp_path):
+    whole = train(tmp_path / "whole")
+    pieces = train(tmp_path / "pieces", {"micro_batch_size": 4})
+    np.testing.assert_allclose(losses(pieces), losses(whole), rtol=2e-3)
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(tmp_path):
+    found = [train(tmp_path / str(size), {"eval_batch_size": size}) for size in (7, 20, 1000)]
+    for other in found[1:]:
+        assert other[-1]["eval/accuracy"] == found[0][-1]["eval/accuracy"]
+        assert other[-1]["eval/loss"] == pytest.approx(found[0][-1]["eval/loss"], rel=1e-5)
+
+
+def test_streamed_data_give_the_same_numbers_as_resident(tmp_path):
+    pytest.importorskip("grain")
+    resident = train(tmp_path / "resident")
+    streamed = train(tmp_path / "streamed", {"data.streamed": True})
+    shared = [row for row in streamed if row["examples"] in {r["examples"] for r in resident}]
+    assert losses(shared).tolist() == losses(resident).tolist()
+
+
+RULES = ["none", "noise_aware", "invariant"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_vmapped_runs_equal_looped_ones(tmp_path, rule):
+    configs = [
+        tiny_config(**{"batch_size": 32, "scaling.rule": rule, "seed": seed}) for seed in (0, 1)
+    ]
+    runs = [resolve(config) for config in configs]
+    found = {}
+    for vmapped in (False, True):
+        trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
+        folders = [RunFolder(tmp_path / f"{vmapped}{run.run_id}", run) for run in runs]
+        trainer.train(folders)
+        found[vmapped] = [losses(rows(folder.path)) for folder in folders]
+    np.testing.assert_allclose(found[True], found[False], rtol=5e-3)
+    assert not np.allclose(found[False][0], found[False][1], rtol=1e-3)  # two seeds, two runs
+
+
+def test_runs_that_differ_in_values_share_one_compiled_program(tmp_path, monkeypatch):
+    traces = []
+
+    def counting(*args):
+        traces.append(args)
+        return make_optimizer(*args)
+
+    make_optimizer = optimizers.make_optimizer
+    monkeypatch.setattr(optimizers, "make_optimizer", counting)
+    counts = []
+    base = resolve(tiny_config()).config
+    trainer = Trainer(base, tiny_data(), jax.devices()[:1])
+    for number, rate in enumerate((1e-3, 2e-3, 4e-3)):
+        config = tiny_config(
+            **{"seed": number, "optimizer.hyperparams.learning_rate": rate, "bn_decay": 0.8}
+        )
+        trainer.train([RunFolder(tmp_path / str(number), resolve(config))])
+        counts.append(len(traces))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 3
+
+
+def stop_after(chunks):
+    calls = iter(range(1000))
+    return lambda: next(calls) + 1 >= chunks
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
+    config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "ema_decay": 0.9})
+    run = resolve(config)
+    for name, interrupt in (("whole", False), ("parts", True)):
+        trainer = Trainer(run.config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
+        folder = RunFolder(tmp_path / name, run)
+        if interrupt:
+            with pytest.raises(Interrupted):
+                trainer.train([folder], should_stop=stop_after(1))
+            assert folder.summary()["status"] == "interrupted"
+            assert not folder.done
+        trainer.train([folder])
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text()
+    assert folder.summary()["resumed_at_step"] == 3
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    whole = train(tmp_path / "whole", {"checkpoint_every_examples": 48})
+    run = resolve(tiny_config(checkpoint_every_examples=48))
+    folder = RunFolder(tmp_path / "damaged", run)
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    with pytest.raises(Interrupted):
+        trainer.train([folder], should_stop=stop_after(3))
+    newest = max((folder.path / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for file in newest.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    trainer.train([folder])
+    assert "trying the one before" in caplog.text
+    assert rows(folder.path) == whole
+    assert 0 < folder.summary()["resumed_at_step"] < int(newest.name)
+
+
+def test_divergence_is_a_result(tmp_path):
+    found = train(tmp_path, {"optimizer.hyperparams.learning_rate": 1e30})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "diverged"
+    assert summary["diverged_at_step"] is not None
+    assert summary["final"] == {}
+    assert found[-1]["train/loss"] is None
+    assert (tmp_path / "DONE").exists()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    train(tmp_path)
+    before = (tmp_path / "summary.json").read_bytes()
+    train(tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == before
+
+
+def test_the_data_do_not_fit_the_batch(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size 128 is larger than the training set of 96"):
+        train(tmp_path, {"batch_size": 128, "train_examples": 256})
+    with pytest.raises(UserError, match=r"batch_size 15 is not divisible by 2 devices; use 14 or"):
+        train(tmp_path, {"batch_size": 15, "ghost_batch_size": 0}, devices=2)
+
+
+def test_augmentation_is_the_same_at_every_batch_size():
+    spec = AugmentSpec(image_size=8, crop_padding=2, flip=True)
+    images = jnp.asarray(tiny_data().train.read(np.arange(16)))
+    key, positions = jax.random.key(0), jnp.arange(16)
+    whole = augment(key, positions, images, spec)
+    halves = [
+        augment(key, positions[part], images[part], spec)
+        for part in (slice(8), slice(8, 16))
+    ]
+    np.testing.assert_array_equal(whole, jnp.concatenate(halves))
+
+
+def test_checkpoints_can_be_absent(tmp_path):
+    train(tmp_path, {"checkpoint_every_examples": 0})
+    assert not (tmp_path / "checkpoints").exists()
