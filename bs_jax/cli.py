@@ -205,23 +205,19 @@ def _worker_count(pending: int) -> int:
 
 def _load_data(runs: list[Any]) -> str:
     """Load each data set once, before anything compiles: it is checked, and cached for workers."""
-    from bs_jax import data
-    from bs_jax.training import validate
+    from bs_jax.training import inputs, validate
 
-    described = {}
+    loaded = {}
     for run in runs:
-        name, size = run.config["data"]["name"], run.config["data"]["image_size"]
-        if (name, size) not in described:
-            loaded = data.load(name, image_size=size)
-            described[name, size] = (
-                f"{loaded.description}: {len(loaded.train):,} to train on, "
-                f"{len(loaded.eval):,} to evaluate",
-                len(loaded.train),
-                loaded.image_shape[-1],
-            )
-        _, train_size, channels = described[name, size]
-        validate.check_data(run.config, train_size, channels)
-    return "; ".join(text for text, _, _ in described.values())
+        key = inputs.data_key(run.config)
+        if key not in loaded:
+            loaded[key] = inputs.load_data(run.config)
+        data = loaded[key]
+        validate.check_data(run.config, len(data.train), data.image_shape[-1])
+    return "; ".join(
+        f"{data.description}: {len(data.train):,} to train on, {len(data.eval):,} to evaluate"
+        for data in loaded.values()
+    )
 
 
 def _print_dry_run(planned: Any) -> None:

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.name = "adamw"  # an optax factory by name
     config.optimizer.decay_mask = "all"  # weight decay on "all" leaves, or on "kernels" only
     config.optimizer.hyperparams = ml_collections.ConfigDict()  # the factory's own names
-    config.optimizer.hyperparams.learning_rate = 2e-3  # peak, per update
+    config.optimizer.hyperparams.learning_rate = 8e-3  # peak, per update
     config.optimizer.hyperparams.b1 = 0.9  # decay per update
     config.optimizer.hyperparams.b2 = 0.99  # decay per update
     config.optimizer.hyperparams.eps = 1e-8
@@ -57,10 +57,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "fashion_mnist_10k"  # or folder:/path, tfds:cifar10, ...
-    config.data.image_size = 28  # pixels
+    config.data.image_size = 28  # pixels, as the model sees them
+    config.data.train_storage_size = 0  # pixels, as kept before random crops; 0: image_size
+    config.data.eval_storage_size = 0  # pixels, as kept before the centre crop; 0: image_size
+    config.data.fit = "squash"  # how images of another shape come to that size; or "crop"
     config.data.streamed = False  # True: read through grain; False: held on the device
-    config.data.flip = True
-    config.data.crop_padding = 2  # pixels on each side before a random crop
+    config.data.flip = False
+    config.data.crop_padding = 0  # pixels on each side before a random crop
     config.data.crop_area = (1.0, 1.0)  # random resized crop: share of the area, low and high
     config.data.mean = (0.286,)  # per channel, of pixels in [0, 1]
     config.data.std = (0.353,)

@@ -203,7 +203,7 @@ def test_batch_size_as_an_argument_agrees_and_does_not_retrace(rule):
 
     stats = MicrobatchStats(jax.tree.map(lambda p: 2 * p**2, PARAMS), 4)
     for batch_size in (256, 512):
-        updates, state = update(PARAMS, state, params, jnp.int32(batch_size), stats)
+        _, state = update(PARAMS, state, params, jnp.int32(batch_size), stats)
     assert traces == 1
 
 

@@ -49,6 +49,8 @@ def tiny_config(**overrides) -> dict:
         "train_examples": 192,
         "scaling.rule": "none",
         "ghost_batch_size": 4,
+        "optimizer.hyperparams.learning_rate": 2e-3,
+        "data.flip": True,
         "data.image_size": SIZE,
         "data.crop_padding": 1,
         "data.mean": (0.3,),

@@ -121,12 +121,12 @@ def augment(
     Raises:
       UserError: the stored images do not suit `spec`.
 
-    >>> spec = AugmentSpec(image_size=4, crop_padding=1, flip=True)
+    >>> spec, key = AugmentSpec(image_size=4, crop_padding=1, flip=True), jax.random.key(0)
     >>> images = jnp.zeros((2, 4, 4, 1), jnp.uint8)
-    >>> jax.jit(augment, static_argnames="spec")(jax.random.key(0), jnp.arange(2), images, spec).shape
+    >>> jax.jit(augment, static_argnames="spec")(key, jnp.arange(2), images, spec).shape
     (2, 4, 4, 1)
     """
-    _check_shape(images.shape, spec)
+    _check_shape(images.shape, spec, enlarged=spec.random_resized_crop is not None)
     resized_crop = spec.random_resized_crop
     num_draws = 1 + (2 if resized_crop is None else 4 * resized_crop.attempts)
     keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
@@ -157,7 +157,7 @@ def prepare_eval(images: jax.Array, spec: AugmentSpec) -> jax.Array:
     >>> prepare_eval(jnp.full((1, 4, 4, 1), 255, jnp.uint8), AugmentSpec(image_size=2)).tolist()
     [[[[1.0], [1.0]], [[1.0], [1.0]]]]
     """
-    _check_shape(images.shape, spec)
+    _check_shape(images.shape, spec, enlarged=False)
     size = spec.image_size
     top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
     return _normalize(images[:, top : top + size, left : left + size], spec)
@@ -290,14 +290,14 @@ def _normalize(images: jax.Array, spec: AugmentSpec) -> jax.Array:
     return (images.astype(jnp.float32) * scale + shift).astype(spec.dtype)
 
 
-def _check_shape(shape: tuple[int, ...], spec: AugmentSpec) -> None:
+def _check_shape(shape: tuple[int, ...], spec: AugmentSpec, *, enlarged: bool) -> None:
     _, height, width, channels = shape
     if len(spec.mean) not in (1, channels):
         raise UserError(
             f"augmentation: {len(spec.mean)} means for images of {channels} channels; "
             f"give 1 or {channels}"
         )
-    if spec.random_resized_crop is None and min(height, width) < spec.image_size:
+    if not enlarged and min(height, width) < spec.image_size:
         raise UserError(
             f"augmentation: image_size {spec.image_size} is larger than the stored "
             f"{height}x{width} images; use image_size <= {min(height, width)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 from absl import logging
@@ -157,9 +158,10 @@ def _build(entry: pathlib.Path, size: int, fit: str, source: EncodedSplit) -> No
     logging.info("decoding %d images to %dx%d into %s", count, size, size, root)
     building = pathlib.Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     try:
-        with open(building / "images.u8", "wb") as file:
-            digests = [b""] * count
-            for row, pixels, digest in _decode_all(source, size, fit):
+        digests = [b""] * count
+        decoding = contextlib.closing(_decode_all(source, size, fit))
+        with open(building / "images.u8", "wb") as file, decoding as decoded:
+            for row, pixels, digest in decoded:
                 digests[row] = digest
                 file.seek(row * row_bytes)
                 file.write(pixels.data)
@@ -190,7 +192,7 @@ def _build(entry: pathlib.Path, size: int, fit: str, source: EncodedSplit) -> No
 
 def _decode_all(
     source: EncodedSplit, size: int, fit: str
-) -> Iterator[tuple[int, np.ndarray, bytes]]:
+) -> Generator[tuple[int, np.ndarray, bytes]]:
     """Yield (row, pixels, sha256 of the encoded bytes); raise at the end if any failed."""
 
     def work(row: int, fetch: Callable[[], bytes]) -> tuple[int, np.ndarray, bytes] | str:

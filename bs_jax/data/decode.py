@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ import numpy as np
 SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 )
+
+
+_FILTERS_LOCK = threading.Lock()
 
 
 class UnreadableError(Exception):
@@ -68,8 +72,9 @@ def strict_decoding() -> Iterator[None]:
     """Refuse decompression bombs, and keep quiet about harmless oddities, while decoding."""
     from PIL import Image
 
-    # Python's warning filters are global, so this serves worker threads started inside too.
-    with warnings.catch_warnings():
+    # Python's warning filters are global: worker threads obey them too, and two that set them at
+    # once would mix them up.
+    with _FILTERS_LOCK, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield

@@ -48,7 +48,7 @@ def load_fashion_mnist_10k(folder: Traversable | None = None) -> ImageData:
       Greyscale images [28, 28, 1]; 800 training and 200 evaluation examples of each class.
 
     Raises:
-      UserError: a file is missing or its sha256 is not the published one.
+      UserError: a file is missing or its sha256 is not the one expected.
 
     >>> data = load_fashion_mnist_10k()
     >>> len(data.train), len(data.eval), data.train.image_shape

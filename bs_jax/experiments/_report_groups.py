@@ -12,6 +12,7 @@ from bs_jax.experiments._report_statistics import (
     Interval,
     SeedNoise,
     compare,
+    exceeds,
     mean_interval,
 )
 from bs_jax.experiments.results import DIVERGED, DONE, Row, Run, Sweep
@@ -117,13 +118,13 @@ def compare_with_base(
     noise: SeedNoise | None,
     near: bool,
 ) -> Comparison | None:
-    """By the pooled noise if the group is near the base and all near groups agree; else Welch.
+    """By the pooled noise where it is shared, and a group far away does not exceed it; else Welch.
 
     A single seed, or seeds that all tie, have no scatter of their own and borrow the pooled one.
     """
     if not (len(values) and len(base)):
         return None
-    if noise is not None and near and noise.shared:
+    if noise is not None and noise.shared and (near or not exceeds(values, noise)):
         return compare(values, base, margin, noise)
     own = compare(values, base, margin)
     return own if noise is None or own.standard_error > 0 else compare(values, base, margin, noise)

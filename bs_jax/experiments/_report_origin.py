@@ -74,16 +74,16 @@ def without_result(results: Results) -> Html:
         (MISSING, "not started"),
         (DAMAGED, "damaged"),
     ):
-        names = [_name(results, run_id) for run_id in _with_status(results, status)]
-        parts.append(_named(f"runs {title}", names))
-    parts.append(_named("damaged records", list(results.problems)))
-    parts.append(_named("folders under runs/ that belong to no point", list(results.foreign)))
+        run_ids = [run_id for run_id, run in results.runs.items() if run.status == status]
+        names = [_name(results, run_id) for run_id in run_ids[:_MAX_NAMED]]
+        parts.append(_named(f"runs {title}", names, len(run_ids)))
+    for title, names in (
+        ("damaged records", results.problems),
+        ("folders under runs/ that belong to no point", results.foreign),
+    ):
+        parts.append(_named(title, names[:_MAX_NAMED], len(names)))
     shown = [part for part in parts if part]
     return section("Runs without a result", *shown) if shown else html()
-
-
-def _with_status(results: Results, status: str) -> list[str]:
-    return [run_id for run_id, run in results.runs.items() if run.status == status]
 
 
 def _name(results: Results, run_id: str) -> str:
@@ -97,10 +97,8 @@ def _name(results: Results, run_id: str) -> str:
     return f"runs/{run_id}: {'; '.join(list(points)[:3])}{where}"
 
 
-def _named(title: str, names: Sequence[str]) -> Html:
+def _named(title: str, names: Sequence[str], total: int) -> Html:
     if not names:
         return html()
-    shown = [*names[:_MAX_NAMED]]
-    if len(names) > _MAX_NAMED:
-        shown.append(f"and {len(names) - _MAX_NAMED} more")
-    return tag("details", tag("summary", f"{len(names):,} {title}"), bullets(shown))
+    more = [f"and {total - len(names):,} more"] if total > len(names) else []
+    return tag("details", tag("summary", f"{total:,} {title}"), bullets([*names, *more]))

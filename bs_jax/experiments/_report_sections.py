@@ -102,11 +102,16 @@ def overview(analysis: Analysis) -> Html:
     """The figure: final metric against batch size for every rule."""
     units = Units(analysis.sweep.accuracy_metric)
     what = f"Final {units.name} against batch size, one line a rule"
-    caption = (
-        "Every rule starts from the same recipe at the black point. The shaded band is the base "
-        f"± {units.spread(analysis.sweep.margin)}. A bar is the 90 % interval of the difference "
-        "from the base: a bar that lies wholly inside the band passes the equivalence test."
-    )
+    if not any(group.values for group in analysis.groups):
+        return html()
+    caption = "The sweep has no finished base point, so there is no band to lie in."
+    if analysis.base is not None and analysis.base.values:
+        caption = (
+            "Every rule starts from the same recipe at the black point. The shaded band is the "
+            f"base ± {units.spread(analysis.sweep.margin)}. A bar is the 90 % interval of the "
+            "difference from the base: a bar wholly inside the band passes the equivalence test. "
+            "A cross marks a batch size at which runs diverged."
+        )
     wide = Html(style.to_svg(plots.metric_figure(analysis, 8.7, 4.4), what, "w-"))
     narrow = Html(style.to_svg(plots.metric_figure(analysis, 3.7, 3.6), what, "n-"))
     return section(
@@ -122,6 +127,8 @@ def overview(analysis: Analysis) -> Html:
 
 def arm_panels(analysis: Analysis) -> Html:
     """A pair of figures a rule: where it ends, and how it gets there."""
+    if not any(group.values for group in analysis.groups):
+        return html()
     sweep = analysis.sweep
     sizes = [group.batch_size for group in analysis.groups if group.offset == 1]
     colours = style.size_colours(sizes, sweep.base_batch_size)
@@ -163,6 +170,8 @@ def arm_panels(analysis: Analysis) -> Html:
 
 def deviation(analysis: Analysis) -> Html:
     """How far the whole training curve strays from the base's."""
+    if not any(math.isfinite(group.curve_rms) for group in analysis.groups):
+        return html()
     what = "Deviation of the training curve from the base's, in units of seed noise"
     caption = (
         f"Root mean square over {max(len(analysis.edges) - 1, 0)} windows of examples seen of the "
@@ -280,8 +289,8 @@ def _how_to_read(analysis: Analysis) -> Html:
             f"p = {p_value(noise.p_equal)})."
         )
         used = (
-            " Groups more than 5 margins away from the base scatter differently and are compared "
-            "by Welch's test instead."
+            " Groups more than 5 margins away stay out of that pool; those of them whose seeds "
+            "scatter more (F test) are compared by Welch's test."
             if noise.shared
             else " They do not share it, so every point is compared by Welch's test."
         )

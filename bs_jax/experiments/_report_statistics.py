@@ -188,6 +188,19 @@ def compare(
     )
 
 
+def exceeds(values: Sequence[float], noise: SeedNoise) -> bool:
+    """Whether a group outside the pool scatters more than the pooled noise explains (F test, 5 %).
+
+    >>> noise = SeedNoise(variance=1e-4, df=20, groups=10, p_equal=0.5)
+    >>> exceeds([0.80, 0.81, 0.82], noise), exceeds([0.70, 0.80, 0.90], noise)
+    (False, True)
+    """
+    if len(values) < 2:
+        return False
+    ratio = float(np.var(values, ddof=1)) / noise.variance
+    return float(stats.f.sf(ratio, len(values) - 1, noise.df)) <= ALPHA
+
+
 def _squared_error(
     group: Sequence[float], base: Sequence[float], noise: SeedNoise | None
 ) -> tuple[float, float]:

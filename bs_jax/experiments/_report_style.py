@@ -160,9 +160,6 @@ def to_svg(figure: "Figure", description: str, prefix: str) -> str:
     for role, (light, _) in ROLES.items():
         text = text.replace(light, f"var(--{role})")
     text = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", text)
-    width = figure.get_figwidth()
-    return text.replace(
-        "<svg ",
-        f'<svg role="img" aria-label="{escape(description)}" style="max-width:{width * 110:.0f}px" ',
-        1,
-    )
+    width = f"max-width:{figure.get_figwidth() * 110:.0f}px"
+    opening = f'<svg role="img" aria-label="{escape(description)}" style="{width}" '
+    return text.replace("<svg ", opening, 1)

@@ -215,6 +215,6 @@ def _warnings(
             "With these few seeds no difference, not even none, could pass the equivalence test: "
             "the seeds scatter too much for the margin. Train more seeds."
         )
-    if any(len(group.values) == 1 for group in groups):
+    if noise is not None and any(len(group.values) == 1 for group in groups):
         found.append("Some points have a single finished seed; their noise is taken from others.")
     return found

@@ -37,18 +37,15 @@ class CohortTrainer:
         """Train runs of one cohort to their ends."""
         import jax
 
-        from bs_jax import data
-        from bs_jax.training import loop, optimizers
+        from bs_jax.training import inputs, loop, optimizers
 
         config = folders[0].run.config
         key = optimizers.cohort_key(config)
         if key != self._key:
             self._trainer = None  # frees the old programs before new ones are made
-            source = json.dumps([config["data"]["name"], config["data"]["image_size"]])
+            source = inputs.data_key(config)
             if source not in self._data:
-                self._data[source] = data.load(
-                    config["data"]["name"], image_size=config["data"]["image_size"]
-                )
+                self._data[source] = inputs.load_data(config)
             self._trainer = loop.Trainer(
                 config, self._data[source], jax.local_devices(), vmapped=self._vmapped
             )

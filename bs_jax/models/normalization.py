@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -84,24 +85,19 @@ class BatchNorm(nn.Module):
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
             return _affine(x, factor, bias - running_mean.value * factor, self.dtype)
 
-        groups = self._group_count(x.shape[0])
-        grouped = x.astype(jnp.float32).reshape(groups, -1, channels)
-        mean = jnp.mean(grouped, axis=1, keepdims=True)
-        mean_square = jnp.mean(jnp.square(grouped), axis=1, keepdims=True)
-        if self.axis_name is not None and not self.is_initializing():
-            mean, mean_square = lax.pmean((mean, mean_square), self.axis_name)
-        var = jnp.maximum(mean_square - jnp.square(mean), 0.0)
-
+        size = self._group_size(x.shape[0])
+        axis_name = None if self.is_initializing() else self.axis_name
+        grouped = x.reshape(x.shape[0] // size, -1, channels)
+        y, mean, var = normalise(
+            grouped, scale, bias, epsilon=self.epsilon, axis_name=axis_name, dtype=self.dtype
+        )
         if not self.is_initializing():
             keep = jnp.asarray(self.decay if decay is None else decay, jnp.float32)
             for running, value in ((running_mean, mean), (running_var, var)):
-                running.value = keep * running.value + (1 - keep) * jnp.mean(value, axis=(0, 1))
+                running.value = keep * running.value + (1 - keep) * jnp.mean(value, axis=0)
+        return y.reshape(x.shape)
 
-        factor = scale[None, None] * lax.rsqrt(var + self.epsilon)
-        y = grouped * factor + (bias[None, None] - mean * factor)
-        return y.astype(self.dtype).reshape(x.shape)
-
-    def _group_count(self, examples: int) -> int:
+    def _group_size(self, examples: int) -> int:
         size = self.ghost_batch_size or examples
         if self.ghost_batch_size and self.axis_name is not None:
             raise UserError(
@@ -114,7 +110,107 @@ class BatchNorm(nn.Module):
                 f"ghost_batch_size {size} does not divide a batch of {examples} examples; use "
                 f"{smaller[-1] if smaller else examples} or {examples}"
             )
-        return examples // size
+        return size
+
+
+def normalise(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    epsilon: float,
+    axis_name: str | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise every group and channel by its own mean and biased variance.
+
+    The backward pass is written out, with z = (x - mean) / sqrt(var + epsilon):
+
+        dx = scale / sqrt(var + epsilon) (dy - average(dy) - z average(dy z))
+
+    It keeps `x` alone from the forward pass and reads it once; autodiff's form takes two to ten
+    times as long on CPU. Mean and variance are for the running statistics: no gradient flows
+    through them.
+
+    Args:
+        x: [groups, positions, channels].
+        scale: float32 [channels].
+        bias: float32 [channels].
+        epsilon: added to the variance.
+        axis_name: mapped axis whose members' groups are one; None: each its own.
+        dtype: of the output.
+
+    Returns:
+        (y of the shape of x, mean [groups, channels], variance [groups, channels]).
+
+    Example:
+        >>> y, mean, var = normalise(
+        ...     jnp.array([[[1.0], [3.0]]]), jnp.ones(1), jnp.zeros(1), epsilon=0.0)
+        >>> y.tolist(), mean.tolist(), var.tolist()
+        ([[[-1.0], [1.0]]], [[2.0]], [[1.0]])
+    """
+    return _normalise(epsilon, axis_name, jnp.dtype(dtype), x, scale, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalise(
+    epsilon: float,
+    axis_name: str | None,
+    dtype: Any,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wide = x.astype(jnp.float32)
+    mean = _average(wide, axis_name)
+    # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
+    var = _average(jnp.square(wide - mean[:, None]), axis_name)
+    factor = scale[None] * lax.rsqrt(var + epsilon)
+    y = wide * factor[:, None] + (bias[None] - mean * factor)[:, None]
+    return y.astype(dtype), mean, var
+
+
+def _normalise_forward(epsilon, axis_name, dtype, x, scale, bias):
+    y, mean, var = _normalise(epsilon, axis_name, dtype, x, scale, bias)
+    return (y, mean, var), (x, mean, var, scale)
+
+
+def _normalise_backward(epsilon, axis_name, dtype, kept, cotangents):
+    del dtype
+    x, mean, var, scale = kept
+    wide, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
+    inverse = lax.rsqrt(var + epsilon)
+    centred = (wide - mean[:, None]) * inverse[:, None]
+    dbias, dscale = _sum_positions(dy), _sum_positions(dy * centred)
+    average_dy, average_dyz = dbias / x.shape[1], dscale / x.shape[1]
+    if axis_name is not None:
+        average_dy, average_dyz = lax.pmean((average_dy, average_dyz), axis_name)
+    dx = (scale[None] * inverse)[:, None] * (
+        dy - average_dy[:, None] - centred * average_dyz[:, None]
+    )
+    return dx.astype(x.dtype), jnp.sum(dscale, axis=0), jnp.sum(dbias, axis=0)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _average(x: jax.Array, axis_name: str | None) -> jax.Array:
+    average = _sum_positions(x) / x.shape[1]
+    return average if axis_name is None else lax.pmean(average, axis_name)
+
+
+def _sum_positions(x: jax.Array) -> jax.Array:
+    """Sum [groups, positions, channels] over the positions.
+
+    XLA on CPU is up to ten times as fast where neighbouring positions first count as further
+    channels: whole vectors are added, and a last small sum folds them.
+    """
+    groups, positions, channels = x.shape
+    fold = 8
+    while fold > 1 and (positions % fold or fold * channels > 512):
+        fold //= 2
+    folded = jnp.sum(x.reshape(groups, positions // fold, fold * channels), axis=1)
+    return jnp.sum(folded.reshape(groups, fold, channels), axis=1)
 
 
 def _affine(x: jax.Array, factor: jax.Array, shift: jax.Array, dtype: Any) -> jax.Array:

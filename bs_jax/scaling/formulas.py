@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
+from bs_jax.scaling.roles import (
+    ROLES,
+    UNSCALED,
+    Spec,
+    factory_name,
+    fill_implied,
+    resolve,
+    resolve_factory,
+)
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule, sqrt
 
 
@@ -158,7 +166,7 @@ class Scaler:
         """Return the value in force of one hyperparameter."""
         base, role = self.values[name], self.spec.roles.get(name, "unchanged")
         k = self.rule.k_of(name, self.k)
-        if k is None or base is None or role in ("unchanged", "l2"):
+        if k is None or base is None or role in UNSCALED:
             return base
         if self.rule.is_identity(self.k):
             return base
@@ -237,13 +245,6 @@ def _period(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     return jnp.maximum(1, jnp.round(base / k))
 
 
-def _slow_step_size(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
-    if not scaler.rule.time_constants:
-        return base
-    (period,) = (n for n, role in scaler.spec.roles.items() if role == "period")
-    return 1 - (1 - base) ** (k * scaler.value(period) / scaler.values[period])
-
-
 def _mixing_weight(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     """Solve for the weight that keeps the signal to noise ratio of the mixed gradient.
 
@@ -282,7 +283,6 @@ _FORMULAS: dict[str, Callable[[Scaler, Scalar, Scalar], Scalar]] = {
     "gradient_norm": _gradient_norm,
     "update_norm": _update_norm,
     "period": _period,
-    "slow_step_size": _slow_step_size,
 }
 
 

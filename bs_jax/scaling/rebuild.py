@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bs_jax.scaling.ranger import around
 from bs_jax.scaling.formulas import Scaler
+from bs_jax.scaling.ranger import around
 
 # optax.scale_by_factored_rms divides by nothing, but our second moment does by this decay.
 _SMALLEST_DECAY = 1e-6

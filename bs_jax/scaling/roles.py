@@ -55,10 +55,11 @@ ROLES: dict[str, Role] = {
     "update_norm": Role("size beside the update before the learning rate", "x q/d"),
     "period": Role("examples per period", "max(1, round(period/k))", low=1.0),
     "slow_step_size": Role(
-        "share of the slow weights replaced per example", "1 - (1 - a)^(k p'/p)", high=1.0 + 1e-9
+        "share of the fast weights' way that the slow ones follow", "unchanged", high=1.0 + 1e-9
     ),
     "unchanged": Role("itself", "unchanged", low=-float("inf")),
 }
+UNSCALED = ("l2", "slow_step_size", "unchanged")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -225,9 +225,9 @@ class _Job:
     def _is_schedule(self, name: str) -> bool:
         return callable(self.scaled[name]) and self.spec.roles[name] in _SCHEDULED_ROLES
 
-    def _base_values(self, examples: jax.Array, batch_size: Any) -> dict[str, Any]:
+    def _base_values(self, examples: jax.Array, changing: bool = False) -> dict[str, Any]:
         """Return base values now: schedules are read on the clock of base-size updates."""
-        if is_number(batch_size) and batch_size % self.base_batch_size == 0:
+        if not changing and self.batch_size % self.base_batch_size == 0:
             steps = examples // self.base_batch_size
         else:
             steps = examples / self.base_batch_size
@@ -237,7 +237,7 @@ class _Job:
         examples = jnp.zeros((), jnp.int32)
         online = noise_lib.init_noise_scale() if self.online else ()
         noise = _online_noise(online, self.base_batch_size) if self.online else self.noise
-        scaler = self._scaler(self._base_values(examples, self.batch_size), self.k, noise)
+        scaler = self._scaler(self._base_values(examples), self.k, noise)
         values = scaler.all()
         inner = self.plain if self.static else self._build_now(values, scaler)
         inner_state = inner.init(params)
@@ -295,11 +295,11 @@ class _Job:
         if microbatch is not None:
             noise_lib.check_microbatch(microbatch)
         online, noise = self._noise_now(updates, state, k, batch_size, microbatch)
-        base = self._base_values(state.examples, batch_size)
+        changing = given_batch_size is not None
+        base = self._base_values(state.examples, changing)
         scaler = self._scaler(base, k, noise)
         values = scaler.all()
         inner_state = state.inner_state
-        changing = given_batch_size is not None
         if changing:
             old_k = state.batch_size / self.base_batch_size
             inner_state = carry_moments(inner_state, self._scaler(base, old_k, noise), scaler)

@@ -1,0 +1,461 @@
+"""Folders and archives of images: the official layout, odd images, hostile names, damage, cache."""
+
+import gzip
+import io
+import os
+import pathlib
+import struct
+import tarfile
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bs_jax.data import cache, load
+from bs_jax.data.decode import UnreadableError, decode_square
+from bs_jax.errors import UserError
+
+LARGER_IMAGES = (
+    pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette2-224.tar"
+)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def colour(index: int, size: tuple[int, int] = (12, 10)) -> bytes:
+    return encode(Image.new("RGB", size, (index * 20 % 256, 255 - index * 20 % 256, 7)))
+
+
+def make_tree(root: pathlib.Path, classes=("cat", "dog"), train=3, val=2, val_name="val"):
+    count = 0
+    for split, number in (("train", train), (val_name, val)):
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                (folder / f"{i}.png").write_bytes(colour(count))
+                count += 1
+    return root
+
+
+def make_archive(tree: pathlib.Path, path: pathlib.Path, top: str = "pets") -> pathlib.Path:
+    mode = "w:gz" if path.suffix in (".tgz", ".gz") else "w"
+    with tarfile.open(path, mode) as tar:
+        tar.add(tree, arcname=top)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "pets")
+
+
+@pytest.fixture
+def open_data(tmp_path):
+    def open_data(path, **options):
+        options = {"image_size": 8, "cache_dir": tmp_path / "cache", **options}
+        return load(f"folder:{path}", **options)
+
+    return open_data
+
+
+def one_line_error(open_data, path, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        open_data(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not list(pathlib.Path(path).parent.glob("cache/.building-*"))
+    return message
+
+
+def test_layout_and_labels(tree, open_data):
+    data = open_data(tree)
+    assert data.class_names == ("cat", "dog")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.eval.labels.tolist() == [0, 0, 1, 1]
+    assert data.image_shape == data.train.image_shape == (8, 8, 3)
+    plain = data.train.read(np.arange(6))
+    assert plain[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 80, 100]
+    assert (plain == plain[:, :1, :1]).all()
+    assert "6 train / 4 eval images, 2 classes" in data.description
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_names_of_the_evaluation_split(tmp_path, open_data, name):
+    data = open_data(make_tree(tmp_path / "pets", val_name=name))
+    assert len(data.eval) == 4
+
+
+@pytest.mark.parametrize("name", ["pets.tgz", "pets.tar", "pets.tar.gz"])
+@pytest.mark.parametrize("top", ["pets", ".", "./deep"])
+def test_archive_equals_folder(tmp_path, tree, open_data, name, top):
+    archived = open_data(make_archive(tree, tmp_path / name, top))
+    extracted = open_data(tree)
+    assert archived.checksum == extracted.checksum
+    assert archived.class_names == extracted.class_names
+    rows = np.arange(6)
+    np.testing.assert_array_equal(archived.train.read(rows), extracted.train.read(rows))
+
+
+def test_folder_above_the_root(tree, open_data):
+    assert len(open_data(tree.parent / ".", cache_dir=tree.parent.parent / "c").train) == 6
+
+
+def test_storage_sizes_and_fit(tmp_path, open_data):
+    root = make_tree(tmp_path / "pets")
+    half = Image.new("RGB", (40, 10), (200, 0, 0))
+    half.paste((0, 0, 200), (15, 0, 25, 10))
+    for path in root.glob("*/cat/0.png"):
+        path.write_bytes(encode(half))
+    squashed = open_data(root, train_storage_size=20, eval_storage_size=10)
+    assert squashed.train.image_shape == (20, 20, 3)
+    assert squashed.eval.image_shape == (10, 10, 3)
+    assert squashed.image_shape == (8, 8, 3)
+    assert squashed.train.read(np.array([0]))[0, :, 0].tolist() == [[200, 0, 0]] * 20
+    cropped = open_data(root, train_storage_size=20, eval_storage_size=10, fit="crop")
+    assert (cropped.train.read(np.array([0]))[0, :, 2:-2] == [0, 0, 200]).all()
+    assert cropped.checksum != squashed.checksum
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("L", (9, 7), 90),
+        Image.new("1", (9, 7), 1),
+        Image.new("LA", (9, 7), (90, 3)),
+        Image.new("RGBA", (9, 7), (90, 80, 70, 3)),
+        Image.new("RGB", (9, 7), (90, 80, 70)).quantize(4),
+    ],
+    ids=lambda image: image.mode,
+)
+def test_other_modes_become_rgb(image):
+    found = decode_square(encode(image), 5, "squash")
+    assert found.shape == (5, 5, 3)
+    assert (found == np.array(image.convert("RGBA").convert("RGB").getpixel((0, 0)))).all()
+
+
+def test_cmyk_and_palette_transparency_become_rgb():
+    red = decode_square(encode(Image.new("CMYK", (9, 7), (0, 255, 255, 0)), "JPEG"), 5, "squash")
+    assert np.abs(red.astype(int) - [254, 0, 0]).max() < 4
+    palette = Image.new("RGB", (9, 7), (90, 80, 70)).quantize(4)
+    found = decode_square(encode(palette, transparency=bytes([0, 255])), 5, "squash")
+    assert (found == [90, 80, 70]).all()
+
+
+def test_grey_jpeg_among_colours(tree, open_data):
+    grey = Image.fromarray(np.arange(144, dtype=np.uint8).reshape(12, 12))
+    (tree / "train/cat/grey.JPEG").write_bytes(encode(grey, "JPEG"))
+    image = open_data(tree).train.read(np.array([3]))[0]
+    assert (image == image[..., :1]).all()
+    assert image.std() > 20
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
+def test_more_than_eight_bits_are_refused(mode):
+    with pytest.raises(UnreadableError, match=r"8 bits"):
+        decode_square(encode(Image.new(mode, (4, 4)), "TIFF"), 4, "squash")
+
+
+def bomb(width: int, height: int) -> bytes:
+    def part(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", b"") + part(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"\n<html>not found</html>", "not an image"),
+        (encode(Image.effect_noise((64, 64), 50), "JPEG")[:900], "truncated"),
+        (encode(Image.effect_noise((64, 64), 50), "PNG")[:900], "truncated"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "not an image"),
+        (bomb(60_000, 60_000), "pixels"),
+        # Above Pillow's warning, below its error.
+        (bomb(10_000, 9_000), "pixels"),
+    ],
+    ids=["empty", "html", "cut jpeg", "cut png", "hollow png", "bomb", "small bomb"],
+)
+@pytest.mark.parametrize("archived", [False, True])
+def test_unreadable_images_are_named(tmp_path, tree, open_data, content, reason, archived):
+    (tree / "train/dog/bad one.png").write_bytes(content)
+    path = make_archive(tree, tmp_path / "pets.tgz") if archived else tree
+    message = one_line_error(open_data, path)
+    assert "1 of 7 images cannot be read" in message
+    assert "'train/dog/bad one.png'" in message
+    assert reason in message
+
+
+def test_many_unreadable_images_are_counted(tree, open_data):
+    for i in range(9):
+        (tree / f"val/dog/bad{i}.jpg").write_bytes(b"")
+    message = one_line_error(open_data, tree)
+    assert "9 of 13 images" in message
+    assert "bad4.jpg" in message
+    assert "bad5.jpg" not in message
+    assert "and 4 more" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline.png", "späße 犬 🐕.png", "a'b\"c;$(x).png", "-rf.png", b"\xff\xfe.png"]
+)
+def test_hostile_file_names(tree, open_data, name):
+    path = os.path.join(os.fsencode(tree / "train/cat"), os.fsencode(name))
+    with open(path, "wb") as file:
+        file.write(colour(9))
+    assert len(open_data(tree).train) == 7
+    with open(path, "wb") as file:
+        file.write(b"broken")
+    assert "1 of 7" in one_line_error(open_data, tree)
+
+
+def test_class_name_that_is_no_utf8(tmp_path, open_data):
+    odd = os.fsdecode(b"caf\xe9")
+    data = open_data(make_tree(tmp_path / "pets", classes=("ant", odd)))
+    assert data.class_names == ("ant", "caf\ufffd")
+
+
+def test_what_is_no_image_is_passed_over(tree, open_data):
+    (tree / "train/cat/.hidden.png").write_bytes(b"")
+    (tree / "train/cat/._0.png").write_bytes(b"")
+    (tree / "train/cat/notes.txt").write_bytes(b"")
+    (tree / "train/.git").mkdir()
+    (tree / "train/.git/x.png").write_bytes(b"")
+    (tree / "train/stray.png").write_bytes(b"")
+    os.mkfifo(tree / "train/cat/pipe.png")
+    assert len(open_data(tree).train) == 6
+
+
+def test_links(tree, open_data):
+    (tree / "train/cow").symlink_to(tree / "train/cat")
+    (tree / "val/cow").symlink_to(tree / "val/cat")
+    (tree / "train/cat/again").symlink_to(tree / "train")
+    assert open_data(tree).class_names == ("cat", "cow", "dog")
+    (tree / "train/dog/gone.png").symlink_to(tree / "nowhere.png")
+    assert "gone.png" in one_line_error(open_data, tree)
+
+
+def test_missing_class(tree, open_data):
+    for path in (tree / "val/dog").iterdir():
+        path.unlink()
+    message = one_line_error(open_data, tree)
+    assert "1 of 2 classes have no images in val/: 'dog'" in message
+    (tree / "val/dog/0.png").write_bytes(colour(1))
+    (tree / "val/emu").mkdir()
+    (tree / "val/emu/0.png").write_bytes(colour(1))
+    assert "no images in train/: 'emu'" in one_line_error(open_data, tree)
+
+
+def test_missing_class_in_an_archive(tmp_path, tree, open_data):
+    for path in (tree / "val/dog").iterdir():
+        path.unlink()
+    message = one_line_error(open_data, make_archive(tree, tmp_path / "pets.tar"))
+    assert "no images in val/: 'dog'" in message
+
+
+def test_one_class_is_not_enough(tmp_path, open_data):
+    message = one_line_error(open_data, make_tree(tmp_path / "pets", classes=("cat",)))
+    assert "1 class folders" in message
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_wrong_folder(tmp_path, tree, open_data, archived):
+    def path(folder, name):
+        return make_archive(folder, tmp_path / name, ".") if archived else folder
+
+    inside = one_line_error(open_data, path(tree / "train", "a.tar"))
+    assert "no train/ folder" in inside
+    assert "found 'cat', 'dog'" in inside
+    (tree / "val").rename(tree / "vall")
+    assert "none of val/, valid/, validation/, test/" in one_line_error(
+        open_data, path(tree, "b.tar")
+    )
+
+
+def test_missing_or_of_another_kind(tmp_path, open_data):
+    assert "no folder or archive" in one_line_error(open_data, tmp_path / "nothing")
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    assert "neither a folder nor a tar" in one_line_error(open_data, tmp_path / "data.zip")
+    (tmp_path / "empty").mkdir()
+    assert "found nothing" in one_line_error(open_data, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["pets.tgz", "pets.tar"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9])
+def test_truncated_archive(tmp_path, tree, open_data, name, share):
+    path = make_archive(tree, tmp_path / name)
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data if name.endswith("tar") else len(content)
+    path.write_bytes(content[: int(end * share)])
+    assert "damaged, cut short" in one_line_error(open_data, path)
+
+
+def test_archive_cut_between_two_files(tmp_path, tree, open_data):
+    path = make_archive(tree, tmp_path / "pets.tar")
+    with tarfile.open(path) as tar:
+        border = tar.getmembers()[-1].offset
+    path.write_bytes(path.read_bytes()[:border])
+    assert "no proper end" in one_line_error(open_data, path)
+
+
+def test_archive_with_a_damaged_header(tmp_path, tree, open_data):
+    path = make_archive(tree, tmp_path / "pets.tar")
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        content[tar.getmembers()[-2].offset + 150] ^= 0xFF
+    path.write_bytes(content)
+    assert "no proper end" in one_line_error(open_data, path)
+
+
+def test_gzip_checksum_is_checked(tmp_path, tree, open_data):
+    path = make_archive(tree, tmp_path / "pets.tgz")
+    plain = gzip.decompress(path.read_bytes())
+    content = bytearray(gzip.compress(plain, compresslevel=0))
+    content[-8] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in one_line_error(open_data, path)
+
+
+def test_archive_never_writes_outside_the_cache(tmp_path, tree, open_data):
+    path = make_archive(tree, tmp_path / "pets.tar")
+    with tarfile.open(path, "a") as tar:
+        for name in ("../escaped.png", "/tmp/escaped-bs-jax.png", "pets/train/../../escaped.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(colour(1))
+            tar.addfile(info, io.BytesIO(colour(1)))
+    assert len(open_data(path).train) == 6
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_cache_is_used_again(tree, open_data, monkeypatch):
+    first = open_data(tree)
+    monkeypatch.setattr(cache, "decode_square", None)
+    again = open_data(tree)
+    assert again.checksum == first.checksum
+    np.testing.assert_array_equal(again.train.read([2]), first.train.read([2]))
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_change_in_the_source_is_noticed(tmp_path, tree, open_data, archived):
+    def path():
+        return make_archive(tree, tmp_path / "pets.tgz") if archived else tree
+
+    before = open_data(path())
+    (tree / "train/cat/0.png").write_bytes(colour(12, size=(30, 30)))
+    after = open_data(path())
+    assert after.checksum != before.checksum
+    assert after.train.read([0])[0, 0, 0, 0] == 240
+
+
+def test_half_written_cache_is_not_used(tmp_path, tree, open_data, monkeypatch):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_sync", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_data(tree)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.undo()
+    # As a kill leaves it: a folder under construction, which nothing ever opens.
+    (tmp_path / "cache/.building-killed").mkdir()
+    (tmp_path / "cache/.building-killed/images.u8").write_bytes(bytes(10))
+    assert len(open_data(tree).train) == 6
+
+
+@pytest.mark.parametrize("name", ["images.u8", "labels.npy", "meta.json"])
+def test_damaged_cache_is_rebuilt(tmp_path, tree, open_data, name):
+    first = open_data(tree)
+    expected = first.train.read(np.arange(6))
+    for path in (tmp_path / "cache").glob(f"*/{name}"):
+        path.write_bytes(path.read_bytes()[:-7])
+    again = open_data(tree)
+    np.testing.assert_array_equal(again.train.read(np.arange(6)), expected)
+    assert again.checksum == first.checksum
+
+
+def test_stale_remains_are_swept(tmp_path, tree, open_data):
+    old, new = (tmp_path / "cache" / f".building-{age}" for age in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    open_data(tree)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_two_builders_at_once(tree, open_data):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(open_data(tree).checksum)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert len(set(results)) == 1
+
+
+def test_cache_that_cannot_be_written(tmp_path, tree, open_data):
+    (tmp_path / "file").write_bytes(b"")
+    message = one_line_error(open_data, tree, cache_dir=tmp_path / "file" / "cache")
+    assert "cannot write decoded images" in message
+    assert "XDG_CACHE_HOME" in message
+
+
+def test_too_little_space(tree, open_data, monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    message = one_line_error(open_data, tree)
+    assert "6 images to 8x8 needs" in message
+
+
+def test_full_disk(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    split = cache.EncodedSplit(["a"], [0], ("x",), lambda: iter([(0, lambda: colour(1))]))
+    with pytest.MonkeyPatch.context() as patch:
+        # Every write to it fails as on a disk without space.
+        patch.setattr(cache, "open", lambda path, mode: io.open("/dev/full", mode), raising=False)
+        with pytest.raises(UserError, match="No space left"):
+            cache.open_or_build(tmp_path / "cache", "f", 8, "squash", lambda: split)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_default_cache_folder(tmp_path, tree, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load(f"folder:{tree}", image_size=8)
+    assert len(list((tmp_path / "xdg/bs_jax").iterdir())) == 2
+
+
+def test_real_archive_by_its_first_images(tmp_path, open_data):
+    if not LARGER_IMAGES.exists():
+        pytest.skip("no folder of larger images beside the checkout")
+    wanted, part = {"train": 2, "val": 1}, tmp_path / "imagenette.tar"
+    taken: dict[tuple[str, str], int] = {}
+    with tarfile.open(LARGER_IMAGES) as tar, tarfile.open(part, "w") as small:
+        for member in tar:
+            parts = member.name.split("/")
+            if len(parts) != 4 or taken.get((parts[1], parts[2]), 0) >= wanted[parts[1]]:
+                continue
+            taken[parts[1], parts[2]] = taken.get((parts[1], parts[2]), 0) + 1
+            small.addfile(member, tar.extractfile(member))
+    data = open_data(part, image_size=64, train_storage_size=80, eval_storage_size=72)
+    assert data.num_classes == 10
+    assert data.class_names[0] == "n01440764"
+    assert np.bincount(data.train.labels).tolist() == [2] * 10
+    # Photographs, not noise or blanks: neighbouring pixels agree, distant ones do not.
+    images = data.train.read(np.arange(20)).astype(float)
+    assert np.abs(np.diff(images, axis=1)).mean() < images.std() / 2
+    assert images.std() > 30

@@ -1,0 +1,82 @@
+"""The noisy quadratic: what every batch size should give is known, and Adam is held against it."""
+
+import numpy as np
+import optax
+import pytest
+
+from bs_jax.scaling import quadratic, scale_by_batch
+
+SIGMAS = (10.0, 1.0, 0.3)  # phi about 100, 1 and growing, 0.1
+# Mean of x after each quarter of 4,000 base updates' worth of examples, Adam 1e-3, b .9/.99.
+BASE = [[0.906, 0.821, 0.743, 0.673], [0.447, 0.172, 0.063, 0.024], [0.218, 0.009, 0.0, 0.0]]
+TABLE = {
+    (8, "sqrt"): [[0.911, 0.829, 0.754, 0.686], [0.683, 0.401, 0.190, 0.076],
+                  [0.660, 0.335, 0.070, 0.003]],
+    (8, "linear"): [[0.767, 0.588, 0.448, 0.341], [0.241, 0.017, 0.001, 0.0],
+                    [0.156, 0.0, 0.0, 0.0]],
+    (8, "noise_aware"): [[0.908, 0.825, 0.749, 0.680], [0.446, 0.174, 0.066, 0.025],
+                         [0.218, 0.009, 0.0, 0.0]],
+    (8, "invariant"): [[0.903, 0.816, 0.737, 0.666], [0.442, 0.167, 0.061, 0.022],
+                       [0.217, 0.008, 0.0, 0.0]],
+    (0.25, "sqrt"): [[0.905, 0.819, 0.741, 0.670], [0.387, 0.143, 0.053, 0.019],
+                     [0.070, 0.002, 0.0, 0.0]],
+    (0.25, "linear"): [[0.951, 0.905, 0.861, 0.820], [0.630, 0.388, 0.237, 0.144],
+                       [0.326, 0.066, 0.012, 0.002]],
+    (0.25, "noise_aware"): [[0.905, 0.819, 0.742, 0.671], [0.446, 0.172, 0.064, 0.022],
+                            [0.218, 0.009, 0.0, 0.0]],
+    (0.25, "invariant"): [[0.901, 0.814, 0.736, 0.664], [0.440, 0.166, 0.060, 0.021],
+                          [0.217, 0.009, 0.0, 0.0]],
+}  # fmt: skip
+# The table was made with 4,000 coordinates and no opposite noise: this is its sampling noise.
+NOISE = 0.003
+
+
+def adam(rule, **kwargs):
+    def make(batch_size, base_batch_size):
+        scaled = scale_by_batch(
+            optax.adam, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule, **kwargs
+        )
+        return scaled(1e-3, b1=0.9, b2=0.99)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base():
+    return quadratic.run(adam("none"), k=1, sigmas=SIGMAS)
+
+
+def test_the_base_run(base):
+    np.testing.assert_allclose(base, BASE, atol=NOISE)
+
+
+@pytest.mark.parametrize(("k", "rule"), TABLE)
+def test_the_table(k, rule, base):
+    measured = rule in ("noise_aware", "invariant")
+    got = quadratic.run(adam(rule), k=k, sigmas=SIGMAS, microbatches=2 if measured else 1)
+    np.testing.assert_allclose(got, TABLE[k, rule], atol=NOISE)
+    off = np.abs(got - base).max()
+    if measured:
+        assert off < 0.01
+    else:
+        # Each published rule is right at its own end of the noise and wrong at the other.
+        wrong, right = (
+            (got - base)[2 if rule == "sqrt" else 0],
+            (got - base)[0 if rule == "sqrt" else 1],
+        )
+        assert np.abs(wrong).max() > 0.05
+        if rule == "sqrt":
+            assert np.abs(right).max() < 0.016
+
+
+@pytest.mark.parametrize("microbatches", [4, 8])
+def test_more_micro_batches_come_closer(microbatches, base):
+    got = quadratic.run(adam("invariant"), k=8, sigmas=SIGMAS, microbatches=microbatches)
+    np.testing.assert_allclose(got, base, atol=0.006)
+
+
+def test_a_noise_scale_frozen_at_its_first_value_is_wrong_later():
+    """phi starts at 1 (64 examples) and grows as the gradient shrinks: the reason to measure."""
+    rule = adam("noise_aware", noise_scale=64.0)
+    got = quadratic.run(rule, k=8, sigmas=[1.0])
+    np.testing.assert_allclose(got, [[0.383, 0.066, 0.009, 0.001]], atol=NOISE)
