@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from bs_jax import cli
 from bs_jax.errors import UserError
@@ -11,6 +11,7 @@ from bs_jax.errors import UserError
 def main(argv: list[str]) -> int:
     """Run the chosen mode; a user's mistake ends in one line, not in a traceback."""
     try:
+        logging.set_verbosity(logging.WARNING)  # JAX tells of every back end that it has not
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}; every setting is a flag (--helpshort)")
         return cli.run()

@@ -1,1 +1,50 @@
-"""bs_jax: change the batch size; learning rate, weight decay, betas and the rest follow."""
+"""bs_jax: change the batch size; learning rate, weight decay, betas and the rest follow.
+
+Everything here is imported on first use, so that ``import bs_jax`` costs nothing and the parts
+that read records need no JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bs_jax.scaling import (
+        RULES,
+        MicrobatchStats,
+        ScalingRule,
+        explain,
+        hyperparams,
+        invariant_adamw,
+        noise_scale_estimate,
+        power,
+        scale_by_batch,
+        scale_hyperparams,
+        value_grad_and_stats,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "RULES",
+    "MicrobatchStats",
+    "ScalingRule",
+    "explain",
+    "hyperparams",
+    "invariant_adamw",
+    "noise_scale_estimate",
+    "power",
+    "scale_by_batch",
+    "scale_hyperparams",
+    "value_grad_and_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("bs_jax.scaling"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Folders and archives of images: the official layout, odd images, hostile names, damage, cache."""
+"""Folders and archives of images: the official layout, odd images, hostile names, damage."""
 
 import gzip
 import io
@@ -6,15 +6,13 @@ import os
 import pathlib
 import struct
 import tarfile
-import threading
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bs_jax.data import cache, load
-from bs_jax.data.decode import UnreadableError, decode_square
+from bs_jax.data import load
 from bs_jax.errors import UserError
 
 LARGER_IMAGES = (
@@ -123,43 +121,12 @@ def test_storage_sizes_and_fit(tmp_path, open_data):
     assert cropped.checksum != squashed.checksum
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.new("L", (9, 7), 90),
-        Image.new("1", (9, 7), 1),
-        Image.new("LA", (9, 7), (90, 3)),
-        Image.new("RGBA", (9, 7), (90, 80, 70, 3)),
-        Image.new("RGB", (9, 7), (90, 80, 70)).quantize(4),
-    ],
-    ids=lambda image: image.mode,
-)
-def test_other_modes_become_rgb(image):
-    found = decode_square(encode(image), 5, "squash")
-    assert found.shape == (5, 5, 3)
-    assert (found == np.array(image.convert("RGBA").convert("RGB").getpixel((0, 0)))).all()
-
-
-def test_cmyk_and_palette_transparency_become_rgb():
-    red = decode_square(encode(Image.new("CMYK", (9, 7), (0, 255, 255, 0)), "JPEG"), 5, "squash")
-    assert np.abs(red.astype(int) - [254, 0, 0]).max() < 4
-    palette = Image.new("RGB", (9, 7), (90, 80, 70)).quantize(4)
-    found = decode_square(encode(palette, transparency=bytes([0, 255])), 5, "squash")
-    assert (found == [90, 80, 70]).all()
-
-
 def test_grey_jpeg_among_colours(tree, open_data):
     grey = Image.fromarray(np.arange(144, dtype=np.uint8).reshape(12, 12))
     (tree / "train/cat/grey.JPEG").write_bytes(encode(grey, "JPEG"))
     image = open_data(tree).train.read(np.array([3]))[0]
     assert (image == image[..., :1]).all()
     assert image.std() > 20
-
-
-@pytest.mark.parametrize("mode", ["I", "F", "I;16"])
-def test_more_than_eight_bits_are_refused(mode):
-    with pytest.raises(UnreadableError, match=r"8 bits"):
-        decode_square(encode(Image.new(mode, (4, 4)), "TIFF"), 4, "squash")
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -338,14 +305,6 @@ def test_archive_never_writes_outside_the_cache(tmp_path, tree, open_data):
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def test_cache_is_used_again(tree, open_data, monkeypatch):
-    first = open_data(tree)
-    monkeypatch.setattr(cache, "decode_square", None)
-    again = open_data(tree)
-    assert again.checksum == first.checksum
-    np.testing.assert_array_equal(again.train.read([2]), first.train.read([2]))
-
-
 @pytest.mark.parametrize("archived", [False, True])
 def test_change_in_the_source_is_noticed(tmp_path, tree, open_data, archived):
     def path():
@@ -356,81 +315,6 @@ def test_change_in_the_source_is_noticed(tmp_path, tree, open_data, archived):
     after = open_data(path())
     assert after.checksum != before.checksum
     assert after.train.read([0])[0, 0, 0, 0] == 240
-
-
-def test_half_written_cache_is_not_used(tmp_path, tree, open_data, monkeypatch):
-    def fail(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cache, "_sync", fail)
-    with pytest.raises(KeyboardInterrupt):
-        open_data(tree)
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.undo()
-    # As a kill leaves it: a folder under construction, which nothing ever opens.
-    (tmp_path / "cache/.building-killed").mkdir()
-    (tmp_path / "cache/.building-killed/images.u8").write_bytes(bytes(10))
-    assert len(open_data(tree).train) == 6
-
-
-@pytest.mark.parametrize("name", ["images.u8", "labels.npy", "meta.json"])
-def test_damaged_cache_is_rebuilt(tmp_path, tree, open_data, name):
-    first = open_data(tree)
-    expected = first.train.read(np.arange(6))
-    for path in (tmp_path / "cache").glob(f"*/{name}"):
-        path.write_bytes(path.read_bytes()[:-7])
-    again = open_data(tree)
-    np.testing.assert_array_equal(again.train.read(np.arange(6)), expected)
-    assert again.checksum == first.checksum
-
-
-def test_stale_remains_are_swept(tmp_path, tree, open_data):
-    old, new = (tmp_path / "cache" / f".building-{age}" for age in ("old", "new"))
-    for folder in (old, new):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, 0))
-    open_data(tree)
-    assert not old.exists()
-    assert new.exists()
-
-
-def test_two_builders_at_once(tree, open_data):
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(open_data(tree).checksum)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4
-    assert len(set(results)) == 1
-
-
-def test_cache_that_cannot_be_written(tmp_path, tree, open_data):
-    (tmp_path / "file").write_bytes(b"")
-    message = one_line_error(open_data, tree, cache_dir=tmp_path / "file" / "cache")
-    assert "cannot write decoded images" in message
-    assert "XDG_CACHE_HOME" in message
-
-
-def test_too_little_space(tree, open_data, monkeypatch):
-    usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
-    message = one_line_error(open_data, tree)
-    assert "6 images to 8x8 needs" in message
-
-
-def test_full_disk(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    split = cache.EncodedSplit(["a"], [0], ("x",), lambda: iter([(0, lambda: colour(1))]))
-    with pytest.MonkeyPatch.context() as patch:
-        # Every write to it fails as on a disk without space.
-        patch.setattr(cache, "open", lambda path, mode: io.open("/dev/full", mode), raising=False)
-        with pytest.raises(UserError, match="No space left"):
-            cache.open_or_build(tmp_path / "cache", "f", 8, "squash", lambda: split)
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_default_cache_folder(tmp_path, tree, monkeypatch):

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from typing import IO, Any
 
 import numpy as np
 from absl import logging
@@ -239,7 +240,7 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _sync(file) -> None:
+def _sync(file: IO[Any]) -> None:
     # Without this a power cut after the rename could leave the entry in place, but hollow.
     file.flush()
     os.fsync(file.fileno())

@@ -28,7 +28,7 @@ def stream(
       orders: positions in the split, integer arrays of any shapes [...], as from `example_order`;
         asked for one at a time, so a lazy sequence serves.
       num_threads: that read; each holds one chunk.
-      chunks_ahead: chunks kept ready.
+      chunks_ahead: chunks kept ready; no fewer than there are threads.
 
     Yields:
       `(images, labels)`: uint8 [..., H, W, C] and int32 [...].
@@ -61,5 +61,6 @@ def stream(
         images = split.read(order.reshape(-1))
         return images.reshape(*order.shape, *split.image_shape), split.labels[order]
 
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=chunks_ahead)
+    ahead = max(chunks_ahead, num_threads)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.range(len(orders)).map(read).to_iter_dataset(options))

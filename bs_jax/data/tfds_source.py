@@ -106,15 +106,22 @@ def _import_tfds() -> Any:
 
 
 def _prepared_builder(tfds: Any, tfds_name: str) -> Any:
+    set_name, _, config = tfds_name.partition(":")[0].partition("/")
     try:
-        builder = tfds.builder(tfds_name, file_format="array_record")
+        configs = list(tfds.builder_cls(set_name).builder_configs)
+        if config and config not in configs:
+            hint = _did_you_mean(f"{set_name}/", config, configs)
+            raise UserError(f"TFDS knows no {tfds_name!r}{hint}")
+        # TFDS itself reads the variable only once, when it is imported.
+        data_dir = os.environ.get("TFDS_DATA_DIR") or None
+        builder = tfds.builder(tfds_name, data_dir=data_dir, file_format="array_record")
+    except UserError:
+        raise
     except tfds.core.DatasetNotFoundError as error:
-        wanted = tfds_name.partition("/")[0].partition(":")[0]
         known = tfds.list_builders(with_community_datasets=False)
-        near = difflib.get_close_matches(wanted, known, n=1)
-        suggestion = f"; did you mean tfds:{near[0]}?" if near else ""
-        raise UserError(f"TFDS knows no data set {tfds_name!r}{suggestion}") from error
-    # What TFDS raises for a wrong configuration or version depends on the data set.
+        hint = _did_you_mean("tfds:", set_name, known)
+        raise UserError(f"TFDS knows no data set {tfds_name!r}{hint}") from error
+    # What TFDS raises for a wrong version or a malformed name varies.
     except Exception as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(
@@ -129,6 +136,11 @@ def _prepared_builder(tfds: Any, tfds_name: str) -> Any:
             f"t.builder('{tfds_name}', file_format='array_record').download_and_prepare()\""
         )
     return builder
+
+
+def _did_you_mean(prefix: str, wanted: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(wanted, known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def _fingerprint(builder: Any, split: str) -> str:

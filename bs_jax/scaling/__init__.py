@@ -1,5 +1,6 @@
 """Scaling an optimizer's hyperparameters with the batch size: needs JAX and optax, nothing else."""
 
+from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.formulas import scale_hyperparams
 from bs_jax.scaling.noise_scale import (
@@ -8,11 +9,11 @@ from bs_jax.scaling.noise_scale import (
     noise_scale_estimate,
     value_grad_and_stats,
 )
+from bs_jax.scaling.optimizer import ScaleByBatchState
 from bs_jax.scaling.ranger import ranger
 from bs_jax.scaling.registry import FAMILIES
 from bs_jax.scaling.rules import RULES, ScalingRule, power, resolve_rule
 from bs_jax.scaling.transform import (
-    ScaleByBatchState,
     ScalingWarning,
     hyperparams,
     invariant_adamw,
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "RULES",
     "Explanation",
+    "InvarianceCheck",
     "MicrobatchStats",
     "NoiseScale",
     "ScaleByBatchState",
@@ -30,6 +32,7 @@ __all__ = [
     "ScalingWarning",
     "explain",
     "hyperparams",
+    "invariance_check",
     "invariant_adamw",
     "noise_scale_estimate",
     "power",

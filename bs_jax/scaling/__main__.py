@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.explain import explain
@@ -12,7 +13,7 @@ from bs_jax.scaling.roles import registered
 from bs_jax.scaling.rules import RULES
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, float | bool]]:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Split the command line into our own flags and the optimizer's hyperparameters."""
     parser = argparse.ArgumentParser(
         prog="python -m bs_jax.scaling",
@@ -31,7 +32,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, float | bo
     return known, dict(_hyperparameter(argument) for argument in rest)
 
 
-def _hyperparameter(argument: str) -> tuple[str, float | bool]:
+def _hyperparameter(argument: str) -> tuple[str, Any]:
     name, separator, value = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not separator:
         raise UserError(f"{argument!r}: write hyperparameters as --name=value, e.g. --b2=0.99")

@@ -65,7 +65,7 @@ def _short_half_lives(scaler: Scaler, base_batch_size: int) -> list[str]:
     found = []
     for name, role in scaler.spec.roles.items():
         base = scaler.values.get(name)
-        if role not in DECAYS or not is_number(base) or not 0 < base < 1:
+        if role not in DECAYS or base is None or not is_number(base) or not 0 < base < 1:
             continue
         if not scaler.rule.time_constants or scaler.rule.k_of(name, scaler.k) is None:
             continue
@@ -88,8 +88,8 @@ def _dtypes(scaler: Scaler) -> list[str]:
         dtype = str(getattr(base, "dtype", ""))
         if dtype in ("bfloat16", "float16"):
             found.append(f"{name} is {dtype}, which rounds decays near 1 to 1; give a float32")
-        elif is_number(base) and 0 < base < 1 and 1 - scaler.value(name) < _FLOAT32_GAP:
-            k = math.log1p(-_FLOAT32_GAP) / math.log(base)
+        elif is_number(base) and 0 < float(base) < 1 and 1 - scaler.value(name) < _FLOAT32_GAP:
+            k = math.log1p(-_FLOAT32_GAP) / math.log(float(base))
             found.append(
                 f"{name}: 1 - {name} becomes {1 - scaler.value(name):.2g}, which float32 holds"
                 f" poorly; keep k at or above {k:.3g}"

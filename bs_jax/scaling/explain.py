@@ -200,7 +200,7 @@ def _factor_names(rule: ScalingRule, spec: Spec) -> tuple[str, str]:
     if rule.lr_power is not None:
         q_power = 0.0 if rule.q_power is None else rule.q_power
         q = "1" if q_power == 0 else f"k^{q_power:g}"
-        factor = {0: "1", 1: "k"}.get(rule.lr_power, f"k^{rule.lr_power:g}")
+        factor = {0.0: "1", 1.0: "k"}.get(rule.lr_power, f"k^{rule.lr_power:g}")
         return factor, q
     if family is None:
         return "F", "q"

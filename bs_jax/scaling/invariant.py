@@ -14,9 +14,11 @@ import optax
 from bs_jax.scaling.noise_scale import MicrobatchStats, PyTree, signal_and_noise, tree_map
 from bs_jax.scaling.rules import Scalar
 
-# Smallest share of the averaged noise variance that the second moment may fall to: the estimate of
-# its signal part is unbiased, so it can be negative. Chosen by the study in docs/scaling.md.
-VARIANCE_FLOOR = 0.1
+# Smallest share of the averaged noise variance that the second moment may fall to. The estimate of
+# its signal part is unbiased, so it can be negative, while the true one cannot: all of the variance
+# would be right on average, somewhat less also undoes that 1/sqrt of a noisy number is too large.
+# Chosen by the study in docs/scaling.md.
+VARIANCE_FLOOR = 0.7
 # Smallest share of the step's own squared gradient, far below anything a second moment reaches; it
 # keeps rounding from making the optimizer's own sum negative.
 _ROUNDING_FLOOR = 1e-5

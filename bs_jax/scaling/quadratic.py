@@ -3,15 +3,129 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from optax import contrib
 
 from bs_jax.scaling.noise_scale import MicrobatchStats
+from bs_jax.scaling.ranger import ranger
+from bs_jax.scaling.rules import RULES
+from bs_jax.scaling.transform import scale_by_batch
 
 BASE_BATCH_SIZE = 64
+SIGMAS = (10.0, 1.0, 0.3)  # noise over signal of the base batch: about 100, 1 and growing, 0.1
+# Largest deviation from the base, of a mean that starts at 1, within which a family is exact.
+EXACT_WITHIN = 0.012
+
+
+class Check(NamedTuple):
+    """An optimizer as it is held against the noisy quadratic.
+
+    Attributes:
+        factory: the optax factory.
+        recipe: its hyperparameters at the base batch size.
+        shape: of the parameters.
+        evaluate: ``(x, state) -> parameters`` to look at, where not x itself.
+    """
+
+    factory: Callable[..., Any]
+    recipe: dict[str, Any]
+    shape: tuple[int, ...] = (128,)
+    evaluate: Callable[[Any, Any], Any] | None = None
+
+
+def checks() -> dict[str, Check]:
+    """Return every optimizer of the registry with a recipe that moves x about as Adam's does."""
+    adam = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99}
+    rms = {"learning_rate": 1e-3, "decay": 0.99}
+    matrix = (16, 16)
+
+    def averaged(x: Any, state: Any) -> Any:
+        return contrib.schedule_free_eval_params(state.inner_state, x)
+
+    return {
+        "sgd": Check(optax.sgd, {"learning_rate": 3e-4}),
+        "sgd, momentum": Check(optax.sgd, {"learning_rate": 3e-5, "momentum": 0.9}),
+        "sgd, Nesterov": Check(
+            optax.sgd, {"learning_rate": 3e-5, "momentum": 0.9, "nesterov": True}
+        ),
+        "adam": Check(optax.adam, adam),
+        "adamw": Check(optax.adamw, {**adam, "weight_decay": 0.3}),
+        "nadam": Check(optax.nadam, adam),
+        "nadamw": Check(optax.nadamw, {**adam, "weight_decay": 0.3}),
+        "radam": Check(optax.radam, adam),
+        "ranger": Check(ranger, {**adam, "learning_rate": 2e-3}),
+        "amsgrad": Check(optax.amsgrad, adam),
+        "adamax": Check(optax.adamax, adam),
+        "adamaxw": Check(optax.adamaxw, {**adam, "weight_decay": 0.3}),
+        "adabelief": Check(optax.adabelief, adam),
+        "lion": Check(optax.lion, {"learning_rate": 1e-3, "weight_decay": 0.1}),
+        "lamb": Check(optax.lamb, {**adam, "weight_decay": 0.3}),
+        "lars": Check(
+            optax.lars, {"learning_rate": 1.0, "momentum": 0.9, "trust_coefficient": 1e-3}
+        ),
+        "rmsprop": Check(optax.rmsprop, rms),
+        "rmsprop, momentum": Check(optax.rmsprop, {**rms, "learning_rate": 1e-4, "momentum": 0.9}),
+        "rmsprop, centered": Check(optax.rmsprop, {**rms, "centered": True}),
+        "adagrad": Check(optax.adagrad, {"learning_rate": 0.05}),
+        "adafactor": Check(
+            optax.adafactor, {"learning_rate": 1e-3, "min_dim_size_to_factor": 8}, matrix
+        ),
+        "adafactor, unfactored": Check(optax.adafactor, {"learning_rate": 1e-3}, matrix),
+        "novograd": Check(optax.novograd, adam),
+        "muon": Check(contrib.muon, {"learning_rate": 1e-2}, matrix),
+        "muon, no Nesterov": Check(
+            contrib.muon, {"learning_rate": 1e-2, "nesterov": False}, matrix
+        ),
+        "muon's adam": Check(contrib.muon, {"learning_rate": 1e-3, "adam_b2": 0.99}),
+        "schedule_free_sgd": Check(
+            contrib.schedule_free_sgd, {"learning_rate": 1e-3}, evaluate=averaged
+        ),
+        "schedule_free_adamw": Check(
+            contrib.schedule_free_adamw, {"learning_rate": 1e-3, "b2": 0.99}, evaluate=averaged
+        ),
+    }
+
+
+def deviations(
+    check: Check, rule: str, *, ks: Sequence[float] = (8, 0.25), base_updates: int = 4000
+) -> np.ndarray:
+    """Return how far each batch size strays from the base.
+
+    Args:
+        check: the optimizer.
+        rule: a rule's name; two micro-batches serve those that measure.
+        ks: batch sizes over the base batch size.
+        base_updates: length, in updates of the base batch size.
+
+    Returns:
+        Largest deviation of the mean of x, shape (len(ks), len(SIGMAS)).
+    """
+
+    def train(rule: str, k: float, microbatches: int) -> np.ndarray:
+        def make(batch_size: int, base_batch_size: int) -> Any:
+            scaled = scale_by_batch(
+                check.factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+            )
+            return scaled(**check.recipe)
+
+        return run(
+            make,
+            k=k,
+            sigmas=SIGMAS,
+            microbatches=microbatches,
+            base_updates=base_updates,
+            shape=check.shape,
+            read=check.evaluate,
+        )
+
+    base = train("none", 1, 1)
+    measured = 2 if RULES[rule].measures_noise else 1
+    return np.stack([np.abs(train(rule, k, measured) - base).max(axis=1) for k in ks])
 
 
 def run(

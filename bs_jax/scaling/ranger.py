@@ -42,7 +42,7 @@ def look_ahead(sync_period: Any, slow_step_size: Any) -> optax.GradientTransform
     def init(params: Any) -> SlowWeightsState:
         return SlowWeightsState(jax.tree.map(jnp.array, params), jnp.zeros((), jnp.int32))
 
-    def update(updates: Any, state: SlowWeightsState, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise UserError("look_ahead needs the parameters: call update(grads, state, params)")
         join = state.since_sync + 1 >= sync_period

@@ -55,6 +55,7 @@ def scale_by_radam(
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         normalised, new_state = adam.update(updates, state, params)
+        moments: Any = new_state
         count = optax.safe_increment(state.count)
         base_count = jnp.asarray(count * k, jnp.float32)
         b2t = base_b2**base_count
@@ -62,7 +63,7 @@ def scale_by_radam(
         rectified = ro >= threshold
         safe = jnp.where(rectified, ro, ro_inf)
         r = jnp.sqrt((safe - 4) * (safe - 2) * ro_inf / ((ro_inf - 4) * (ro_inf - 2) * safe))
-        first = _first_moment(updates, new_state.mu, b1, count, nesterov)
+        first = _first_moment(updates, moments.mu, b1, count, nesterov)
         out = jax.tree.map(
             lambda n, m: jnp.where(rectified, r * n, unrectified * m).astype(n.dtype),
             normalised,

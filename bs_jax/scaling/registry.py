@@ -20,7 +20,6 @@ _FAMILIES = (
         "centered",
         "centered",
         second_moment="centered",
-        label="approximate",
         note="divides by the spread about its own average, which holds the batch's noise alone",
     ),
     Family(
@@ -29,7 +28,7 @@ _FAMILIES = (
         second_moment="centered_raw",
         trace_after_lr=True,
         label="approximate",
-        note="divides by the spread about its own average, which holds the batch's noise alone",
+        note="the lag of its average behind a moving gradient counts as spread, beside the noise",
     ),
     Family(
         "amsgrad",
@@ -49,7 +48,6 @@ _FAMILIES = (
     Family(
         "sign",
         normalized=True,
-        label="approximate",
         note="the mixing weight is solved to keep signal to noise, which ends at 0 for large k",
     ),
     Family(

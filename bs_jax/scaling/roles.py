@@ -188,6 +188,7 @@ def resolve_factory(factory: Factory | str) -> Factory:
         UserError: if no registered factory has that name; names the nearest.
 
     Example:
+        >>> import optax
         >>> resolve_factory("adamw") is optax.adamw
         True
     """

@@ -121,9 +121,7 @@ def batch_growth_from_decay(
     grown = []
     for factor in lr_factors:
         if not (math.isfinite(factor) and factor > 0):
-            raise UserError(
-                f"a learning-rate factor of {factor} has no batch size: give one above 0"
-            )
+            raise UserError(f"a learning-rate factor of {factor} has no batch size: give above 0")
         wanted = batch_size * factor ** (-1 / lr_power)
         size = int(min(max(wanted, batch_size), largest_batch_size) + 1e-9)
         size = max(size // multiple_of * multiple_of, batch_size)

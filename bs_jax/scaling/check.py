@@ -1,0 +1,228 @@
+"""invariance_check: train briefly at several batch sizes on the same examples and compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bs_jax.errors import UserError
+from bs_jax.scaling.formulas import check_batch_sizes
+from bs_jax.scaling.noise_scale import value_grad_and_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class InvarianceCheck:
+    """What a check found.
+
+    Attributes:
+        base_batch_size: what the others are compared with.
+        examples: examples seen at the end of each stretch, shape (points,).
+        curves: batch size -> mean training loss in each stretch, shape (seeds, points).
+        seed_noise: deviation of the base's loss between seeds, root mean square over stretches.
+        deviations: batch size -> deviation from the base of the curve averaged over seeds, in
+            units of ``seed_noise``.
+        drifts: batch size -> mean signed difference of the loss from the base's.
+        tolerance: deviations up to this many units pass.
+    """
+
+    base_batch_size: int
+    examples: np.ndarray
+    curves: dict[int, np.ndarray]
+    seed_noise: float
+    deviations: dict[int, float]
+    drifts: dict[int, float]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every batch size stays within the tolerance."""
+        return all(d <= self.tolerance for d in self.deviations.values())
+
+    def to_text(self) -> str:
+        """Return one line a batch size, and what to look at where it fails."""
+        lines = [f"base batch size {self.base_batch_size}, seed noise {self.seed_noise:.3g}"]
+        for size, deviation in self.deviations.items():
+            line = f"batch size {size}: {deviation:.1f} x seed noise"
+            if deviation <= self.tolerance:
+                lines.append(f"{line}: follows the base")
+                continue
+            way = "slower" if self.drifts[size] > 0 else "faster"
+            larger = size > self.base_batch_size
+            more = "grows too little" if larger == (way == "slower") else "grows too much"
+            lines.append(
+                f"{line}: does NOT follow, it learns {way} per example: the step {more} with the"
+                " batch size (does the learning rate reach the optimizer?)"
+            )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the curves over examples seen, the base's seeds as a band.
+
+        Args:
+            path: where to write a PNG; ``None``: nowhere.
+
+        Returns:
+            The matplotlib figure.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        base = self.curves[self.base_batch_size]
+        mean, spread = base.mean(axis=0), base.std(axis=0, ddof=1)
+        low, high = mean - 2 * spread, mean + 2 * spread
+        axes.fill_between(self.examples, low, high, color="0.85", label="base, 2 seed deviations")
+        for size, curve in sorted(self.curves.items()):
+            found = self.deviations.get(size)
+            label = f"{size}: " + ("base" if found is None else f"{found:.1f} x seed noise")
+            axes.plot(self.examples, curve.mean(axis=0), marker="o", ms=3, label=label)
+        axes.set_xlabel("examples seen")
+        axes.set_ylabel("training loss")
+        axes.set_title("Follows the base" if self.ok else "Does not follow the base")
+        axes.legend(frameon=False)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def invariance_check(
+    loss_fn: Callable[[Any, Any], jax.Array],
+    params: Any,
+    data: Any,
+    make_optimizer: Callable[[int, int], optax.GradientTransformation],
+    *,
+    batch_sizes: Sequence[int],
+    base_batch_size: int,
+    train_examples: int,
+    seeds: int = 4,
+    points: int = 8,
+    tolerance: float = 2.0,
+) -> InvarianceCheck:
+    r"""Check on your own loss and optimizer that a batch size follows the base.
+
+    Every batch size trains from the same parameters on the same examples in the same order, once
+    per seed (a seed is an order). The mean loss curve over examples is compared with the base's,
+    in units of the deviation between the base's seeds.
+
+    Args:
+        loss_fn: ``(params, batch) -> loss``, a mean over the examples of the batch.
+        params: starting point.
+        data: tree of arrays with one leading axis of examples.
+        make_optimizer: ``(batch_size, base_batch_size) -> transformation``, e.g. with
+            ``scale_by_batch``. It is given micro-batches of at most the base size, at least two.
+        batch_sizes: to check.
+        base_batch_size: to compare with.
+        train_examples: length of each run, in examples.
+        seeds: number of orders, at least 2.
+        points: stretches of the curve.
+        tolerance: seed deviations that still pass.
+
+    Returns:
+        The result: ``ok``, ``to_text()``, ``plot(path)``.
+
+    Raises:
+        UserError: for sizes that do not fit.
+
+    Example:
+        >>> loss = lambda w, x: jnp.mean(jnp.square(x @ w - 1.0))
+        >>> data = jax.random.normal(jax.random.key(0), (512, 3))
+        >>> linear = lambda b, b0: optax.sgd(0.01 * b / b0)
+        >>> check = invariance_check(loss, jnp.zeros(3), data, linear, batch_sizes=[32],
+        ...     base_batch_size=16, train_examples=1024)
+        >>> check.ok
+        True
+
+    Reference:
+        The coordinate check of Yang et al., Tensor Programs V, 2022, does this for width.
+    """
+    sizes = [base_batch_size, *(b for b in batch_sizes if b != base_batch_size)]
+    available = len(jax.tree.leaves(data)[0])
+    for size in sizes:
+        check_batch_sizes(size, base_batch_size)
+        if train_examples < size * points:
+            raise UserError(
+                f"{train_examples} examples are under {points} updates of {size}: train on at least"
+                f" {size * points}, or set points={max(train_examples // size, 1)}"
+            )
+    if seeds < 2 or points < 1 or len(sizes) < 2:
+        raise UserError(
+            f"seeds {seeds}, points {points}, {len(sizes) - 1} batch sizes beside the base: give at"
+            " least 2 seeds, 1 point and 1 other batch size"
+        )
+    orders = np.stack([_order(seed, available, train_examples) for seed in range(seeds)])
+    curves = {
+        size: _curves(loss_fn, params, data, make_optimizer(size, base_batch_size), orders, size,
+                      base_batch_size, points)
+        for size in sizes
+    }  # fmt: skip
+    base = curves[base_batch_size]
+    noise = float(np.sqrt(np.mean(base.var(axis=0, ddof=1))))
+    others = {size: curve.mean(axis=0) - base.mean(axis=0) for size, curve in curves.items()}
+    del others[base_batch_size]
+    return InvarianceCheck(
+        base_batch_size=base_batch_size,
+        examples=train_examples * np.arange(1, points + 1) // points,
+        curves=curves,
+        seed_noise=noise,
+        deviations={s: float(np.sqrt(np.mean(d**2))) / noise for s, d in others.items()},
+        drifts={s: float(np.mean(d)) for s, d in others.items()},
+        tolerance=tolerance,
+    )
+
+
+def _order(seed: int, available: int, needed: int) -> np.ndarray:
+    """Return indices of a stream of examples: one permutation after another."""
+    rng = np.random.default_rng(seed)
+    epochs = -(-needed // available)
+    return np.concatenate([rng.permutation(available) for _ in range(epochs)])[:needed]
+
+
+def _curves(
+    loss_fn: Callable[[Any, Any], jax.Array],
+    params: Any,
+    data: Any,
+    optimizer: optax.GradientTransformation,
+    orders: np.ndarray,
+    batch_size: int,
+    base_batch_size: int,
+    points: int,
+) -> np.ndarray:
+    """Train once per order; return the mean loss in each stretch, shape (seeds, points)."""
+    parts = _parts(batch_size, base_batch_size)
+    gradient = value_grad_and_stats(loss_fn, microbatches=parts)
+    tx = optax.with_extra_args_support(optimizer)
+    updates = orders.shape[1] // batch_size
+
+    def step(carry: tuple[Any, Any], indices: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+        params, state = carry
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[indices], data)
+        loss, grads, stats = gradient(params, batch)
+        changes, state = tx.update(grads, state, params, microbatch=stats)
+        return (optax.apply_updates(params, changes), state), loss
+
+    @jax.jit
+    def train(order: jax.Array) -> jax.Array:
+        indices = order[: updates * batch_size].reshape(updates, batch_size)
+        return jax.lax.scan(step, (params, tx.init(params)), indices)[1]
+
+    losses = np.stack([np.asarray(train(jnp.asarray(order))) for order in orders])
+    middles = (np.arange(updates) + 0.5) * batch_size
+    stretch = np.minimum((middles * points / orders.shape[1]).astype(int), points - 1)
+    return np.stack([losses[:, stretch == i].mean(axis=1) for i in range(points)], axis=1)
+
+
+def _parts(batch_size: int, base_batch_size: int) -> int:
+    """Return the fewest equal micro-batches of at most the base size; two where that divides."""
+    for parts in range(2, batch_size + 1):
+        if batch_size % parts == 0 and batch_size // parts <= base_batch_size:
+            return parts
+    return 1

@@ -1,0 +1,89 @@
+"""invariance_check tells a right wiring from a wrong one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bs_jax.errors import UserError
+from bs_jax.scaling import invariance_check, scale_by_batch
+
+WIDTH = 16
+
+
+def problem():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (4096, 8))
+    y = jnp.tanh(x @ jax.random.normal(keys[1], (8, 1))) + jax.random.normal(keys[2], (4096, 1))
+    rng = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(rng.normal(size=(8, WIDTH)) / 3, jnp.float32),
+        "out": jnp.asarray(rng.normal(size=(WIDTH, 1)) / 4, jnp.float32),
+    }
+    return params, {"x": x, "y": y}
+
+
+def loss_fn(params, batch):
+    prediction = jnp.tanh(batch["x"] @ params["in"]) @ params["out"]
+    return jnp.mean(jnp.square(prediction - batch["y"]))
+
+
+def check(rule, factory=optax.adam, **recipe):
+    def make_optimizer(batch_size, base_batch_size):
+        scaled = scale_by_batch(
+            factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+        )
+        return scaled(**recipe)
+
+    params, data = problem()
+    return invariance_check(
+        loss_fn, params, data, make_optimizer, batch_sizes=[8, 128], base_batch_size=32,
+        train_examples=16_384, seeds=3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def right():
+    return check("invariant", learning_rate=1e-3, b2=0.99)
+
+
+def test_right_wiring_passes(right):
+    assert right.ok, right.to_text()
+    assert "batch size 128" in right.to_text()
+    assert "follows the base" in right.to_text()
+
+
+def test_wrong_wiring_fails_and_says_which_way():
+    wrong = check("none", learning_rate=1e-3, b2=0.99)
+    assert not wrong.ok
+    assert wrong.deviations[128] > 2
+    large = next(line for line in wrong.to_text().splitlines() if line.startswith("batch size 128"))
+    assert "slower per example" in large
+    assert "grows too little" in large
+    small = next(line for line in wrong.to_text().splitlines() if line.startswith("batch size 8:"))
+    assert "faster per example" in small
+
+
+def test_picture(right, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = right.plot(tmp_path / "check.png")
+    assert (tmp_path / "check.png").stat().st_size > 10_000
+    assert figure.axes[0].get_title() == "Follows the base"
+    assert len(figure.axes[0].lines) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_examples": 100}, "100 examples"),
+        ({"seeds": 1}, "at least 2 seeds"),
+        ({"batch_sizes": [32]}, "0 batch sizes"),
+        ({"batch_sizes": [0]}, "batch_size is 0"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    params, data = problem()
+    settings = {"batch_sizes": [64], "base_batch_size": 32, "train_examples": 4096} | changes
+    with pytest.raises(UserError, match=message):
+        invariance_check(loss_fn, params, data, lambda b, b0: optax.sgd(0.1), **settings)
