@@ -13,7 +13,9 @@ def main(argv: list[str]) -> int:
     try:
         logging.set_verbosity(logging.WARNING)  # JAX tells of every back end that it has not
         if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; every setting is a flag (--helpshort)")
+            raise UserError(
+                f"unexpected argument {argv[1]!r}; every setting is a flag (--helpshort)"
+            )
         return cli.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

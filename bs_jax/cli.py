@@ -69,9 +69,9 @@ def run() -> int:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line; a misspelt config field with the one that was meant.
+    r"""An error's message in one line; for a misspelt config field, the one that was meant.
 
-    >>> one_line(AttributeError("'bach_size'\\nDid you mean \\"batch_size\\" instead of it?"))
+    >>> one_line(AttributeError("'bach_size'\nDid you mean \"batch_size\" instead?"))
     "config has no field 'bach_size'; did you mean 'batch_size'?"
     """
     text = str(error.args[0]) if error.args else str(error)

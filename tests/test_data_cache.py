@@ -1,4 +1,4 @@
-"""The cache of decoded images: used again, never half-written, rebuilt if damaged, honest if full."""
+"""The cache of decoded images: used again, never half-written, rebuilt if damaged."""
 
 import functools
 import io
@@ -138,7 +138,7 @@ def test_loser_of_a_race_uses_the_winners_entry(tmp_path):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot write decoded images.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"cannot write decoded images.*XDG_CACHE_HOME"):
         opened(tmp_path / "file" / "cache")
 
 

@@ -39,9 +39,7 @@ def test_the_rules_sweep_has_75_points_and_63_runs():
 @pytest.mark.parametrize("rule", [*RULES, "seed", "power(0.8)"])
 def test_at_k_1_every_rule_is_the_base_run(rule):
     base = resolve(recipe(**{"scaling.rule": "none"}))
-    assert resolve(recipe(**{"scaling.rule": rule})) == resolve(
-        recipe(**{"scaling.rule": rule})
-    )
+    assert resolve(recipe(**{"scaling.rule": rule})) == resolve(recipe(**{"scaling.rule": rule}))
     assert resolve(recipe(**{"scaling.rule": rule})).run_id == base.run_id
     assert resolve(recipe(**{"scaling.rule": rule})).config == base.config
 
@@ -84,9 +82,7 @@ def test_a_rule_that_works_while_training_keeps_the_base_recipe():
     assert run.config["micro_batch_size"] == 64
     assert run.hparams["scaled"]["learning_rate"] is None
     known = resolve(
-        recipe(
-            **{"scaling.rule": "noise_aware", "batch_size": 256, "scaling.noise_scale": 1e12}
-        )
+        recipe(**{"scaling.rule": "noise_aware", "batch_size": 256, "scaling.noise_scale": 1e12})
     )
     rate = known.config["optimizer"]["hyperparams"]["learning_rate"]
     assert rate == pytest.approx(2e-3 * 2, rel=1e-6)  # all noise: the square-root rule

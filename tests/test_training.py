@@ -68,9 +68,7 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
 
 
 def test_training_learns_and_records(tmp_path):
-    found = train(
-        tmp_path, {"train_examples": 960, "optimizer.hyperparams.learning_rate": 1e-2}
-    )
+    found = train(tmp_path, {"train_examples": 960, "optimizer.hyperparams.learning_rate": 1e-2})
     assert found[-1]["eval/accuracy"] > 0.8
     assert losses(found)[-1] < 0.8 * losses(found)[0]
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -222,8 +220,7 @@ def test_augmentation_is_the_same_at_every_batch_size():
     key, positions = jax.random.key(0), jnp.arange(16)
     whole = augment(key, positions, images, spec)
     halves = [
-        augment(key, positions[part], images[part], spec)
-        for part in (slice(8), slice(8, 16))
+        augment(key, positions[part], images[part], spec) for part in (slice(8), slice(8, 16))
     ]
     np.testing.assert_array_equal(whole, jnp.concatenate(halves))
 

@@ -46,7 +46,7 @@ class ArraySplit:
             raise TypeError(f"images: want uint8 [N, H, W, C], got {images.dtype} {images.shape}")
         if labels.shape != (len(images),):
             raise TypeError(f"labels: want shape ({len(images)},), got {labels.shape}")
-        self._images = images
+        self._images = np.asarray(images)
         self._labels = labels.astype(np.int32)
         self._labels.flags.writeable = False
 
@@ -71,7 +71,7 @@ class ArraySplit:
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Return a fresh uint8 array [n, H, W, C] of the images at `indices` (integers [n])."""
-        return np.take(self._images, indices, axis=0)
+        return np.take(np.asarray(self._images), indices, axis=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,9 +183,7 @@ def run_processes(
 
 
 class _Pool:
-    def __init__(
-        self, runs: Sequence[Run], workdir: Path, display: Display, run_axis: str
-    ) -> None:
+    def __init__(self, runs: Sequence[Run], workdir: Path, display: Display, run_axis: str) -> None:
         self._schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
         self._workdir, self._display, self._run_axis = workdir, display, run_axis
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()

@@ -16,7 +16,7 @@ Padding = str | Sequence[tuple[int, int]]
 def patches_and_product(
     images: jax.Array,
     kernel: jax.Array,
-    strides: tuple[int, int],
+    strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> jax.Array:
     """Gather every output's receptive field as a row, then one matrix product ("im2col").

@@ -171,7 +171,8 @@ def _normalise(
 
 
 def _normalise_forward(epsilon, axis_name, dtype, x, scale, bias):
-    y, mean, var = _normalise(epsilon, axis_name, dtype, x, scale, bias)
+    outputs: Any = _normalise(epsilon, axis_name, dtype, x, scale, bias)
+    y, mean, var = outputs
     return (y, mean, var), (x, mean, var, scale)
 
 

@@ -15,7 +15,6 @@ from bs_jax.models.initializers import he_normal
 from bs_jax.models.normalization import BatchNorm
 
 
-
 class BasicBlock(nn.Module):
     """relu(BN(conv3(relu(BN(conv3(x))))) + shortcut(x)), the last BN's scale starting at zero."""
 
@@ -127,7 +126,7 @@ class ResNet(nn.Module):
             x = convolve(self.widths[0], patch, strides=patch, padding=0, name="stem_conv")(x)
         x = nn.relu(normalise(norm(name="stem_norm"), x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # pyright: ignore[reportArgumentType]
 
         block = BottleneckBlock if self.bottleneck else BasicBlock
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):

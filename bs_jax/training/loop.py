@@ -164,9 +164,7 @@ class Trainer:
 
         chunks = list(self._plan.chunks(start))
         streams = [
-            streaming.stream(
-                self._data.train, [self._order(session, chunk) for chunk in chunks]
-            )
+            streaming.stream(self._data.train, [self._order(session, chunk) for chunk in chunks])
             for session in group
         ]
         for chunk, *parts in zip(chunks, *streams, strict=True):

@@ -174,9 +174,7 @@ def make_optimizer(
     peak, batch_size = kwargs.pop("learning_rate"), config["batch_size"]
     shape = schedule_shape(config)
     if config["scaling"]["rule"] == "fixed":
-        transform = factory(
-            learning_rate=lambda count: peak * shape(count * batch_size), **kwargs
-        )
+        transform = factory(learning_rate=lambda count: peak * shape(count * batch_size), **kwargs)
         return optax.with_extra_args_support(transform)
     base_batch_size = config["base_batch_size"]
     return scaling.scale_by_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -84,10 +84,13 @@ def make_programs(
         axis_name=parallel.BATCH_AXIS if config["bn_cross_device"] else None,
     )
     spec = _augment_spec(config)
-    eval_shape = (1, *jax.eval_shape(
-        lambda images: prepare_eval(images, spec),
-        jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
-    ).shape[1:])
+    eval_shape = (
+        1,
+        *jax.eval_shape(
+            lambda images: prepare_eval(images, spec),
+            jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+        ).shape[1:],
+    )
 
     def init(inputs: RunInputs) -> TrainState:
         key = jax.random.fold_in(jax.random.key(inputs.seed), 0)
@@ -111,9 +114,7 @@ def make_programs(
         evaluate = jax.vmap(evaluate, in_axes=(0, 0, None, None))
     return Programs(
         init=jax.jit(init),
-        train_chunk=parallel.data_parallel(
-            train_chunk, replicated=3, devices=devices, donate=(0,)
-        ),
+        train_chunk=parallel.data_parallel(train_chunk, replicated=3, devices=devices, donate=(0,)),
         evaluate=parallel.data_parallel(evaluate, replicated=3, devices=devices),
     )
 
@@ -208,9 +209,7 @@ def _train_chunk(
     return train_chunk
 
 
-def _evaluate(
-    config: Mapping[str, Any], model: Any, spec: AugmentSpec
-) -> Callable[..., Any]:
+def _evaluate(config: Mapping[str, Any], model: Any, spec: AugmentSpec) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> sums over all devices' marked examples."""
 
     def evaluate(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
