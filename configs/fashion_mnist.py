@@ -75,7 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 500  # examples, over all devices; has no effect on the result
     config.eval_every_examples = 7_680
     config.log_every_examples = 768  # training metrics are means over this many examples
-    config.checkpoint_every_examples = 15_360  # 0: only where interrupted
+    # 0: only where a signal interrupts. A run takes seconds: a killed one begins again.
+    config.checkpoint_every_examples = 0
     config.tensorboard = False
 
     config.report = ml_collections.ConfigDict()

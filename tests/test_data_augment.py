@@ -113,7 +113,9 @@ def test_maps_over_micro_batches_runs_and_devices(spec):
     one = lambda pair: augment(KEY, pair[1], pair[0], spec)  # noqa: E731
     scanned = jax.jit(lambda pairs: jax.lax.map(one, pairs))(cut)
     np.testing.assert_allclose(scanned.reshape(whole.shape), whole, atol=1e-6)
-    mapped = jax.pmap(lambda x, p: augment(KEY, p, x, spec))(*cut)
+    devices = min(2, jax.local_device_count())
+    spread = [part.reshape(devices, -1, *part.shape[2:]) for part in cut]
+    mapped = jax.pmap(lambda x, p: augment(KEY, p, x, spec))(*spread)
     np.testing.assert_allclose(mapped.reshape(whole.shape), whole, atol=1e-6)
     keys = jax.random.split(KEY, 2)
     runs = jax.jit(jax.vmap(lambda key: augment(key, positions(8), images, spec)))(keys)

@@ -217,15 +217,21 @@ def _squared_error(
     return total, total**2 / sum(part**2 / df for part, df in zip(parts, freedom, strict=True))
 
 
-def seeds_to_settle(difference: float, margin: float, sd: float, comparisons: int = 1) -> float:
+def seeds_to_settle(
+    difference: float, margin: float, sd: float, error: float = 0.0, comparisons: int = 1
+) -> float:
     """Seeds a point needs, the base included, to place a difference inside or outside the margin.
 
-    n = 2 (sd (z(level) + z(.8)) / (margin - |difference|))^2: 80 % power if the difference stays.
+    n = 2 (sd (z(level) + z(.8)))^2 / ((margin - |difference|)^2 + error^2)
+
+    80 % power where the difference is known; where it is not, its squared distance from the margin
+    is the one to expect, so a difference seen on the margin by accident asks for no absurd number.
 
     Args:
       difference: as seen so far, in the metric's units.
       margin: the difference that still counts as none.
       sd: standard deviation over seeds.
+      error: standard error of the difference as seen so far.
       comparisons: how many a difference beyond the margin must stand up to (Bonferroni).
 
     Returns:
@@ -241,6 +247,7 @@ def seeds_to_settle(difference: float, margin: float, sd: float, comparisons: in
     # At no difference both one-sided tests can fail, so each must fail half as often.
     power = 1 - (1 - _POWER) / 2 if abs(difference) < 0.1 * margin else _POWER
     z = float(stats.norm.ppf(1 - level) + stats.norm.ppf(power))
-    if abs(gap) < 1e-3 * margin:
+    distance = math.hypot(gap, error)
+    if distance < 1e-3 * margin:
         return math.inf
-    return max(2, math.ceil(2 * (sd * z / gap) ** 2))
+    return max(2, math.ceil(2 * (sd * z / distance) ** 2))

@@ -100,7 +100,9 @@ def _seeds_needed(tested: Sequence[Group], base: Group | None, margin: float) ->
         # One seed's sd, back from the standard error of a difference of two means.
         share = 1 / len(group.values) + 1 / len(base.values)
         sd = comparison.standard_error / math.sqrt(share)
-        needed = seeds_to_settle(comparison.difference, margin, sd, len(tested))
+        needed = seeds_to_settle(
+            comparison.difference, margin, sd, comparison.standard_error, len(tested)
+        )
         (beyond if abs(comparison.difference) > margin else inside).append(needed)
     return min(beyond) if beyond else max(inside, default=math.nan)
 
@@ -131,9 +133,9 @@ def _sentence(
     if math.isnan(seeds_needed):
         help_ = "it needs finished runs of at least 2 seeds a point, the base included."
     elif seeds_needed > 100:
-        help_ = "more than 100 seeds a point would be needed: the difference sits on the margin."
+        help_ = "more than 100 seeds a point may be needed: the seeds scatter too much."
     else:
-        help_ = f"about {int(seeds_needed)} seeds a point, base included, would settle it."
+        help_ = f"about {int(seeds_needed)} seeds a point, base included, would likely settle it."
     return f"Open at batch size {listed(open_points)}; {help_}{reach}"
 
 

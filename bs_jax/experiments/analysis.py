@@ -189,13 +189,10 @@ def _warnings(
         return [*found, f"The sweep has no point at the base batch size {sweep.base_batch_size}."]
     if base.diverged:
         found.append(f"{base.diverged} of {count(base.planned, 'base run')} diverged.")
-    per_arm: dict[str, set[str]] = {}
-    for row in results.rows:
-        if row.run_id in members[BASE]:
-            per_arm.setdefault(row.arm, set()).add(row.run_id)
-    if len({frozenset(ids) for ids in per_arm.values()}) > 1:
+    base_seeds = [row.seed for row in members[BASE].values()]
+    if len(set(base_seeds)) < len(base_seeds):
         found.append(
-            "The arms do not share one set of runs at the base batch size; the base is all "
+            "The arms do not share their runs at the base batch size; the base is all "
             f"{base.planned} of them together."
         )
     if base.values and noise is None:

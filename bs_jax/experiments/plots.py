@@ -41,9 +41,9 @@ def metric_figure(
         units = Units(analysis.sweep.accuracy_metric)
         factor = units.factor
         low, high = _limits(analysis)
-        base = analysis.base
+        base, margin = analysis.base, analysis.sweep.margin
         if base is not None and base.values:
-            mean, margin = base.interval.mean, analysis.sweep.margin
+            mean = base.interval.mean
             axes.axhspan((mean - margin) * factor, (mean + margin) * factor, color=style.BAND, lw=0)
             axes.axhline(mean * factor, color=style.MUTED, lw=0.8)
         shown = [arm] if arm is not None else arms
@@ -72,9 +72,10 @@ def metric_figure(
         _size_axis(axes, analysis)
         if arm is None:
             _end_labels(axes, ends)
-        # A narrow figure has no free corner for the note; its caption says the same.
+        # A narrow figure has no room for the note; its caption says the same.
         if base is not None and base.values and arm is None and width > 5:
-            _band_note(axes, base, analysis, units)
+            note = f"band: base ± {units.spread(margin)}   bars: 90 % interval of the difference"
+            axes.set_title(note, fontsize=8, fontweight="normal", color=style.MUTED)
     return figure
 
 
@@ -367,16 +368,3 @@ def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
         axes.annotate(
             text, (1.005, place), xycoords="axes fraction", color=colour, va="center", fontsize=8.5
         )
-
-
-def _band_note(axes: Any, base: Group, analysis: Analysis, units: Units) -> None:
-    axes.annotate(
-        f"base ± {units.spread(analysis.sweep.margin)}",
-        (0.005, (base.interval.mean - analysis.sweep.margin) * units.factor),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, -3),
-        textcoords="offset points",
-        va="top",
-        color=style.MUTED,
-        fontsize=7.5,
-    )

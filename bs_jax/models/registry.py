@@ -17,7 +17,7 @@ from bs_jax.models.resnet import ResNet
 
 _CATALOGUE: dict[str, Callable[..., nn.Module]] = {
     "resnet4_patch": partial(ResNet, stage_sizes=(1,), widths=(8,), stem="patch4"),
-    "resnet8_patch": partial(ResNet, stage_sizes=(1, 1, 1), widths=(8, 16, 32), stem="patch2"),
+    "resnet8_patch": partial(ResNet, stage_sizes=(1, 1, 1), widths=(16, 32, 64), stem="patch4"),
     "resnet8": partial(ResNet, stage_sizes=(1, 1, 1), widths=(16, 32, 64), stem="cifar"),
     "resnet14": partial(ResNet, stage_sizes=(2, 2, 2), widths=(16, 32, 64), stem="cifar"),
     "resnet20": partial(ResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64), stem="cifar"),

@@ -1,0 +1,199 @@
+"""Models: BatchNorm against flax's, ghost and shared statistics, convolutions against XLA's."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bs_jax import models
+from bs_jax.errors import UserError
+from bs_jax.models import BatchNorm
+from bs_jax.models.conv import conv_general_dilated, patches_and_product
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (8, 3, 3, 4)) * 3 + 2
+
+
+def apply(norm, x, decay=0.9, variables=None):
+    variables = variables or norm.init(KEY, x, train=False)
+    return norm.apply(variables, x, train=True, decay=decay, mutable=["batch_stats"])
+
+
+def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
+    ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.7, epsilon=1e-5)
+    variables = ours.init(KEY, X, train=False)
+    got, got_stats = apply(ours, X, decay=0.7)
+    theirs_variables = theirs.init(KEY, X, use_running_average=True)
+    want, want_stats = theirs.apply(
+        theirs_variables, X, use_running_average=False, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(
+            got_stats["batch_stats"][name], want_stats["batch_stats"][name], rtol=1e-5
+        )
+    weights = jax.random.normal(jax.random.key(1), X.shape)
+
+    def ours_loss(x, params):
+        y, _ = apply(ours, x, variables={**variables, "params": params})
+        return jnp.sum(jnp.sin(y) * weights)
+
+    def theirs_loss(x, params):
+        y, _ = theirs.apply(
+            {**theirs_variables, "params": params},
+            x,
+            use_running_average=False,
+            mutable=["batch_stats"],
+        )
+        return jnp.sum(jnp.sin(y) * weights)
+
+    params = {"scale": jnp.linspace(0.5, 2, 4), "bias": jnp.linspace(-1, 1, 4)}
+    got = jax.grad(ours_loss, argnums=(0, 1))(X, params)
+    want = jax.grad(theirs_loss, argnums=(0, 1))(X, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, want)
+
+
+def test_ghost_groups_are_normalised_on_their_own_and_average_in_the_statistics():
+    ghost = BatchNorm(ghost_batch_size=2)
+    whole, stats = apply(ghost, X)
+    parts = [apply(BatchNorm(), X[at : at + 2]) for at in range(0, 8, 2)]
+    np.testing.assert_allclose(whole, jnp.concatenate([y for y, _ in parts]), atol=1e-5)
+    mean = jnp.mean(jnp.stack([s["batch_stats"]["mean"] for _, s in parts]), axis=0)
+    np.testing.assert_allclose(stats["batch_stats"]["mean"], mean, rtol=1e-5)
+
+
+def test_ghost_batches_must_divide_the_batch():
+    with pytest.raises(UserError, match="3"):
+        apply(BatchNorm(ghost_batch_size=3), X)
+
+
+def test_the_decay_may_be_traced_and_does_not_recompile():
+    norm = BatchNorm()
+    variables = norm.init(KEY, X, train=False)
+    traces = []
+
+    @jax.jit
+    def step(decay):
+        traces.append(decay)
+        return apply(norm, X, decay=decay, variables=variables)[1]["batch_stats"]["mean"]
+
+    mean = jnp.mean(X, axis=(0, 1, 2))
+    for decay in (0.0, 0.5, 0.9):
+        np.testing.assert_allclose(step(decay), (1 - decay) * mean, rtol=1e-4)
+    assert len(traces) == 1
+
+
+def test_statistics_shared_by_devices_are_those_of_the_whole_batch():
+    shared, local = BatchNorm(axis_name="batch"), BatchNorm()
+    variables = local.init(KEY, X, train=False)
+    weights = jax.random.normal(jax.random.key(1), X.shape)
+
+    def loss(norm, x, w):
+        y, updated = apply(norm, x, variables=variables)
+        return jnp.sum(jnp.sin(y) * w), (y, updated["batch_stats"])
+
+    (_, (want, want_stats)), want_grad = jax.value_and_grad(
+        functools.partial(loss, local), has_aux=True
+    )(X, weights)
+
+    def device(x, w):
+        def summed(x):
+            value, aux = loss(shared, x, w)
+            return value, aux
+
+        (_, (y, stats)), grad = jax.value_and_grad(summed, has_aux=True)(x)
+        return y, stats, grad
+
+    split = lambda a: a.reshape(2, 4, *a.shape[1:])  # noqa: E731
+    y, stats, grad = jax.pmap(device, axis_name="batch")(split(X), split(weights))
+    np.testing.assert_allclose(y.reshape(X.shape), want, atol=1e-4)
+    np.testing.assert_allclose(stats["var"][0], want_stats["var"], rtol=1e-4)
+    np.testing.assert_allclose(grad.reshape(X.shape), want_grad, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (0, 2))])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_form_of_convolution_equals_xlas(kernel, strides, padding, dtype):
+    images = jax.random.normal(KEY, (2, 6, 5, 3)).astype(dtype)
+    weights = jax.random.normal(jax.random.key(1), (kernel, kernel, 3, 4)).astype(dtype)
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def ours(images, weights):
+        return conv_general_dilated(
+            images, weights, (strides, strides), padding, dimension_numbers=numbers
+        )
+
+    def xla(images, weights):
+        return jax.lax.conv_general_dilated(
+            images, weights, (strides, strides), padding, dimension_numbers=numbers
+        )
+
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.15
+    got, want = ours(images, weights), xla(images, weights)
+    assert got.dtype == want.dtype
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance, rtol=tolerance
+    )
+    if dtype == jnp.float32 and kernel == 3:
+        gradient = functools.partial(jax.grad, argnums=(0, 1))
+        pair = [
+            gradient(lambda i, w, f=f: jnp.sum(jnp.sin(f(i, w))))(images, weights)
+            for f in (ours, xla)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *pair)
+
+
+def test_grouped_and_dilated_convolutions_are_passed_on():
+    images = jax.random.normal(KEY, (2, 6, 6, 4))
+    weights = jax.random.normal(jax.random.key(1), (3, 3, 2, 4))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    for options in (
+        {"feature_group_count": 2},
+        {"feature_group_count": 2, "rhs_dilation": (2, 2)},
+    ):
+        args = (images, weights, (1, 1), "SAME")
+        np.testing.assert_allclose(
+            conv_general_dilated(*args, dimension_numbers=numbers, **options),
+            jax.lax.conv_general_dilated(*args, dimension_numbers=numbers, **options),
+            atol=1e-5,
+        )
+
+
+def test_patches_compose_with_vmap():
+    images = jax.random.normal(KEY, (3, 2, 5, 5, 2))
+    weights = jax.random.normal(jax.random.key(1), (3, 3, 3, 2, 4))
+    form = functools.partial(patches_and_product, strides=(1, 1), padding=((1, 1), (1, 1)))
+    together = jax.vmap(form)(images, weights)
+    for at in range(3):
+        np.testing.assert_allclose(together[at], form(images[at], weights[at]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet18", 11_689_512), ("resnet50", 25_557_032)]
+)
+def test_parameter_counts_are_the_published_ones(name, parameters):
+    model = models.create(name, num_classes=1000)
+    shapes = jax.eval_shape(
+        functools.partial(model.init, train=False), KEY, jnp.zeros((1, 64, 64, 3))
+    )
+    assert models.count_parameters(shapes["params"]) == parameters
+
+
+def test_bfloat16_computes_with_float32_parameters_and_statistics():
+    model = models.create("resnet4_patch", num_classes=3, dtype=jnp.bfloat16)
+    images = jnp.ones((2, 8, 8, 1))
+    variables = jax.jit(functools.partial(model.init, train=False))(KEY, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, images).as_text()
+    assert "bf16" in text
+    assert model.apply(variables, images, train=False).dtype == jnp.float32
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(UserError, match="did you mean 'resnet18'"):
+        models.create("resnet_18", num_classes=3)
