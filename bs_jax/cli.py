@@ -251,6 +251,8 @@ def _train() -> int:
     for name, value in run.hparams["scaled"].items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
         print(f"  {name}: {run.hparams['base'][name]:.6g} -> {shown}")
+    for warning in run.hparams["warnings"]:
+        print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
     workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")

@@ -94,11 +94,13 @@ def terminal_table(analysis: Analysis) -> "Table":
     sizes = sorted({*sizes, sweep.base_batch_size})
     result = Table(
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,  # five batch sizes and the verdict fit 80 columns
         title=f"Final {units.name}{' (%)' if units.percent else ''} by batch size",
         caption=f"✓ within ±{units.spread(sweep.margin)} of the base (5 % test)   "
-        "✗ beyond it, or diverged   ? needs more seeds",
+        "✗ beyond it   ? needs more seeds",
     )
-    result.add_column("rule")
+    result.add_column("rule", no_wrap=True)
     for size in sizes:
         title = f"{size} (base)" if size == sweep.base_batch_size else str(size)
         result.add_column(title, justify="right", no_wrap=True)

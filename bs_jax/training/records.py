@@ -231,7 +231,9 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"no space left while writing {path}; free some space and give the same command "
                 "again: finished runs are kept"
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError) or (
+            error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        ):
             raise UserError(
                 f"cannot write {path}: {error.strerror}; give a --workdir that can be written"
             ) from error
