@@ -1,8 +1,8 @@
 """A small BatchNorm ResNet on the embedded 10,000 images of Fashion-MNIST's test files.
 
 Command:  python main.py                      (this config, this file's `rules` sweep)
-Run time: under 5 minutes on two CPU cores
-Expected: test accuracy about .83 at the base batch size; the report says what each rule does
+Run time: two to three minutes on two CPU cores
+Expected: test accuracy about .84 at the base batch size; the report says what each rule does
           away from it
 """
 
@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.name = "adamw"  # an optax factory by name
     config.optimizer.decay_mask = "all"  # weight decay on "all" leaves, or on "kernels" only
     config.optimizer.hyperparams = ml_collections.ConfigDict()  # the factory's own names
-    config.optimizer.hyperparams.learning_rate = 8e-3  # peak, per update
+    config.optimizer.hyperparams.learning_rate = 2e-3  # peak, per update
     config.optimizer.hyperparams.b1 = 0.9  # decay per update
     config.optimizer.hyperparams.b2 = 0.99  # decay per update
     config.optimizer.hyperparams.eps = 1e-8
@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.train_storage_size = 0  # pixels, as kept before random crops; 0: image_size
     config.data.eval_storage_size = 0  # pixels, as kept before the centre crop; 0: image_size
     config.data.fit = "squash"  # how images of another shape come to that size; or "crop"
-    config.data.streamed = False  # True: read through grain; False: held on the device
+    # True: read through grain. False: held on the device, unless it does not fit.
+    config.data.streamed = False
     config.data.flip = False
     config.data.crop_padding = 0  # pixels on each side before a random crop
     config.data.crop_area = (1.0, 1.0)  # random resized crop: share of the area, low and high

@@ -1,4 +1,4 @@
-"""Two CPU devices, no rank promotion, quick compiles, the same hypothesis examples every time."""
+"""Two CPU devices (or BS_JAX_TEST_DEVICES), quick compiles, the same examples every time."""
 
 import atexit
 import os
@@ -20,7 +20,7 @@ if "BS_JAX_TEST_CACHE" not in os.environ:  # the parallel workers and subprocess
 import hypothesis
 import jax
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("BS_JAX_TEST_DEVICES", "2")))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(

@@ -17,6 +17,8 @@ from bs_jax.training import optimizers, step
 from bs_jax.training.loop import Interrupted, Trainer
 from bs_jax.training.records import RunFolder
 
+two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+
 
 def losses(found):
     return np.array([row["train/loss"] for row in found])
@@ -78,6 +80,7 @@ def test_training_learns_and_records(tmp_path):
     assert (tmp_path / "DONE").exists()
 
 
+@two_devices
 def test_two_devices_train_like_one(tmp_path):
     one = train(tmp_path / "one")
     two = train(tmp_path / "two", devices=2)
@@ -190,6 +193,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     assert 0 < folder.summary()["resumed_at_step"] < int(newest.name)
 
 
+def test_data_that_do_not_fit_on_the_device_are_streamed(tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    resident = train(tmp_path / "resident")
+    monkeypatch.setattr("bs_jax.training.loop._RESIDENT_SHARE", 0.0)
+    streamed = train(tmp_path / "streamed")
+    assert streamed[-1] == resident[-1]
+
+
+def test_tensorboard_files_hold_the_metrics(tmp_path):
+    train(tmp_path, {"tensorboard": True})
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"train/loss" in file.read_bytes()
+
+
 def test_divergence_is_a_result(tmp_path):
     found = train(tmp_path, {"optimizer.hyperparams.learning_rate": 1e30})
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -210,6 +227,10 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 def test_the_data_do_not_fit_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 128 is larger than the training set of 96"):
         train(tmp_path, {"batch_size": 128, "train_examples": 256})
+
+
+@two_devices
+def test_the_batch_does_not_divide_by_the_devices(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 15 is not divisible by 2 devices; use 14 or"):
         train(tmp_path, {"batch_size": 15, "ghost_batch_size": 0}, devices=2)
 

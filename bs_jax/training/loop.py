@@ -20,6 +20,7 @@ from bs_jax.training.records import MetricsFile, RunFolder
 from bs_jax.training.state import TrainState
 
 Event = dict[str, Any]
+_RESIDENT_SHARE = 0.4  # of a device's memory, for training images held there
 
 
 class Interrupted(Exception):
@@ -54,11 +55,13 @@ class Trainer:
         self._data = data
         self._devices = list(devices)
         self._vmapped = vmapped
-        self._plan = Plan.of(config)
+        self._streamed = config["data"]["streamed"] or not pipeline.fits_on_device(
+            data.train, pipeline.device_budget_bytes(self._devices[0], _RESIDENT_SHARE)
+        )
+        self._plan = dataclasses.replace(Plan.of(config), short_chunks=self._streamed)
         self._programs = step.make_programs(
             config, data.num_classes, data.train.image_shape, devices, vmapped=vmapped
         )
-        self._streamed = config["data"]["streamed"]
         self._train_data = () if self._streamed else self._resident(data.train)
         self._eval_data = self._resident(data.eval)
         self._eval_batches = self._make_eval_batches()
