@@ -148,6 +148,7 @@ MISTAKES = {
     "schedule.warmup_examples": (10**6, "shorten the warm-up"),
     "ghost_batch_size": (48, "does not divide the micro-batch of 64"),
     "micro_batch_size": (48, "not divisible by micro_batch_size 48; use 48 or 96"),
+    "bn_cross_device": (True, "exclude each other"),
     "bn_decay": (1.0, "below 1"),
     "data.std": ((0.0,), "above 0"),
     "data.crop_area": ((0.5, 0.2), "low <= high"),

@@ -61,7 +61,7 @@ class Display:
             self._live.__exit__(*failure)
 
     def pending(self, runs: Sequence[Run]) -> None:
-        """Say which runs this session has to train, the measure of the time left."""
+        """Say which runs are still to be trained: the measure of the time left."""
         self._pending_goal = max(sum(self._goal[run.run_id] for run in runs), 1)
 
     def event(self, worker: int, event: dict[str, Any]) -> None:

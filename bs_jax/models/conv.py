@@ -90,8 +90,9 @@ def choose_form(backend: str) -> str:
     """The quickest form's name, as `benchmarks/conv_forms.py` measured it.
 
     On CPU it is "patches" for every shape: inside `lax.scan`, where training runs, XLA's own
-    convolution falls back to a plain loop nest and is 3 to 70 times slower. (Alone, with two
-    threads, XLA's is up to twice as fast for 3x3 kernels on maps of 8x8 or more.)
+    convolution falls back to a plain loop nest and takes 2 to 25 times as long. (Alone, with two
+    threads, XLA's takes between a third and four times as long as "patches": it wins on maps of
+    16x16 and more with many channels.)
 
     Args:
         backend: "cpu", "gpu" or "tpu".

@@ -150,6 +150,11 @@ def check_run(config: Mapping[str, Any]) -> None:
             f"least two micro-batches, but batch_size is {batch} and micro_batch_size {micro}; "
             f"set config.micro_batch_size to {max(batch // 2, 1)} or less"
         )
+    if ghost and config["bn_cross_device"]:
+        raise UserError(
+            f"ghost_batch_size {ghost} and bn_cross_device exclude each other; set one of them to "
+            "0 or False"
+        )
     if ghost and micro % ghost:
         raise UserError(
             f"ghost_batch_size {ghost} does not divide the micro-batch of {micro} examples "

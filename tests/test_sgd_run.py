@@ -1,0 +1,27 @@
+"""SGD with and without momentum trains through the whole trainer."""
+
+import pytest
+from training_helpers import tiny_config, tiny_data
+
+from bs_jax.experiments.points import resolve
+from bs_jax.training.loop import Trainer
+from bs_jax.training.records import RunFolder
+
+
+@pytest.mark.parametrize("rule", ["linear", "noise_aware"])
+@pytest.mark.parametrize(
+    "hyperparams", [{"learning_rate": 0.1}, {"learning_rate": 0.02, "momentum": 0.9}]
+)
+def test_sgd_trains(tmp_path, rule, hyperparams):
+    import jax
+
+    config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "optimizer.name": "sgd"})
+    config["optimizer"]["hyperparams"] = hyperparams
+    run = resolve(config)
+    # SGD is linear in the gradient: nothing has to be measured, whatever the noise.
+    assert run.config["scaling"] == {"rule": "fixed"}
+    (summary,) = Trainer(run.config, tiny_data(), jax.devices()[:1]).train(
+        [RunFolder(tmp_path, run)]
+    )
+    assert summary["status"] == "done"
+    assert summary["final"]["train/loss"] < 1.2
