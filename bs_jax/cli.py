@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from bs_jax.errors import UserError
+from bs_jax.flags import define_run_flags, join_processes
 
 _MODES = ("sweep", "train", "report", "explain")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
@@ -48,13 +50,15 @@ def define_flags() -> None:
         "Runs that share a compiled program go one after another, or side by side.",
     )
     flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
+    define_run_flags()
 
 
 def run() -> int:
     """Do what the flags say.
 
     Returns:
-        The exit code: 0 done, 1 some runs failed, 128 + n stopped by signal n.
+        The exit code: 0 done, 1 some runs failed, 128 + n stopped by signal n; 75 where another
+        process of a joined run was lost.
 
     Raises:
         UserError: a mistake of the user's.
@@ -65,6 +69,13 @@ def run() -> int:
         "report": _report,
         "explain": _explain,
     }
+    if FLAGS.mode in ("sweep", "train") and not FLAGS.dry_run and join_processes():
+        from bs_jax.training import distributed
+
+        if not distributed.is_first():  # process 0 tells all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with distributed.ending_together():
+            return modes[FLAGS.mode]()
     return modes[FLAGS.mode]()
 
 
@@ -141,7 +152,7 @@ def _command() -> str:
 
 def _sweep() -> int:
     from bs_jax.experiments import launchers, progress, sweep
-    from bs_jax.training import compilation, records, validate
+    from bs_jax.training import compilation, distributed, records, validate
 
     if FLAGS.workers < 0:
         raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
@@ -153,12 +164,18 @@ def _sweep() -> int:
     if FLAGS.dry_run:
         _print_dry_run(planned)
         return 0
+    distributed.check_same("config", json.dumps([config, [run.run_id for run in planned.runs]]))
     workdir = _sweep_workdir()
-    records.check_writable(workdir)
+    distributed.on_first(lambda: records.check_writable(workdir))
     data = _load_data(planned.runs)
-    folders = {run.run_id: sweep.run_folder(workdir, run) for run in planned.runs}
-    sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
-    pending = [run for run in planned.runs if not folders[run.run_id].done]
+
+    def prepare() -> list[str]:
+        folders = [sweep.run_folder(workdir, run) for run in planned.runs]
+        sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
+        return [folder.run.run_id for folder in folders if not folder.done]
+
+    open_ids = set(distributed.on_first(prepare))
+    pending = [run for run in planned.runs if run.run_id in open_ids]
     failures: list[str] = []
     if not pending:
         print(f"All {len(planned.runs)} runs are done already.")
@@ -169,21 +186,35 @@ def _sweep() -> int:
             f"{len(planned.rows)} points, {len(planned.runs)} runs, {len(pending)} to train, "
             f"{workers or 1} at a time; records in {workdir}"
         )
-        with progress.Display(planned.runs, len(planned.runs) - len(pending)) as display:
+        with progress.Display(
+            planned.runs, len(planned.runs) - len(pending), quiet=not distributed.is_first()
+        ) as display:
             display.pending(pending)
             try:
                 if workers:
                     failures = launchers.run_processes(
-                        pending, workdir, display, workers=workers, run_axis=FLAGS.run_axis
+                        pending,
+                        workdir,
+                        display,
+                        workers=workers,
+                        run_axis=FLAGS.run_axis,
+                        grace_seconds=FLAGS.grace_seconds,
                     )
                 else:
                     failures = launchers.run_inline(
-                        pending, workdir, display, run_axis=FLAGS.run_axis
+                        pending,
+                        workdir,
+                        display,
+                        run_axis=FLAGS.run_axis,
+                        grace_seconds=FLAGS.grace_seconds,
                     )
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
-    _write_report(workdir)
+    writes = distributed.is_first()
+    distributed.shutdown()
+    if writes:
+        _write_report(workdir)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -191,10 +222,10 @@ def _sweep() -> int:
 
 def _worker_count(pending: int) -> int:
     """How many worker processes; 0 for this process alone."""
-    import os
-
     import jax
 
+    if jax.process_count() > 1:
+        return 0
     if FLAGS.workers:
         return min(FLAGS.workers, pending)
     if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
@@ -243,10 +274,11 @@ def _train() -> int:
 
     from bs_jax.experiments import launchers, progress
     from bs_jax.experiments.points import resolve
-    from bs_jax.training import compilation, records, validate
+    from bs_jax.training import compilation, distributed, records, validate
     from bs_jax.training.records import RunFolder
 
     run = resolve(_config())
+    distributed.check_same("config", run.run_id)
     print(progress.describe(run))
     for name, value in run.hparams["scaled"].items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
@@ -256,20 +288,26 @@ def _train() -> int:
     if FLAGS.dry_run:
         return 0
     workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
-    records.check_writable(workdir)
     _load_data([run])
-    folder = RunFolder(workdir, run)
-    if not folder.done:
+
+    def is_done() -> bool:
+        records.check_writable(workdir)
+        return RunFolder(workdir, run).done
+
+    if not distributed.on_first(is_done):
         compilation.enable_cache()
-        validate.check_devices(run.config, jax.local_device_count())
-        with progress.Display([run], 0) as display:
+        validate.check_devices(run.config, jax.device_count())
+        folder = RunFolder(workdir, run, writes=distributed.is_first())
+        with progress.Display([run], 0, quiet=not distributed.is_first()) as display:
             display.pending([run])
             try:
-                launchers.run_one(folder, display)
+                launchers.run_one(folder, display, grace_seconds=FLAGS.grace_seconds)
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
-    summary = folder.summary()
+    if not distributed.is_first():
+        return 0
+    summary = RunFolder(workdir, run).summary()
     print(f"{summary['status']} after {summary['examples']:,} examples; records in {workdir}")
     for name, value in summary["final"].items():
         print(f"  {name}: {value:.4f}")

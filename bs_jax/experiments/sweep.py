@@ -69,9 +69,9 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     return Sweep(name, rows, distinct, warnings)
 
 
-def run_folder(workdir: Path, run: Run) -> RunFolder:
-    """The folder of one run of a sweep."""
-    return RunFolder(workdir / "runs" / run.run_id, run)
+def run_folder(workdir: Path, run: Run, *, writes: bool = True) -> RunFolder:
+    """The folder of one run of a sweep; see `RunFolder`."""
+    return RunFolder(workdir / "runs" / run.run_id, run, writes=writes)
 
 
 def write_sweep_file(
