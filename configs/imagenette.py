@@ -13,7 +13,7 @@ import ml_collections
 from bs_jax.errors import UserError
 from bs_jax.experiments.points import Point, product
 
-ARCHITECTURES = ("xresnet50", "xse_resnext50")
+ARCHITECTURES = ("xresnet50", "xse_resnext50", "xse_resnext50_blur")
 EPOCHS = {"20epochs": 20.0, "5epochs": 5.0}
 
 
@@ -94,7 +94,7 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.data.std = (1.0, 1.0, 1.0)
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = "resnet50"
+    config.model.name = ARCHITECTURES[0]
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
     config.eval_batch_size = 256  # examples, over all devices; has no effect on the result
