@@ -39,7 +39,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
     flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
-    flags.DEFINE_bool("dry_run", False, "List the runs and their hyperparameters; train nothing.")
+    flags.DEFINE_bool("dry_run", False, "List the points and their hyperparameters; train nothing.")
     flags.DEFINE_integer(
         "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
     )
@@ -86,6 +86,8 @@ def one_line(error: Exception) -> str:
     "config has no field 'bach_size'; did you mean 'batch_size'?"
     """
     text = str(error.args[0]) if error.args else str(error)
+    # ml_collections puts the traceback into the message of what a config file raises.
+    *_, text = text.rsplit("bs_jax.errors.UserError: ", 1)
     names = re.findall(r"[\w.]+", text.split("Did you mean")[0])
     meant = re.search(r'Did you mean "([^"]*)"', text)
     if meant and names:
@@ -106,7 +108,8 @@ def _config() -> dict[str, Any]:
 def _config_module() -> ModuleType:
     from ml_collections import config_flags
 
-    path = config_flags.get_config_filename(FLAGS["config"])
+    # What follows a colon is the argument of get_config, the name of a form of the recipe.
+    path = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)[0]
     spec = importlib.util.spec_from_file_location("bs_jax_config", path)
     assert spec is not None  # the flag has loaded it before
     assert spec.loader is not None
@@ -152,17 +155,17 @@ def _command() -> str:
 
 def _sweep() -> int:
     from bs_jax.experiments import launchers, progress, sweep
-    from bs_jax.training import compilation, distributed, records, validate
+    from bs_jax.training import compilation, distributed, plan, records, validate
 
     if FLAGS.workers < 0:
         raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
     config = _config()
-    validate.check_config(config)
+    validate.check_config(plan.with_length(config))
     points = _points()
     _refuse_overridden(points)
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
     if FLAGS.dry_run:
-        _print_dry_run(planned)
+        print(sweep.listing(planned))
         return 0
     distributed.check_same("config", json.dumps([config, [run.run_id for run in planned.runs]]))
     workdir = _sweep_workdir()
@@ -251,24 +254,6 @@ def _load_data(runs: list[Any]) -> str:
     )
 
 
-def _print_dry_run(planned: Any) -> None:
-    from bs_jax.experiments import progress
-
-    points: dict[str, list[str]] = {}
-    for row in planned.rows:
-        points.setdefault(row["run_id"], []).append(row["arm"])
-    for run in planned.runs:
-        values = ", ".join(
-            f"{name} {'estimated while training' if value is None else format(value, '.6g')}"
-            for name, value in run.hparams["scaled"].items()
-        )
-        arms = ", ".join(dict.fromkeys(points[run.run_id]))
-        print(f"{run.run_id}  {progress.describe(run)}  [{arms}]\n    {values}")
-    print(f"{len(planned.rows)} points, {len(planned.runs)} runs")
-    for warning in planned.warnings:
-        print(f"warning: {warning}")
-
-
 def _train() -> int:
     import jax
 
@@ -331,9 +316,9 @@ def _write_report(workdir: Path) -> None:
 
 
 def _explain() -> int:
-    from bs_jax.training import optimizers
+    from bs_jax.training import optimizers, plan
 
-    explanation = optimizers.explain_recipe(_config())
+    explanation = optimizers.explain_recipe(plan.with_length(_config()))
     render = {
         "text": explanation.to_text,
         "markdown": explanation.to_markdown,
