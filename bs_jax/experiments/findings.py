@@ -368,12 +368,15 @@ def _p_of_divergence(expected: str, matched: Matched) -> tuple[float, float]:
     """By who diverged more, where there is no mean to compare (Fisher's exact test, one-sided)."""
     firsts = {id(group): group for _, group, _ in matched}.values()
     seconds = {id(group): group for _, _, group in matched}.values()
-    counts = [
-        [sum(g.diverged for g in side), sum(len(g.values) for g in side)]
-        for side in (firsts, seconds)
-    ]
-    first_worse = float(stats.fisher_exact(counts, "greater").pvalue)
-    second_worse = float(stats.fisher_exact(counts, "less").pvalue)
+    lost, size = (
+        [sum(group.diverged for group in side) for side in (firsts, seconds)],
+        [sum(group.diverged + len(group.values) for group in side) for side in (firsts, seconds)],
+    )
+    # So many of the diverged runs, or more, on one side if they fell there by chance.
+    first_worse, second_worse = (
+        float(stats.hypergeom.sf(own - 1, sum(size), sum(lost), runs))
+        for own, runs in zip(lost, size, strict=True)
+    )
     either = min(1.0, 2 * min(first_worse, second_worse))
     return {
         HIGHER: (second_worse, first_worse),
