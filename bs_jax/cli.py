@@ -311,7 +311,11 @@ def _write_report(workdir: Path) -> None:
 
     found = results.load_results(workdir)
     path = report.write_report(workdir)
-    Console().print(report.terminal_table(analysis.analyse(found)))
+    analysed = analysis.analyse(found)
+    console = Console()
+    console.print(report.terminal_table(analysed))
+    if (answers := report.terminal_findings(analysed)) is not None:
+        console.print(answers)
     print(f"Report: {path}")
 
 

@@ -8,6 +8,8 @@ Sweeps:   --mode=sweep --sweep=seed (or anchor, study, controls, ghost, quick); 
 Run time and expected accuracy: docs/imagenette.md
 """
 
+from typing import Any
+
 import ml_collections
 
 from bs_jax.errors import UserError
@@ -28,16 +30,22 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
         if word not in (*ARCHITECTURES, *EPOCHS, "quick"):
             known = ", ".join((*ARCHITECTURES, *EPOCHS, "quick"))
             raise UserError(f"configs/imagenette.py has no form {word!r}; known: {known}")
+    # The quick form is the same recipe on a network and images small enough for a CPU.
+    quick = "quick" in words
+    architecture = "xresnet10_small" if quick else ARCHITECTURES[0]
+    architecture = next((word for word in words if word in ARCHITECTURES), architecture)
+    epochs = next((EPOCHS[word] for word in words if word in EPOCHS), 3.0 if quick else 20.0)
 
     config = ml_collections.ConfigDict()
     config.name = "-".join(["imagenette", *words])
-    config.title = "Imagenette, 128 px: which hyperparameters must follow the batch size?"
+    setting = "quick form" if quick else "128 px"
+    config.title = f"Imagenette, {setting}: which hyperparameters must follow the batch size?"
     config.seed = 0  # initial weights, order of the examples, augmentation
 
     config.batch_size = 64  # examples per update, over all devices together
     config.base_batch_size = 64  # the batch size that the numbers below were tuned at
     config.train_examples = 0  # length of training in examples seen; one of the two lengths is 0
-    config.train_epochs = 20.0  # length of training in epochs
+    config.train_epochs = epochs  # length of training in epochs
     config.drop_remainder = True  # 1183, 591, 295, 147, 73, 36 updates an epoch at 8 to 256
 
     config.scaling = ml_collections.ConfigDict()
@@ -79,9 +87,9 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     # The official archive of any size (or its folder), or tfds:imagenette/160px-v2.
     config.data.name = "folder:~/data/imagenette2-160.tgz"
     config.data.train_size = 9_469  # examples in the training split: what an epoch is; checked
-    config.data.image_size = 128  # pixels, as the model sees them
-    config.data.train_storage_size = 160  # pixels, as kept before random crops
-    config.data.eval_storage_size = 152  # pixels, as kept before the centre crop
+    config.data.image_size = 32 if quick else 128  # pixels, as the model sees them
+    config.data.train_storage_size = 40 if quick else 160  # pixels, as kept before random crops
+    config.data.eval_storage_size = 38 if quick else 152  # pixels, as kept before the centre crop
     config.data.fit = "squash"  # how images of another shape come to that size; or "crop"
     # True: read through grain. False: held on the device, unless it does not fit.
     config.data.streamed = False
@@ -94,13 +102,15 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.data.std = (1.0, 1.0, 1.0)
 
     config.model = ml_collections.ConfigDict()
-    config.model.name = ARCHITECTURES[0]
+    config.model.name = architecture
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
-    config.eval_batch_size = 256  # examples, over all devices; has no effect on the result
-    config.eval_every_examples = 9_408  # 147 updates of 64: an epoch
+    config.eval_batch_size = (
+        500 if quick else 256
+    )  # examples, over all devices; has no effect on the result
+    config.eval_every_examples = 47_040 if quick else 9_408  # 147 updates of 64: an epoch
     config.log_every_examples = 2_352  # training metrics are means over this many examples
-    config.checkpoint_every_examples = 47_040  # 0: only where a signal interrupts
+    config.checkpoint_every_examples = 0 if quick else 47_040  # 0: only where a signal interrupts
     config.tensorboard = False
 
     config.report = ml_collections.ConfigDict()
@@ -109,28 +119,7 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.report.loss_metric = "eval/loss"
     config.report.curve_metric = "train/loss"
     config.report.margin = 0.01  # accuracies closer than this count as equal
-
-    for word in words:
-        if word in ARCHITECTURES:
-            config.model.name = word
-        elif word in EPOCHS:
-            config.train_epochs = EPOCHS[word]
-        else:
-            _make_quick(config)
     return config
-
-
-def _make_quick(config: ml_collections.ConfigDict) -> None:
-    """The same recipe on a network and images small enough for a CPU."""
-    config.title = "Imagenette, quick form: which hyperparameters must follow the batch size?"
-    config.train_epochs = 3.0
-    config.data.image_size = 32
-    config.data.train_storage_size = 40
-    config.data.eval_storage_size = 38
-    config.model.name = "xresnet10_small"
-    config.eval_batch_size = 500
-    config.eval_every_examples = 47_040
-    config.checkpoint_every_examples = 0
 
 
 # --- the arms: which hyperparameters follow the scale s = (batch size / 64 x offset), or its root.
@@ -140,12 +129,12 @@ LR, WD, MOM, SQMOM, BN = "learning_rate", "weight_decay", "b1", "b2", "bn_decay"
 _NEVER = ("eps", "sync_period", "slow_step_size", "ema_decay")
 
 
-def _arm(*scaled: str, rule: str = "seed") -> dict[str, object]:
+def _arm(*scaled: str, rule: str = "seed") -> dict[str, Any]:
     off = [name for name in (LR, WD, MOM, SQMOM, BN) if name not in scaled]
     return {"scaling.rule": rule, "scaling.off": (*off, *_NEVER)}
 
 
-ARMS: dict[str, dict[str, object]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "no": {"scaling.rule": "none"},
     "all_lin": _arm(LR, WD, MOM, SQMOM),
     "all_sqrt": _arm(LR, WD, MOM, SQMOM, rule="seed_sqrt"),
@@ -160,7 +149,7 @@ ARMS: dict[str, dict[str, object]] = {
     "bn_lin": _arm(BN),
 }
 # Rules that measure the gradient's noise, on the same points. They leave nothing out.
-MEASURED: dict[str, dict[str, object]] = {
+MEASURED: dict[str, dict[str, Any]] = {
     "noise_aware": {"scaling.rule": "noise_aware"},
     "invariant": {"scaling.rule": "invariant"},
 }
@@ -175,11 +164,11 @@ OFFSETS = {
 SEEDS = (0, 1, 2)
 
 
-def _select(*names: str) -> dict[str, dict[str, object]]:
+def _select(*names: str) -> dict[str, dict[str, Any]]:
     return {name: (ARMS | MEASURED)[name] for name in names}
 
 
-def _grid(arms: dict[str, dict[str, object]], seeds: tuple[int, ...]) -> list[Point]:
+def _grid(arms: dict[str, dict[str, Any]], seeds: tuple[int, ...]) -> list[Point]:
     """25 points an arm and seed: every batch size with its offsets."""
     return [
         Point(name, {**overrides, "batch_size": size, "scaling.offset": offset, "seed": seed})
@@ -232,7 +221,7 @@ def sweep_ghost() -> list[Point]:
     What is left of an effect here does not come from BatchNorm's own noise. A rule that compares
     gradients within a batch of 8 could only normalise 4, so the sizes begin at 16.
     """
-    ghost: dict[str, object] = {"ghost_batch_size": 8}
+    ghost: dict[str, Any] = {"ghost_batch_size": 8}
     arms = _select("no", "lr_lin", "all_lin", "noise_aware", "invariant")
     return [
         *product(

@@ -137,6 +137,7 @@ def write_sweep_file(
             "base_batch_size": config["base_batch_size"],
             "train_examples": with_length(config)["train_examples"],
             "accuracy_metric": report["accuracy_metric"],
+            "smoothed_metric": report["smoothed_metric"],
             "loss_metric": report["loss_metric"],
             "curve_metric": report["curve_metric"],
             "margin": report["margin"],

@@ -195,7 +195,7 @@ def _with_power(rule: ScalingRule, formula: str) -> str:
     if rule.k_power == 1:
         return formula
     scale = f"k^{rule.k_power:g}"
-    return re.sub(r"\bk\b", lambda m: f"({scale})" if m.start() and "^" in formula else scale, formula)
+    return re.sub(r"\bk\b", f"({scale})" if "^" in formula else scale, formula)
 
 
 def _power(prefix: str, exponent: float) -> str:
