@@ -16,7 +16,7 @@ from absl import flags
 
 from bs_jax.errors import UserError
 
-_MODES = ("sweep", "train", "report", "explain")
+_MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
 FLAGS = flags.FLAGS
 
@@ -33,7 +33,8 @@ def define_flags() -> None:
         "sweep",
         _MODES,
         "sweep: train every point of --sweep, then report. train: one run of the config. report: "
-        "from the records in --workdir. explain: the hyperparameters before and after scaling.",
+        "from the records in --workdir. explain: the hyperparameters before and after scaling. "
+        "noise_scale: one run, and its gradient noise scale beside its batch size.",
     )
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
     flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
@@ -64,6 +65,7 @@ def run() -> int:
         "train": _train,
         "report": _report,
         "explain": _explain,
+        "noise_scale": _noise_scale,
     }
     return modes[FLAGS.mode]()
 
@@ -239,14 +241,33 @@ def _print_dry_run(planned: Any) -> None:
 
 
 def _train() -> int:
+    from bs_jax.experiments.points import resolve
+
+    run = resolve(_config())
+    return _train_run(run, _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}"))
+
+
+def _noise_scale() -> int:
+    from bs_jax.experiments import noise_scale
+
+    run = noise_scale.plan(_config())
+    workdir = _workdir(f"runs/{FLAGS.config.name}-noise_scale/{run.run_id}")
+    code = _train_run(run, workdir)
+    if code or FLAGS.dry_run:
+        return code
+    curve = noise_scale.read(workdir, run)
+    print(curve.to_text())
+    print(f"Plot and numbers: {', '.join(str(path) for path in noise_scale.write(curve, workdir))}")
+    return 0
+
+
+def _train_run(run: Any, workdir: Path) -> int:
     import jax
 
     from bs_jax.experiments import launchers, progress
-    from bs_jax.experiments.points import resolve
     from bs_jax.training import compilation, records, validate
     from bs_jax.training.records import RunFolder
 
-    run = resolve(_config())
     print(progress.describe(run))
     for name, value in run.hparams["scaled"].items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
@@ -255,7 +276,6 @@ def _train() -> int:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
-    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
     records.check_writable(workdir)
     _load_data([run])
     folder = RunFolder(workdir, run)
