@@ -137,8 +137,8 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     means of them over updates are, too; their ratio is not, so it is taken last.
 
     Args:
-        grads: mean gradient (used where ``stats.mean`` is ``None``).
-        stats: of this update.
+        grads: mean gradient; of the statistics only the leaves that it has are used.
+        stats: of this update; its own ``mean`` comes before ``grads``, which may be clipped.
         batch_size: examples in this update, over all micro-batches.
 
     Returns:
@@ -152,8 +152,9 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     """
     check_microbatch(stats)
     mean = grads if stats.mean is None else stats.mean
-    square = tree_sum(tree_map(lambda g: _squared_norm(g.astype(jnp.float32)), mean))
-    mean_square = tree_sum(tree_map(lambda g, s: s.astype(jnp.float32), mean, stats.mean_square))
+    # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
+    square = tree_sum(tree_map(lambda _, m: _squared_norm(m.astype(jnp.float32)), grads, mean))
+    mean_square = tree_sum(tree_map(lambda _, s: s.astype(jnp.float32), grads, stats.mean_square))
     signal, noise = signal_and_noise_of_sums(square, mean_square, stats.count)
     noise = noise * (batch_size / stats.count)
     return {
