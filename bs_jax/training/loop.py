@@ -187,6 +187,7 @@ class Trainer:
             len(self._data.train),
             chunk.start * batch,
             (chunk.end - chunk.start) * batch,
+            drop_remainder_batch_size=batch if self._config["drop_remainder"] else None,
         )
         return self._own(order.reshape(-1, batch))
 
