@@ -109,9 +109,9 @@ def _number(value: Any) -> str:
     return "measured" if value is None else f"{value:.6g}"
 
 
-def run_folder(workdir: Path, run: Run) -> RunFolder:
-    """The folder of one run of a sweep."""
-    return RunFolder(workdir / "runs" / run.run_id, run)
+def run_folder(workdir: Path, run: Run, *, writes: bool = True) -> RunFolder:
+    """The folder of one run of a sweep; see `RunFolder`."""
+    return RunFolder(workdir / "runs" / run.run_id, run, writes=writes)
 
 
 def write_sweep_file(

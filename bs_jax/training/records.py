@@ -50,14 +50,17 @@ class RunFolder:
     Args:
         path: the folder; made if missing.
         run: what is to be trained in it.
+        writes: False in a process that leaves reading and writing to another: nothing is touched.
 
     Raises:
         UserError: the folder cannot be written, or holds a run of another config.
     """
 
-    def __init__(self, path: Path, run: Run) -> None:
+    def __init__(self, path: Path, run: Run, *, writes: bool = True) -> None:
         self.path = path
         self.run = run
+        if not writes:
+            return
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._refuse_other_config()
