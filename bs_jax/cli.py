@@ -260,7 +260,17 @@ def _train() -> int:
     from bs_jax.experiments.points import resolve
 
     run = resolve(_config())
-    return _train_run(run, _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}"))
+    default = f"runs/{FLAGS.config.name}-train/{run.run_id}"
+    if FLAGS.restore_from is None:
+        return _train_run(run, _workdir(default))
+    from bs_jax.training import distributed
+    from bs_jax.training.carry_over import OtherRun
+    from bs_jax.training.plan import with_length
+
+    path = Path(FLAGS.restore_from).expanduser()
+    other = OtherRun(path, with_length(_config())) if distributed.is_first() else None
+    run.hparams["restored_from"] = str(path)
+    return _train_run(run, _workdir(f"{default}-from-{path.name}"), other)
 
 
 def _noise_scale() -> int:
@@ -277,7 +287,7 @@ def _noise_scale() -> int:
     return 0
 
 
-def _train_run(run: Any, workdir: Path) -> int:
+def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
     import jax
 
     from bs_jax.experiments import launchers, progress
@@ -295,14 +305,20 @@ def _train_run(run: Any, workdir: Path) -> int:
         return 0
     distributed.on_first(lambda: records.check_writable(workdir))
     _load_data([run])
-    if not distributed.on_first(lambda: RunFolder(workdir, run).done):
+
+    def open_folder(writes: bool = True) -> RunFolder:
+        return RunFolder(workdir, run, writes=writes, allow_change=FLAGS.allow_config_change)
+
+    if not distributed.on_first(lambda: open_folder().done):
         compilation.enable_cache()
         validate.check_devices(run.config, jax.device_count())
-        folder = RunFolder(workdir, run, writes=distributed.is_first())
+        folder = open_folder(distributed.is_first())
         with progress.Display([run], 0, quiet=not distributed.is_first()) as display:
             display.pending([run])
             try:
-                launchers.run_one(folder, display, grace_seconds=FLAGS.grace_seconds)
+                launchers.run_one(
+                    folder, display, grace_seconds=FLAGS.grace_seconds, other_run=other_run
+                )
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number

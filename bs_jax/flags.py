@@ -15,6 +15,14 @@ def define_run_flags() -> None:
         "After SIGTERM: save and exit with code 143; after so long exit in any case.",
         lower_bound=0.0,
     )
+    flags.DEFINE_string(
+        "restore_from",
+        None,
+        "Folder of another run: begin with its newest state, also at another batch size.",
+    )
+    flags.DEFINE_bool(
+        "allow_config_change", False, "Go on with a run in --workdir whose config was another."
+    )
     flags.DEFINE_enum(
         "distributed",
         "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
 from bs_jax.training import distributed, parallel, plan, step, validate
+from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.records import RunFolder
 from bs_jax.training.session import Event, Session
@@ -70,6 +72,7 @@ class Trainer:
         folders: Sequence[RunFolder],
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
+        other_run: OtherRun | None = None,
     ) -> list[dict[str, Any]]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
@@ -77,6 +80,7 @@ class Trainer:
             folders: the runs and where they are recorded; finished ones are passed over.
             on_event: called with ``{"event": "progress" | "run_finished", "run_id": ..., ...}``.
             should_stop: asked between chunks; where it says so, all state is saved.
+            other_run: a run without checkpoints of its own begins with the state of that one.
 
         Returns:
             The summaries, in the order of `folders`.
@@ -90,7 +94,9 @@ class Trainer:
             for folder, finished in zip(folders, done, strict=True):
                 if not finished:
                     fresh = self._initial_state(folder)
-                    sessions.append(Session(folder, self._plan, fresh, self._devices, on_event))
+                    session = Session(folder, self._plan, self._devices, on_event)
+                    session.restore(fresh, functools.partial(self._begin, folder, other_run))
+                    sessions.append(session)
             for group in self._groups(sessions):
                 self._train_group(group, should_stop)
         finally:
@@ -205,6 +211,16 @@ class Trainer:
         if self._vmapped:
             inputs = jax.tree.map(lambda leaf: leaf[None], inputs)
         return self._split(jax.device_get(self._programs.init(inputs)), 1)[0]
+
+    def _begin(
+        self, folder: RunFolder, other_run: OtherRun | None, fresh: TrainState
+    ) -> TrainState:
+        """The state of a run that has none yet."""
+        if other_run is None:
+            return fresh
+        return other_run.state_for(
+            folder.run.config, fresh, self._data.num_classes, self._data.train.image_shape
+        )
 
     def _join(self, trees: list[Any]) -> Any:
         if not self._vmapped:
