@@ -195,6 +195,8 @@ def _sweep() -> int:
             planned.runs, len(planned.runs) - len(pending), quiet=not distributed.is_first()
         ) as display:
             display.pending(pending)
+            if FLAGS.run_axis == "vmap":
+                pending = launchers.with_cohorts(pending, planned.runs)
             try:
                 if workers:
                     failures = launchers.run_processes(

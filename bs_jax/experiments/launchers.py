@@ -63,6 +63,17 @@ class Schedule:
         return taken
 
 
+def with_cohorts(pending: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """What is pending and the finished runs of the same cohorts, which are vmapped with it.
+
+    Args:
+        pending: what is to be trained.
+        runs: all runs of the sweep.
+    """
+    keys = {optimizers.cohort_key(run.config) for run in pending}
+    return [run for run in runs if optimizers.cohort_key(run.config) in keys]
+
+
 def _cost(runs: Sequence[Run]) -> float:
     # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
     return sum(

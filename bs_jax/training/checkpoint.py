@@ -99,6 +99,13 @@ class Checkpoints:
                     manager.reload()
         return None
 
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints beyond a step."""
+        if self._path.is_dir():
+            manager = self._open()
+            for later in [found for found in manager.all_steps() if found > step]:
+                manager.delete(later)
+
     def _set_aside(self, step: int) -> None:
         # Kept under another name, not deleted: what cannot be read here may be readable elsewhere.
         target = self._path / f"unreadable-{step}"

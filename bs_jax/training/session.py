@@ -63,13 +63,26 @@ class Session:
             fresh: a state of the run, of numpy arrays.
             begin: makes of it the state to begin with where there is no checkpoint.
         """
+        self._fresh = fresh
 
         def read() -> None:
             found = self._checkpoints.restore(fresh)
             self._restored = found is not None
             self.state = begin(fresh) if found is None else found
 
-        self.state = fresh
+        self._take(read)
+
+    def go_back(self, step: int) -> None:
+        """Take the newest whole checkpoint at or before a step, or begin; forget later ones."""
+
+        def read() -> None:
+            self._checkpoints.forget_after(step)
+            self.state = self._checkpoints.restore(self._fresh) or self._fresh
+
+        self._take(read)
+
+    def _take(self, read: Callable[[], None]) -> None:
+        self.state = self._fresh
         distributed.on_first(read)
         self.state = distributed.arrays_of_first(self.state)
         self.start_step = int(self.state.step)
@@ -116,6 +129,8 @@ class Session:
                 if name != "count"
             }
         self._write(rows)
+        if self.diverged_at is not None:
+            self.finish("diverged")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._metrics_file is not None:
@@ -147,7 +162,9 @@ class Session:
                 self._checkpoints.save(state, self._metrics_file.digest)
 
     def finish(self, status: str) -> None:
-        """Write the summary: "done", "diverged" or "interrupted"."""
+        """Write the summary: "done", "diverged" or "interrupted"; a run that diverged has it."""
+        if self.diverged_at is not None and status != "diverged":
+            return
         step_now, examples = self._last
         device = self.devices[0]
         summary = {
