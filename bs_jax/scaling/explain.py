@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bs_jax.errors import UserError
 from bs_jax.scaling.cautions import DECAYS, find_warnings
 from bs_jax.scaling.formulas import (
     Noise,
@@ -121,6 +122,8 @@ def explain(
     }
     for name, value in values.items():
         check_value(name, spec.roles[name], value)
+    if train_examples is not None and not is_number(train_examples):
+        raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
     scaler = Scaler(rule, spec, values, batch_size / base_batch_size, noise)
     rows = [_row(scaler, name, base_batch_size, batch_size) for name in values]

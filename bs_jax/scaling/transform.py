@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,14 +14,18 @@ import optax
 from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
 from bs_jax.scaling import noise_scale as noise_scale_lib
-from bs_jax.scaling.formulas import Noise, check_batch_sizes, check_value, is_number, is_numeric
+from bs_jax.scaling.cautions import ScalingWarning, check_float32
+from bs_jax.scaling.formulas import (
+    Noise,
+    Scaler,
+    check_batch_sizes,
+    check_value,
+    is_number,
+    is_numeric,
+)
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
-
-
-class ScalingWarning(UserWarning):
-    """Something about a scaled recipe that its user should look at."""
 
 
 def scale_by_batch(
@@ -86,10 +91,12 @@ def scale_by_batch(
         arguments = bind(factory, args, kwargs)
         spec = resolve(factory, arguments, roles, family)
         arguments = fill_implied(arguments, spec)
+        for name in spec.roles.keys() & arguments.keys():
+            check_value(name, spec.roles[name], arguments[name])
         scaled = {n: v for n, v in arguments.items() if n in spec.roles and v is not None}
-        for name, value in scaled.items():
-            check_value(name, spec.roles[name], value)
+        check_float32(Scaler(rule, spec, scaled, batch_size / base_batch_size, noise))
         _warn_of_unknown(spec, arguments)
+        _warn_of_misspelt(rule, spec, arguments)
         optimizer = ScaledOptimizer(
             rule=rule,
             spec=spec,
@@ -115,6 +122,21 @@ def _warn_of_unknown(spec: Spec, arguments: Mapping[str, Any]) -> None:
             ScalingWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any]) -> None:
+    # A rule may serve more than the optimizer (BatchNorm's decay, say), so a name that it does not
+    # take is no mistake in itself; one that is nearly one of its names is.
+    known = {*arguments, *spec.roles}
+    for name, _ in rule.overrides:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near:
+            warnings.warn(
+                f"rule {rule.name!r} changes {name!r}, which {factory_name(spec.factory)} does not"
+                f" take; did you mean {near[0]!r}?",
+                ScalingWarning,
+                stacklevel=3,
+            )
 
 
 def hyperparams(state: Any) -> dict[str, jax.Array]:
