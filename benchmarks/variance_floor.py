@@ -120,6 +120,8 @@ def compare(base: Any, nu: Any, wide: Any, floor: float) -> dict[str, float]:
     ratios, shares, sizes = [], [], []
     for v, n, w in zip(*map(jax.tree.leaves, (base, nu, wide)), strict=True):
         seen = (v > 0) & (w > 0)
+        if not seen.any():  # behind a residual branch that starts at zero
+            continue
         ratios.append(np.mean(np.sqrt(v[seen] / np.maximum(n, floor * w)[seen])))
         shares.append(np.mean(n[seen] < floor * w[seen]))
         sizes.append(seen.sum())

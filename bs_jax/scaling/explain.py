@@ -115,13 +115,10 @@ def explain(
     factory, rule = resolve_factory(factory), resolve_rule(rule)
     values = named_values(factory, hyperparams, roles)
     spec = resolve(factory, values, roles, family)
-    values = {
-        name: value
-        for name, value in fill_implied(values, spec).items()
-        if name in spec.roles and value is not None
-    }
+    values = {n: value for n, value in fill_implied(values, spec).items() if n in spec.roles}
     for name, value in values.items():
         check_value(name, spec.roles[name], value)
+    values = {name: value for name, value in values.items() if value is not None}
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)

@@ -207,7 +207,8 @@ def update_with(
         for field in _FIELDS[moment.kind]:
             old = getattr(node, field.name)
             args = (field, moment, node, old, next(old_widths), base, own)
-            handed[field.name], keep[field.name], wide = _field_update(*args)
+            given, keep[field.name], wide = _field_update(*args)
+            handed[field.name] = tree_map(_at_least_as_wide, given, old)
             widths.append(wide)
         kept.append(keep)
         if moment.kind == "layer":
@@ -221,6 +222,11 @@ def update_with(
     to_keep = iter(kept)
     restored = [node._replace(**next(to_keep)) if holds(node) else node for node in new_leaves]
     return updates, jax.tree.unflatten(new_treedef, restored), tuple(widths)
+
+
+def _at_least_as_wide(x: jax.Array, old: jax.Array) -> jax.Array:
+    """Float32 stays where the state is bfloat16, but gives way to float64 and complex states."""
+    return x.astype(jnp.promote_types(old.dtype, jnp.float32))
 
 
 def _field_update(

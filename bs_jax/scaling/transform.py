@@ -49,12 +49,14 @@ def scale_by_batch(
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
-        batch_size: examples in one update, over all devices.
+        batch_size: examples in one update, over all devices. The clock of examples is an int32:
+            count sequences rather than tokens where a run would see more than 2,147,483,647.
         base_batch_size: examples per update that the hyperparameters were tuned at.
         rule: a name in ``RULES``, ``"power(a)"``, or a ``ScalingRule``.
         roles: hyperparameter -> role, for your own factory; what has no role is left alone.
         family: of your own factory, needed by rules that follow the noise.
-        noise_scale: gradient noise scale in examples, where it is known and constant.
+        noise_scale: gradient noise scale in examples, where it is known; a number, or a scalar
+            array, which may be traced.
         noise_decay: decay per base-size update of the running noise scale.
         variance_floor: smallest share of the averaged noise variance that an invariant second
             moment may fall to.
