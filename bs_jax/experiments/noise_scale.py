@@ -18,7 +18,7 @@ from bs_jax.scaling.noise_scale import ERRORS
 from bs_jax.training import records
 from bs_jax.training.records import Run
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "step",
     "examples",
     "noise_scale",

@@ -14,6 +14,11 @@ import jax.numpy as jnp
 
 from bs_jax.errors import UserError
 from bs_jax.models.resnet import ResNet
+from bs_jax.models.xresnet import XResNet
+
+_XSE_RESNEXT50 = partial(
+    XResNet, stage_sizes=(3, 4, 6, 3), groups=32, squeeze_excite=True, self_attention=True
+)
 
 _CATALOGUE: dict[str, Callable[..., nn.Module]] = {
     # For tests: one block behind the stem.
@@ -33,6 +38,19 @@ _CATALOGUE: dict[str, Callable[..., nn.Module]] = {
     "resnet18_cifar": partial(
         ResNet, stage_sizes=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="cifar"
     ),
+    # For 32 to 64 pixels on CPU.
+    "xresnet10_small": partial(
+        XResNet,
+        stage_sizes=(1, 1, 1, 1),
+        widths=(16, 32, 64, 128),
+        stem_widths=(8, 8, 16),
+        expansion=1,
+    ),
+    "xresnet18": partial(XResNet, stage_sizes=(2, 2, 2, 2), expansion=1),
+    "xresnet34": partial(XResNet, stage_sizes=(3, 4, 6, 3), expansion=1),
+    "xresnet50": partial(XResNet, stage_sizes=(3, 4, 6, 3)),
+    "xse_resnext50": partial(_XSE_RESNEXT50, shortcut_pool="max"),
+    "xse_resnext50_blur": partial(_XSE_RESNEXT50, shortcut_pool="max_blur"),
 }
 
 
