@@ -18,7 +18,7 @@ from absl import flags
 from bs_jax.errors import UserError
 from bs_jax.flags import define_run_flags, join_processes
 
-_MODES = ("sweep", "train", "report", "explain")
+_MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
 FLAGS = flags.FLAGS
 
@@ -35,7 +35,8 @@ def define_flags() -> None:
         "sweep",
         _MODES,
         "sweep: train every point of --sweep, then report. train: one run of the config. report: "
-        "from the records in --workdir. explain: the hyperparameters before and after scaling.",
+        "from the records in --workdir. explain: the hyperparameters before and after scaling. "
+        "noise_scale: one run, and its gradient noise scale beside its batch size.",
     )
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
     flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
@@ -68,6 +69,7 @@ def run() -> int:
         "train": _train,
         "report": _report,
         "explain": _explain,
+        "noise_scale": _noise_scale,
     }
     if FLAGS.mode in ("sweep", "train") and not FLAGS.dry_run and join_processes():
         from bs_jax.training import distributed
@@ -255,14 +257,33 @@ def _load_data(runs: list[Any]) -> str:
 
 
 def _train() -> int:
+    from bs_jax.experiments.points import resolve
+
+    run = resolve(_config())
+    return _train_run(run, _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}"))
+
+
+def _noise_scale() -> int:
+    from bs_jax.experiments import noise_scale
+
+    run = noise_scale.plan(_config())
+    workdir = _workdir(f"runs/{FLAGS.config.name}-noise_scale/{run.run_id}")
+    code = _train_run(run, workdir)
+    if code or FLAGS.dry_run:
+        return code
+    curve = noise_scale.read(workdir, run)
+    print(curve.to_text())
+    print(f"Plot and numbers: {', '.join(str(path) for path in noise_scale.write(curve, workdir))}")
+    return 0
+
+
+def _train_run(run: Any, workdir: Path) -> int:
     import jax
 
     from bs_jax.experiments import launchers, progress
-    from bs_jax.experiments.points import resolve
     from bs_jax.training import compilation, distributed, records, validate
     from bs_jax.training.records import RunFolder
 
-    run = resolve(_config())
     distributed.check_same("config", run.run_id)
     print(progress.describe(run))
     for name, value in run.hparams["scaled"].items():
@@ -272,14 +293,9 @@ def _train() -> int:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
-    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
+    distributed.on_first(lambda: records.check_writable(workdir))
     _load_data([run])
-
-    def is_done() -> bool:
-        records.check_writable(workdir)
-        return RunFolder(workdir, run).done
-
-    if not distributed.on_first(is_done):
+    if not distributed.on_first(lambda: RunFolder(workdir, run).done):
         compilation.enable_cache()
         validate.check_devices(run.config, jax.device_count())
         folder = RunFolder(workdir, run, writes=distributed.is_first())

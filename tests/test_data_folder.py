@@ -230,6 +230,17 @@ def test_missing_class_in_an_archive(tmp_path, tree, open_data):
     assert "no images in val/: 'dog'" in message
 
 
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_class_that_is_empty_in_both_splits_is_not_passed_over(
+    tmp_path, tree, open_data, archived
+):
+    for split in ("train", "val"):
+        (tree / split / "emu").mkdir()
+        (tree / split / ".hidden").mkdir()
+    path = make_archive(tree, tmp_path / "pets.tgz") if archived else tree
+    assert "without images in train/ and val/: 'emu'" in one_line_error(open_data, path)
+
+
 def test_one_class_is_not_enough(tmp_path, open_data):
     message = one_line_error(open_data, make_tree(tmp_path / "pets", classes=("cat",)))
     assert "1 class folders" in message

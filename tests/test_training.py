@@ -176,6 +176,41 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
     assert folder.summary()["resumed_at_step"] == 3
 
 
+def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Epochs of 4 updates of 20 examples from 96; the 16 left over are others each time."""
+    taken = []
+
+    def recording(*args, **kwargs):
+        taken.append(example_order(*args, **kwargs))
+        return taken[-1]
+
+    example_order = pipeline.example_order
+    monkeypatch.setattr(pipeline, "example_order", recording)
+    lengths = {"train_examples": 0, "train_epochs": 2.0, "data.train_size": 96}
+    config = tiny_config(batch_size=20, drop_remainder=True, eval_every_examples=60, **lengths)
+    run = resolve(config)
+    assert run.config["train_examples"] == 160
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer.train([RunFolder(tmp_path / "whole", run)])
+    order = np.concatenate(taken)
+    first, second = set(order[:80].tolist()), set(order[80:].tolist())
+    assert len(first) == len(second) == 80
+    assert first != second
+    folder = RunFolder(tmp_path / "parts", run)
+    with pytest.raises(Interrupted):
+        trainer.train([folder], should_stop=stop_after(2))
+    trainer.train([folder])
+    assert folder.summary()["resumed_at_step"] == 5  # in the second epoch
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "whole")[-1]["examples"] == 160
+
+
+def test_another_number_of_examples_than_the_config_says_is_refused():
+    config = resolve(tiny_config(**{"data.train_size": 100})).config
+    with pytest.raises(UserError, match=r"train_size is 100 but .* has 96 training examples"):
+        Trainer(config, tiny_data(), jax.devices()[:1])
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     whole = train(tmp_path / "whole", {"checkpoint_every_examples": 48})
     run = resolve(tiny_config(checkpoint_every_examples=48))

@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 
 from bs_jax.data.decode import UnreadableError, decode_square, strict_decoding
-from bs_jax.data.image_data import ArraySplit
+from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.errors import UserError
 
 _FORMAT = 1
@@ -128,6 +128,42 @@ def open_or_build(
     if found is None:
         raise UserError(f"cached images in {entry} vanished or are damaged; delete it and retry")
     return found
+
+
+def image_data(
+    name: str,
+    source: str,
+    train: CachedSplit,
+    evaluation: CachedSplit,
+    image_size: int,
+    storage: Storage,
+) -> ImageData:
+    """Two splits of the cache as one data set.
+
+    Args:
+      name: what `load` was asked for.
+      source: where it comes from, for people.
+      train: examples to train on.
+      evaluation: examples to evaluate on.
+      image_size: height and width that the model sees, pixels.
+      storage: how the images are kept.
+
+    Returns:
+      The data set; its checksum covers both splits.
+    """
+    return ImageData(
+        name=name,
+        train=train.split,
+        eval=evaluation.split,
+        class_names=train.class_names,
+        image_shape=(image_size, image_size, 3),
+        checksum=hashlib.sha256((train.checksum + evaluation.checksum).encode()).hexdigest(),
+        description=(
+            f"{source}: {len(train.split):,} train / {len(evaluation.split):,} eval images, "
+            f"{len(train.class_names)} classes, kept at {storage.train_size} / "
+            f"{storage.eval_size} px ({storage.fit})"
+        ),
+    )
 
 
 def _open(entry: pathlib.Path) -> CachedSplit | None:

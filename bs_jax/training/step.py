@@ -141,6 +141,8 @@ def _train_chunk(
     micro_batches = local_size // min(config["micro_batch_size"], local_size)
     smoothing = config["label_smoothing"]
     axis = parallel.BATCH_AXIS
+    # Only --mode=noise_scale puts this field in: no recipe needs it to train.
+    measures_noise = config.get("measure_noise", False)
 
     def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
         images = augment(augment_key, batch["positions"], batch["images"], spec)
@@ -159,6 +161,12 @@ def _train_chunk(
     loss_and_grads = scaling.value_grad_and_stats(
         loss_fn, microbatches=micro_batches, axis_name=axis, has_aux=True
     )
+
+    def noise_metrics(grads: Any, stats: scaling.MicrobatchStats | None) -> dict[str, jax.Array]:
+        if not measures_noise or stats is None:
+            return {}
+        found = scaling.noise_sample(grads, stats, batch_size=batch_size)
+        return {f"noise/{name}": value for name, value in found.items()}
 
     def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
         augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
@@ -193,6 +201,7 @@ def _train_chunk(
                 "train/loss": loss,
                 "train/accuracy": aux["accuracy"],
                 **optimizers.metrics(config, hyperparams, state, opt_state),
+                **noise_metrics(grads, stats),
             }
             new_state = TrainState(
                 step=state.step + 1,
