@@ -11,6 +11,7 @@ from bs_jax.experiments import findings as study
 from bs_jax.experiments._report_format import Units, fraction, p_value
 from bs_jax.experiments._report_page import Html, bullets, html, section, table, tag
 from bs_jax.experiments.analysis import Analysis, Group, analyse
+from bs_jax.experiments.exponent import learning_rate_exponent
 from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED, Answer, Effect
 from bs_jax.experiments.results import DONE, Results, Run
 
@@ -81,6 +82,8 @@ def _card(
         by = Units(smoothed.sweep.accuracy_metric).name
         notes.append(f"By {by}: {second.verdict}.")
     notes += _gaps(found)
+    if found.finding.name == study.SLOWER:
+        notes.append(_exponent(analysis))
     header = ["at", "claimed", "effect [95 %]"]
     rows = []
     for index, effect in enumerate(found.effects):
@@ -99,6 +102,20 @@ def _card(
         header.append(Units(smoothed.sweep.accuracy_metric).name)
     header += ["pairs × seeds", "p (as claimed)", "p (opposite)"]
     return tag("article", heading, tag("p", " ".join(notes)), table(header, rows), class_="arm")
+
+
+def _exponent(analysis: Analysis) -> str:
+    found = learning_rate_exponent(analysis)
+    if found is None:
+        return (
+            "How fast the best learning rate grows cannot be told: too few learning rates, or no "
+            "best one among them."
+        )
+    return (
+        f"The best learning rate grows as k^a with a = {found.value:.2f} [{found.low:.2f}, "
+        f"{found.high:.2f}] (1 is linear, 1/2 the square-root rule), by a parabola over log2 of "
+        f"the learning rate at {found.points} points of {found.batch_sizes} batch sizes."
+    )
 
 
 def _gaps(found: Answer) -> list[str]:
