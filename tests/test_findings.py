@@ -202,7 +202,8 @@ def test_the_page_and_the_terminal_show_every_finding():
     found = analysis.analyse(results)
     page = shown.findings(results, found, None)
     assert all(name in page for name in NAMES)
-    assert page.count("supported</span>") == len(NAMES)
+    assert page.count("supported</span>") == 2 * len(NAMES)  # in the list, and over its tests
+    assert page.count("6 seeds a point.") == len(NAMES)
     console = Console(width=80, record=True, file=io.StringIO())
     table = shown.terminal_findings(found)
     console.print(table)
@@ -227,7 +228,7 @@ def test_the_smoothed_accuracy_is_a_second_witness():
     assert smoothed.base is not None
     assert smoothed.base.interval.mean == pytest.approx(0.7, abs=0.01)
     page = shown.findings(results, analysis.analyse(results), smoothed)
-    assert page.count("By smooth: supported.") == len(NAMES)
+    assert page.count("By the smoothed accuracy: supported.") == len(NAMES)
 
 
 def test_other_sweeps_have_no_such_section():

@@ -60,8 +60,8 @@ def write_report(workdir: str | Path) -> Path:
         content = page(
             results.sweep.title or f"Sweep {results.sweep.name}",
             sections.opening(results, analysis),
-            sections.overview(analysis),
             findings(results, analysis, smoothed_analysis(results)),
+            sections.overview(analysis),
             sections.arm_panels(analysis),
             sections.deviation(analysis),
             sections.numbers(analysis),
@@ -108,7 +108,8 @@ def terminal_table(analysis: Analysis) -> "Table":
     for size in sizes:
         title = f"{size} (base)" if size == sweep.base_batch_size else str(size)
         result.add_column(title, justify="right", no_wrap=True)
-    result.add_column("verdict", no_wrap=True)
+    few = len(sizes) <= 5  # with more there is room for the verdict's sign alone
+    result.add_column("verdict" if few else "", no_wrap=True)
     cells = {
         (group.arm, group.batch_size): _cell(group, units)
         for group in analysis.groups
@@ -123,7 +124,7 @@ def terminal_table(analysis: Analysis) -> "Table":
                 base if size == sweep.base_batch_size else cells.get((arm.arm, size), Text("–"))
                 for size in sizes
             ),
-            Text(f"{sign} {arm.verdict}", style=colour),
+            Text(f"{sign} {arm.verdict}" if few else sign, style=colour),
         )
     return result
 
