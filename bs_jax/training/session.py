@@ -46,7 +46,11 @@ class Session:
         self.config = folder.run.config
         self.diverged_at: int | None = None
         self._writes = distributed.is_first()
-        self._checkpoints = Checkpoints(folder.path / "checkpoints")
+        self._metrics_path = folder.path / "metrics.jsonl"
+        self._checkpoints = Checkpoints(
+            folder.path / "checkpoints",
+            lambda examples: records.metrics_digest(self._metrics_path, examples),
+        )
         self.state = fresh
         if self._writes:
             self.state = self._checkpoints.restore(fresh) or fresh
@@ -63,9 +67,7 @@ class Session:
         if not self._writes:
             return
         self.folder.begin()
-        self._metrics_file = MetricsFile(
-            self.folder.path / "metrics.jsonl", self.start_step * self.plan.batch_size
-        )
+        self._metrics_file = MetricsFile(self._metrics_path, self.start_step * self.plan.batch_size)
         for row in self._metrics_file.kept:
             self._keep_final(row)
         if self.config["tensorboard"]:
@@ -124,9 +126,9 @@ class Session:
 
     def checkpoint(self, state: TrainState) -> None:
         """Save a state (numpy arrays), unless the run has diverged before it."""
-        if self._writes and self.diverged_at is None:
+        if self._metrics_file is not None and self.diverged_at is None:
             with records.disk_errors(self.folder.path):
-                self._checkpoints.save(state)
+                self._checkpoints.save(state, self._metrics_file.digest)
 
     def finish(self, status: str) -> None:
         """Write the summary: "done", "diverged" or "interrupted"."""
