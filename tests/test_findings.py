@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,24 @@ def test_the_page_and_the_terminal_show_every_finding():
     text = console.export_text()
     assert text.count("✓ supported") == len(NAMES)
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_controls_and_measuring_rules_stand_beside_the_findings():
+    results = sweep_of(PUBLISHED_TRUTH, sd=1e-6)
+    curve = {"optim/learning_rate": Curve(np.array([64, 128]), np.array([0.1, 0.1]))}
+    run = dataclasses.replace(
+        results.runs["wd_lin-256-1.0-0"], curves=curve, scaled={"weight_decay": 4.0}
+    )
+    results = dataclasses.replace(results, runs={**results.runs, run.run_id: run})
+    page = shown.findings(results, analysis.analyse(results), None)
+    controls = page.split("Controls, and rules")[1].replace("</td>", "\n")
+    text = re.sub(r"<[^>]*>", "", controls)
+    lines = [line for line in text.splitlines() if line]
+    start = lines.index("decay alone")
+    # Two rows of a quarter of an update each: exp(-0.5 x 0.1 x 4).
+    assert lines[start + 5] == "0.8120 +0.0120 [+0.0120, +0.0120] (0.819)"
+    assert lines[start + 3] == "0.8000"  # the base itself
+    assert "lr and decay" in lines
 
 
 def test_the_smoothed_accuracy_is_a_second_witness():
