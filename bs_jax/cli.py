@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 from absl import flags
 
 from bs_jax.errors import UserError
+from bs_jax.flags import define_run_flags, join_processes
 
-_MODES = ("sweep", "train", "report", "explain")
+_MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
 FLAGS = flags.FLAGS
 
@@ -33,11 +35,12 @@ def define_flags() -> None:
         "sweep",
         _MODES,
         "sweep: train every point of --sweep, then report. train: one run of the config. report: "
-        "from the records in --workdir. explain: the hyperparameters before and after scaling.",
+        "from the records in --workdir. explain: the hyperparameters before and after scaling. "
+        "noise_scale: one run, and its gradient noise scale beside its batch size.",
     )
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
     flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
-    flags.DEFINE_bool("dry_run", False, "List the runs and their hyperparameters; train nothing.")
+    flags.DEFINE_bool("dry_run", False, "List the points and their hyperparameters; train nothing.")
     flags.DEFINE_integer(
         "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
     )
@@ -48,13 +51,15 @@ def define_flags() -> None:
         "Runs that share a compiled program go one after another, or side by side.",
     )
     flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
+    define_run_flags()
 
 
 def run() -> int:
     """Do what the flags say.
 
     Returns:
-        The exit code: 0 done, 1 some runs failed, 128 + n stopped by signal n.
+        The exit code: 0 done, 1 some runs failed, 128 + n stopped by signal n; 75 where another
+        process of a joined run was lost.
 
     Raises:
         UserError: a mistake of the user's.
@@ -64,7 +69,15 @@ def run() -> int:
         "train": _train,
         "report": _report,
         "explain": _explain,
+        "noise_scale": _noise_scale,
     }
+    if FLAGS.mode in ("sweep", "train") and not FLAGS.dry_run and join_processes():
+        from bs_jax.training import distributed
+
+        if not distributed.is_first():  # process 0 tells all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with distributed.ending_together():
+            return modes[FLAGS.mode]()
     return modes[FLAGS.mode]()
 
 
@@ -75,6 +88,8 @@ def one_line(error: Exception) -> str:
     "config has no field 'bach_size'; did you mean 'batch_size'?"
     """
     text = str(error.args[0]) if error.args else str(error)
+    # ml_collections puts the traceback into the message of what a config file raises.
+    *_, text = text.rsplit("bs_jax.errors.UserError: ", 1)
     names = re.findall(r"[\w.]+", text.split("Did you mean")[0])
     meant = re.search(r'Did you mean "([^"]*)"', text)
     if meant and names:
@@ -95,7 +110,8 @@ def _config() -> dict[str, Any]:
 def _config_module() -> ModuleType:
     from ml_collections import config_flags
 
-    path = config_flags.get_config_filename(FLAGS["config"])
+    # What follows a colon is the argument of get_config, the name of a form of the recipe.
+    path = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)[0]
     spec = importlib.util.spec_from_file_location("bs_jax_config", path)
     assert spec is not None  # the flag has loaded it before
     assert spec.loader is not None
@@ -141,24 +157,30 @@ def _command() -> str:
 
 def _sweep() -> int:
     from bs_jax.experiments import launchers, progress, sweep
-    from bs_jax.training import compilation, records, validate
+    from bs_jax.training import compilation, distributed, plan, records, validate
 
     if FLAGS.workers < 0:
         raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
     config = _config()
-    validate.check_config(config)
+    validate.check_config(plan.with_length(config))
     points = _points()
     _refuse_overridden(points)
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
     if FLAGS.dry_run:
-        _print_dry_run(planned)
+        print(sweep.listing(planned))
         return 0
+    distributed.check_same("config", json.dumps([config, [run.run_id for run in planned.runs]]))
     workdir = _sweep_workdir()
-    records.check_writable(workdir)
+    distributed.on_first(lambda: records.check_writable(workdir))
     data = _load_data(planned.runs)
-    folders = {run.run_id: sweep.run_folder(workdir, run) for run in planned.runs}
-    sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
-    pending = [run for run in planned.runs if not folders[run.run_id].done]
+
+    def prepare() -> list[str]:
+        folders = [sweep.run_folder(workdir, run) for run in planned.runs]
+        sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
+        return [folder.run.run_id for folder in folders if not folder.done]
+
+    open_ids = set(distributed.on_first(prepare))
+    pending = [run for run in planned.runs if run.run_id in open_ids]
     failures: list[str] = []
     if not pending:
         print(f"All {len(planned.runs)} runs are done already.")
@@ -169,21 +191,35 @@ def _sweep() -> int:
             f"{len(planned.rows)} points, {len(planned.runs)} runs, {len(pending)} to train, "
             f"{workers or 1} at a time; records in {workdir}"
         )
-        with progress.Display(planned.runs, len(planned.runs) - len(pending)) as display:
+        with progress.Display(
+            planned.runs, len(planned.runs) - len(pending), quiet=not distributed.is_first()
+        ) as display:
             display.pending(pending)
             try:
                 if workers:
                     failures = launchers.run_processes(
-                        pending, workdir, display, workers=workers, run_axis=FLAGS.run_axis
+                        pending,
+                        workdir,
+                        display,
+                        workers=workers,
+                        run_axis=FLAGS.run_axis,
+                        grace_seconds=FLAGS.grace_seconds,
                     )
                 else:
                     failures = launchers.run_inline(
-                        pending, workdir, display, run_axis=FLAGS.run_axis
+                        pending,
+                        workdir,
+                        display,
+                        run_axis=FLAGS.run_axis,
+                        grace_seconds=FLAGS.grace_seconds,
                     )
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
-    _write_report(workdir)
+    writes = distributed.is_first()
+    distributed.shutdown()
+    if writes:
+        _write_report(workdir)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -191,10 +227,10 @@ def _sweep() -> int:
 
 def _worker_count(pending: int) -> int:
     """How many worker processes; 0 for this process alone."""
-    import os
-
     import jax
 
+    if jax.process_count() > 1:
+        return 0
     if FLAGS.workers:
         return min(FLAGS.workers, pending)
     if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
@@ -220,33 +256,35 @@ def _load_data(runs: list[Any]) -> str:
     )
 
 
-def _print_dry_run(planned: Any) -> None:
-    from bs_jax.experiments import progress
-
-    points: dict[str, list[str]] = {}
-    for row in planned.rows:
-        points.setdefault(row["run_id"], []).append(row["arm"])
-    for run in planned.runs:
-        values = ", ".join(
-            f"{name} {'estimated while training' if value is None else format(value, '.6g')}"
-            for name, value in run.hparams["scaled"].items()
-        )
-        arms = ", ".join(dict.fromkeys(points[run.run_id]))
-        print(f"{run.run_id}  {progress.describe(run)}  [{arms}]\n    {values}")
-    print(f"{len(planned.rows)} points, {len(planned.runs)} runs")
-    for warning in planned.warnings:
-        print(f"warning: {warning}")
-
-
 def _train() -> int:
+    from bs_jax.experiments.points import resolve
+
+    run = resolve(_config())
+    return _train_run(run, _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}"))
+
+
+def _noise_scale() -> int:
+    from bs_jax.experiments import noise_scale
+
+    run = noise_scale.plan(_config())
+    workdir = _workdir(f"runs/{FLAGS.config.name}-noise_scale/{run.run_id}")
+    code = _train_run(run, workdir)
+    if code or FLAGS.dry_run:
+        return code
+    curve = noise_scale.read(workdir, run)
+    print(curve.to_text())
+    print(f"Plot and numbers: {', '.join(str(path) for path in noise_scale.write(curve, workdir))}")
+    return 0
+
+
+def _train_run(run: Any, workdir: Path) -> int:
     import jax
 
     from bs_jax.experiments import launchers, progress
-    from bs_jax.experiments.points import resolve
-    from bs_jax.training import compilation, records, validate
+    from bs_jax.training import compilation, distributed, records, validate
     from bs_jax.training.records import RunFolder
 
-    run = resolve(_config())
+    distributed.check_same("config", run.run_id)
     print(progress.describe(run))
     for name, value in run.hparams["scaled"].items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
@@ -255,21 +293,22 @@ def _train() -> int:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
-    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
-    records.check_writable(workdir)
+    distributed.on_first(lambda: records.check_writable(workdir))
     _load_data([run])
-    folder = RunFolder(workdir, run)
-    if not folder.done:
+    if not distributed.on_first(lambda: RunFolder(workdir, run).done):
         compilation.enable_cache()
-        validate.check_devices(run.config, jax.local_device_count())
-        with progress.Display([run], 0) as display:
+        validate.check_devices(run.config, jax.device_count())
+        folder = RunFolder(workdir, run, writes=distributed.is_first())
+        with progress.Display([run], 0, quiet=not distributed.is_first()) as display:
             display.pending([run])
             try:
-                launchers.run_one(folder, display)
+                launchers.run_one(folder, display, grace_seconds=FLAGS.grace_seconds)
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
-    summary = folder.summary()
+    if not distributed.is_first():
+        return 0
+    summary = RunFolder(workdir, run).summary()
     print(f"{summary['status']} after {summary['examples']:,} examples; records in {workdir}")
     for name, value in summary["final"].items():
         print(f"  {name}: {value:.4f}")
@@ -288,14 +327,18 @@ def _write_report(workdir: Path) -> None:
 
     found = results.load_results(workdir)
     path = report.write_report(workdir)
-    Console().print(report.terminal_table(analysis.analyse(found)))
+    analysed = analysis.analyse(found)
+    console = Console()
+    console.print(report.terminal_table(analysed))
+    if (answers := report.terminal_findings(analysed)) is not None:
+        console.print(answers)
     print(f"Report: {path}")
 
 
 def _explain() -> int:
-    from bs_jax.training import optimizers
+    from bs_jax.training import optimizers, plan
 
-    explanation = optimizers.explain_recipe(_config())
+    explanation = optimizers.explain_recipe(plan.with_length(_config()))
     render = {
         "text": explanation.to_text,
         "markdown": explanation.to_markdown,

@@ -21,6 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 64  # examples per update, over all devices together
     config.base_batch_size = 64  # the batch size that the numbers below were tuned at
     config.train_examples = 30_720  # length of training, in examples seen (3.84 epochs)
+    config.train_epochs = 0.0  # the same in epochs, which needs data.train_size; one of them is 0
+    config.drop_remainder = False  # leave out what an epoch has beyond its last whole batch
 
     config.scaling = ml_collections.ConfigDict()
     config.scaling.rule = "invariant"  # none, linear, sqrt, noise_aware, invariant, seed, power(a)
@@ -57,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "fashion_mnist_10k"  # or folder:/path, tfds:cifar10, ...
+    config.data.train_size = 0  # examples in the training split, checked; 0: as it comes
     config.data.image_size = 28  # pixels, as the model sees them
     config.data.train_storage_size = 0  # pixels, as kept before random crops; 0: image_size
     config.data.eval_storage_size = 0  # pixels, as kept before the centre crop; 0: image_size
@@ -82,6 +85,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.report = ml_collections.ConfigDict()
     config.report.accuracy_metric = "eval/accuracy"
+    config.report.smoothed_metric = "eval/smoothed_accuracy"  # beside it; "": none
     config.report.loss_metric = "eval/loss"
     config.report.curve_metric = "train/loss"
     config.report.margin = 0.01  # accuracies closer than this count as equal

@@ -116,8 +116,10 @@ def test_storage_sizes_and_fit(tmp_path, open_data):
     assert squashed.eval.image_shape == (10, 10, 3)
     assert squashed.image_shape == (8, 8, 3)
     assert squashed.train.read(np.array([0]))[0, :, 0].tolist() == [[200, 0, 0]] * 20
+    assert squashed.train.aspects.tolist()[:2] == pytest.approx([4.0, 1.2])
     cropped = open_data(root, train_storage_size=20, eval_storage_size=10, fit="crop")
     assert (cropped.train.read(np.array([0]))[0, :, 2:-2] == [0, 0, 200]).all()
+    assert set(cropped.train.aspects.tolist()) == {1.0}
     assert cropped.checksum != squashed.checksum
 
 
@@ -228,6 +230,17 @@ def test_missing_class_in_an_archive(tmp_path, tree, open_data):
         path.unlink()
     message = one_line_error(open_data, make_archive(tree, tmp_path / "pets.tar"))
     assert "no images in val/: 'dog'" in message
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_class_that_is_empty_in_both_splits_is_not_passed_over(
+    tmp_path, tree, open_data, archived
+):
+    for split in ("train", "val"):
+        (tree / split / "emu").mkdir()
+        (tree / split / ".hidden").mkdir()
+    path = make_archive(tree, tmp_path / "pets.tgz") if archived else tree
+    assert "without images in train/ and val/: 'emu'" in one_line_error(open_data, path)
 
 
 def test_one_class_is_not_enough(tmp_path, open_data):

@@ -38,6 +38,7 @@ def scale(hyperparams, k, rule, factory=optax.adamw, base=1024, noise_scale=3000
         ("linear", 8, 1, 1, True),
         ("sqrt", 8**0.5, 8**0.5, 8**-0.5, True),
         ("seed", 8, 8, 1, True),
+        ("seed_sqrt", 8**0.5, 8**0.5, 1, True),
         ("power(0.9)", 8**0.9, 8**0.1, 8**-0.1, True),
         ("invariant", 8, 1, 1, True),
         # phi = 1: q = sqrt((8 + 1)/(8 (1 + 1))) = 0.75.
@@ -49,8 +50,9 @@ def test_each_rule_at_k_8(rule, lr, wd, eps, decays):
     assert new["learning_rate"] == pytest.approx(1e-3 * lr)
     assert new["weight_decay"] == pytest.approx(0.1 * wd)
     assert new["eps"] == pytest.approx(1e-8 * eps)
-    assert new["b1"] == pytest.approx(0.9**8 if decays else 0.9)
-    assert new["b2"] == pytest.approx(0.99**8 if decays else 0.99)
+    scale_of_decays = (8**0.5 if rule == "seed_sqrt" else 8) if decays else 1
+    assert new["b1"] == pytest.approx(0.9**scale_of_decays)
+    assert new["b2"] == pytest.approx(0.99**scale_of_decays)
 
 
 def test_first_order_form_of_a_decay_would_be_negative_and_the_power_is_not():
@@ -167,6 +169,18 @@ def test_switches_and_offsets():
     assert everything == {n: pytest.approx(v) for n, v in scale(RECIPE, 8, "linear").items()}
     assert rule.replace(b2=1.0, eps=1.0) == RULES["sqrt"]
     assert RULES["sqrt"].replace(offset=2.0).name == "sqrt[k=x2]"
+
+
+def test_one_scale_multiplies_all_that_a_rule_scales_and_its_power_comes_last():
+    """Offsets multiply the batch size's share first: sqrt(2 x 8), not 2 sqrt(8)."""
+    new = scale(RECIPE, 8, RULES["seed_sqrt"].replace(offset=2.0, weight_decay=None))
+    assert new == {
+        "learning_rate": pytest.approx(1e-3 * 4),
+        "b1": pytest.approx(0.9**4),
+        "b2": pytest.approx(0.99**4),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
 
 
 def test_other_hyperparameters_follow_the_same_rule():

@@ -69,6 +69,21 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
     assert int(after.examples) == 16
 
 
+def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
+    overrides = {"data.crop_padding": 0, "data.crop_area": (0.35, 1.0), "data.flip": False}
+    config = resolve(tiny_config(**overrides)).config
+    split = tiny_data().train
+    programs = step.make_programs(config, 3, split.image_shape, jax.devices()[:1])
+    inputs, order = step.run_inputs(config), np.arange(16).reshape(1, 1, 16)
+    resident = pipeline.device_arrays(split)
+    found = []
+    for aspects in (resident[2], 2 * resident[2], resident[2]):
+        data = (*resident[:2], aspects)
+        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, order)
+        found.append(float(metrics["train/loss"][0]))
+    assert found[0] == found[2] != found[1]
+
+
 def test_training_learns_and_records(tmp_path):
     found = train(tmp_path, {"train_examples": 960, "optimizer.hyperparams.learning_rate": 1e-2})
     assert found[-1]["eval/accuracy"] > 0.8
@@ -174,6 +189,41 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
     assert folder.summary()["resumed_at_step"] == 3
+
+
+def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeypatch):
+    """Epochs of 4 updates of 20 examples from 96; the 16 left over are others each time."""
+    taken = []
+
+    def recording(*args, **kwargs):
+        taken.append(example_order(*args, **kwargs))
+        return taken[-1]
+
+    example_order = pipeline.example_order
+    monkeypatch.setattr(pipeline, "example_order", recording)
+    lengths = {"train_examples": 0, "train_epochs": 2.0, "data.train_size": 96}
+    config = tiny_config(batch_size=20, drop_remainder=True, eval_every_examples=60, **lengths)
+    run = resolve(config)
+    assert run.config["train_examples"] == 160
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer.train([RunFolder(tmp_path / "whole", run)])
+    order = np.concatenate(taken)
+    first, second = set(order[:80].tolist()), set(order[80:].tolist())
+    assert len(first) == len(second) == 80
+    assert first != second
+    folder = RunFolder(tmp_path / "parts", run)
+    with pytest.raises(Interrupted):
+        trainer.train([folder], should_stop=stop_after(2))
+    trainer.train([folder])
+    assert folder.summary()["resumed_at_step"] == 5  # in the second epoch
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "whole")[-1]["examples"] == 160
+
+
+def test_another_number_of_examples_than_the_config_says_is_refused():
+    config = resolve(tiny_config(**{"data.train_size": 100})).config
+    with pytest.raises(UserError, match=r"train_size is 100 but .* has 96 training examples"):
+        Trainer(config, tiny_data(), jax.devices()[:1])
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):

@@ -76,19 +76,7 @@ def load_folder(
         )
         for split, size in (("train", storage.train_size), ("eval", storage.eval_size))
     )
-    return ImageData(
-        name=name,
-        train=train.split,
-        eval=evaluation.split,
-        class_names=train.class_names,
-        image_shape=(image_size, image_size, 3),
-        checksum=hashlib.sha256((train.checksum + evaluation.checksum).encode()).hexdigest(),
-        description=(
-            f"{path.name}: {len(train.split):,} train / {len(evaluation.split):,} eval images, "
-            f"{len(train.class_names)} classes, kept at {storage.train_size} / "
-            f"{storage.eval_size} px ({storage.fit})"
-        ),
-    )
+    return cache.image_data(name, path.name, train, evaluation, image_size, storage)
 
 
 class _FolderSource:
@@ -99,14 +87,17 @@ class _FolderSource:
             raise UserError(f"there is no folder or archive {str(path)!r}; check the path")
         self._root = self._find_root(path)
         self._stamps: dict[str, tuple[int, int]] = {}
+        folders = []
         try:
             present = sorted(item.name for item in self._root.iterdir() if item.is_dir())
             eval_name = _eval_name(present, str(path))
             for split in (_TRAIN, eval_name):
                 self._walk(self._root / split, split, set())
+                inside = (self._root / split).iterdir()
+                folders += [f"{split}/{item.name}" for item in inside if item.is_dir()]
         except OSError as error:
             raise UserError(f"cannot list {str(path)!r}: {error}") from error
-        self._listing = _arrange(list(self._stamps), eval_name, str(path))
+        self._listing = _arrange(list(self._stamps), folders, eval_name, str(path))
         stamps = json.dumps(sorted(self._stamps.items()))
         self.fingerprint = hashlib.sha256(stamps.encode()).hexdigest()
 
@@ -178,9 +169,9 @@ class _ArchiveSource:
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:
-        """Path inside ROOT -> the member's name in the archive."""
+        """Path inside ROOT (a folder's ends in "/") -> the member's name in the archive."""
         with self._opened() as tar:
-            members = [m.name for m in tar if m.isfile() or m.issym() or m.islnk()]
+            members = {m.name: m.isdir() for m in tar}
             # tarfile takes a damaged header for the end; the real one is a block of zeros.
             stream = tar.fileobj
             assert stream is not None
@@ -196,14 +187,15 @@ class _ArchiveSource:
             if len(nested) != 1:
                 raise UserError(_no_train(str(self._path), sorted(tops)))
             parts = {name: p[1:] for name, p in parts.items() if p[0] in nested}
-        return {"/".join(p): name for name, p in parts.items()}
+        return {"/".join(p) + "/" * members[name]: name for name, p in parts.items()}
 
     @functools.cached_property
     def _listing(self) -> _Listing:
         inside = sorted({path.split("/")[0] for path in self._members if "/" in path})
         eval_name = _eval_name(inside, str(self._path))
-        images = [path for path in self._members if _is_image(path)]
-        return _arrange(images, eval_name, str(self._path))
+        images = [path for path in self._members if path[-1:] != "/" and _is_image(path)]
+        folders = [path[:-1] for path in self._members if path[-1:] == "/"]
+        return _arrange(images, folders, eval_name, str(self._path))
 
     def encoded(self, split: str) -> cache.EncodedSplit:
         """List one split for decoding."""
@@ -249,7 +241,7 @@ def _eval_name(present: list[str], where: str) -> str:
     )
 
 
-def _arrange(images: list[str], eval_name: str, where: str) -> _Listing:
+def _arrange(images: list[str], folders: list[str], eval_name: str, where: str) -> _Listing:
     files: dict[str, dict[str, list[str]]] = {}
     for split, folder in (("train", _TRAIN), ("eval", eval_name)):
         classes = collections.defaultdict(list)
@@ -268,6 +260,13 @@ def _arrange(images: list[str], eval_name: str, where: str) -> _Listing:
                 f"{where!r}: {len(missing)} of {len(one)} classes have no images in {folder}/: "
                 f"{_some(sorted(missing))}; both splits need every class"
             )
+    parts = [folder.split("/") for folder in folders]
+    named = {p[1] for p in parts if len(p) == 2 and p[0] in (_TRAIN, eval_name)}
+    if empty := sorted(name for name in named - train if not name.startswith(".")):
+        raise UserError(
+            f"{where!r}: class folders without images in {_TRAIN}/ and {eval_name}/: "
+            f"{_some(empty)}; fill or remove them"
+        )
     if len(train) < 2:
         raise UserError(
             f"{where!r}: {len(train)} class folders with images in {_TRAIN}/, want at least 2"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -79,18 +78,8 @@ def load_tfds(
         )
         for split, size in (("train", storage.train_size), (eval_name, storage.eval_size))
     )
-    return ImageData(
-        name=name,
-        train=train.split,
-        eval=evaluation.split,
-        class_names=train.class_names,
-        image_shape=(image_size, image_size, 3),
-        checksum=hashlib.sha256((train.checksum + evaluation.checksum).encode()).hexdigest(),
-        description=(
-            f"TFDS {builder.info.full_name}: {len(train.split):,} train / "
-            f"{len(evaluation.split):,} {eval_name} images, {len(train.class_names)} classes, kept "
-            f"at {storage.train_size} / {storage.eval_size} px ({storage.fit})"
-        ),
+    return cache.image_data(
+        name, f"TFDS {builder.info.full_name}", train, evaluation, image_size, storage
     )
 
 

@@ -51,6 +51,28 @@ class SeedNoise:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A weighted sum of means: its value, standard error and degrees of freedom."""
+
+    value: float
+    error: float
+    df: float
+
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        half = float(stats.t.ppf(0.5 + LEVEL / 2, self.df)) * self.error
+        return self.value - half, self.value + half
+
+    def p_above(self, limit: float) -> float:
+        """Small says that the true value is larger than `limit` (one-sided t test)."""
+        return float(stats.t.sf((self.value - limit) / self.error, self.df))
+
+    def p_below(self, limit: float) -> float:
+        """Small says that the true value is smaller than `limit`."""
+        return float(stats.t.cdf((self.value - limit) / self.error, self.df))
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A group minus the base: the difference, its intervals, and the two tests about the margin.
 
@@ -167,12 +189,11 @@ def compare(
     Reference: Schuirmann, "A comparison of the two one-sided tests procedure and the power
     approach", 1987; Welch, "The generalization of Student's problem", 1947.
     """
-    difference = float(np.mean(group) - np.mean(base))
-    squared, df = _squared_error(group, base, noise)
-    if not squared > 0:
+    estimate = linear_contrast([(1.0, group), (-1.0, base)], noise)
+    difference, error, df = estimate.value, estimate.error, estimate.df
+    if not error > 0:
         nan = math.nan
         return Comparison(difference, nan, nan, nan, nan, nan, nan, nan, nan)
-    error = math.sqrt(squared)
     half, half_90 = (float(error * stats.t.ppf(p, df)) for p in (0.5 + LEVEL / 2, 1 - ALPHA))
     beyond = (abs(difference) - margin) / error
     return Comparison(
@@ -201,20 +222,64 @@ def exceeds(values: Sequence[float], noise: SeedNoise) -> bool:
     return float(stats.f.sf(ratio, len(values) - 1, noise.df)) <= ALPHA
 
 
-def _squared_error(
-    group: Sequence[float], base: Sequence[float], noise: SeedNoise | None
-) -> tuple[float, float]:
-    """Squared standard error of a difference of means, and its degrees of freedom."""
+def linear_contrast(
+    terms: Sequence[tuple[float, Sequence[float]]], noise: SeedNoise | None = None
+) -> Estimate:
+    """A weighted sum of group means with its standard error.
+
+    estimate = sum_g c_g mean_g,  se^2 = s^2 sum_g c_g^2/n_g (pooled), or sum_g c_g^2 s_g^2/n_g
+    with Satterthwaite's degrees of freedom
+
+    Args:
+      terms: (c_g, values of the group, one number a seed).
+      noise: seed noise pooled over the sweep; None uses the groups' own.
+
+    Returns:
+      The `Estimate`; its error is NaN where no variance is known.
+
+    >>> estimate = linear_contrast([(0.5, [3.0, 5.0]), (0.5, [1.0, 3.0]), (-1.0, [2.0, 2.0])])
+    >>> f"{estimate.value:.1f} {estimate.error:.4f} {estimate.df:.1f}"
+    '1.0 0.7071 2.0'
+
+    Reference: Satterthwaite, "An approximate distribution of estimates of variance components",
+    1946.
+    """
+    value = sum(weight * float(np.mean(values)) for weight, values in terms)
     if noise is not None:
-        return noise.variance * (1 / len(group) + 1 / len(base)), float(noise.df)
-    if min(len(group), len(base)) < 2:
-        return math.nan, math.nan
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (group, base)]
+        squared = noise.variance * sum(weight**2 / len(values) for weight, values in terms)
+        return Estimate(value, math.sqrt(squared), float(noise.df))
+    if min(len(values) for _, values in terms) < 2:
+        return Estimate(value, math.nan, math.nan)
+    parts = [weight**2 * float(np.var(values, ddof=1)) / len(values) for weight, values in terms]
     total = sum(parts)
     if total == 0:
-        return math.nan, math.nan
-    freedom = [len(values) - 1 for values in (group, base)]
-    return total, total**2 / sum(part**2 / df for part, df in zip(parts, freedom, strict=True))
+        return Estimate(value, math.nan, math.nan)
+    freedom = [len(values) - 1 for _, values in terms]
+    df = total**2 / sum(part**2 / d for part, d in zip(parts, freedom, strict=True))
+    return Estimate(value, math.sqrt(total), df)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted so that the chance of any false finding among them stays at the level.
+
+    Args:
+      p_values: of the family; NaN marks a test that could not be made and does not count.
+
+    Returns:
+      The adjusted values in the same order, NaN where there was no test.
+
+    >>> holm([0.01, math.nan, 0.04, 0.03])
+    [0.03, nan, 0.06, 0.06]
+
+    Reference: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    adjusted = [math.nan] * len(p_values)
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    running = 0.0
+    for rank, (p, index) in enumerate(order):
+        running = max(running, min(1.0, p * (len(order) - rank)))
+        adjusted[index] = running
+    return adjusted
 
 
 def seeds_to_settle(

@@ -11,30 +11,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.experiments import sweep
 from bs_jax.experiments.progress import Display, describe
-from bs_jax.training import optimizers
+from bs_jax.experiments.stopping import GRACE_SECONDS, Stopped, StopRequest
+from bs_jax.training import distributed, optimizers
 from bs_jax.training.records import Run, RunFolder
 
 _MAX_TRIES = 2  # of a run whose process died under it
-_GRACE_SECONDS = 30.0
-
-
-class Stopped(Exception):
-    """A signal asked to stop; everything is saved.
-
-    Args:
-        signal_number: the signal, for the exit code 128 + n.
-    """
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal_number)
-        self.signal_number = signal_number
+_PARTING_SECONDS = 10.0  # that a worker gets beyond its grace
 
 
 class Schedule:
@@ -80,14 +70,22 @@ def _cost(runs: Sequence[Run]) -> float:
     )
 
 
-def run_inline(runs: Sequence[Run], workdir: Path, display: Display, *, run_axis: str) -> list[str]:
-    """Train in this process, on all of its devices.
+def run_inline(
+    runs: Sequence[Run],
+    workdir: Path,
+    display: Display,
+    *,
+    run_axis: str,
+    grace_seconds: float = GRACE_SECONDS,
+) -> list[str]:
+    """Train in this process, on all of its devices; or in all processes of a joined run.
 
     Args:
         runs: what is to be trained.
         workdir: the sweep's folder.
         display: shows progress.
         run_axis: "loop" or "vmap".
+        grace_seconds: from a signal to the end of the process, come what may.
 
     Returns:
         A line for each run that crashed.
@@ -97,48 +95,45 @@ def run_inline(runs: Sequence[Run], workdir: Path, display: Display, *, run_axis
         UserError: a mistake of the user's.
     """
     from bs_jax.experiments.worker import CohortTrainer
-    from bs_jax.training.loop import Interrupted
 
     trainer = CohortTrainer(run_axis)
     schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
-    with _signals() as received:
+    with StopRequest(grace_seconds) as stop:
         while assignment := schedule.next(0):
-            display.starting(0, assignment[0])
-            try:
-                trainer.train(
-                    [sweep.run_folder(workdir, run) for run in assignment],
-                    lambda event: display.event(0, event),
-                    lambda: bool(received),
-                )
-            except Interrupted:
-                raise Stopped(received[0]) from None
-            if received:
-                raise Stopped(received[0])
+            writes = distributed.is_first()
+            folders = [sweep.run_folder(workdir, run, writes=writes) for run in assignment]
+            _train_here(trainer, folders, display, stop)
     return []
 
 
-def run_one(folder: RunFolder, display: Display) -> None:
+def run_one(folder: RunFolder, display: Display, *, grace_seconds: float = GRACE_SECONDS) -> None:
     """Train one run in this process, in a folder of its own.
 
     Args:
         folder: where it is recorded.
         display: shows progress.
+        grace_seconds: from a signal to the end of the process, come what may.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; the state is saved.
         UserError: a mistake of the user's.
     """
     from bs_jax.experiments.worker import CohortTrainer
+
+    with StopRequest(grace_seconds) as stop:
+        _train_here(CohortTrainer("loop"), [folder], display, stop)
+
+
+def _train_here(trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest):
     from bs_jax.training.loop import Interrupted
 
-    with _signals() as received:
-        display.starting(0, folder.run)
-        try:
-            CohortTrainer("loop").train(
-                [folder], lambda event: display.event(0, event), lambda: bool(received)
-            )
-        except Interrupted:
-            raise Stopped(received[0]) from None
+    display.starting(0, folders[0].run)
+    try:
+        trainer.train(folders, lambda event: display.event(0, event), stop)
+    except Interrupted:
+        raise Stopped(stop.number or signal.SIGTERM) from None  # another process may have got it
+    if distributed.any_process(stop()):
+        raise Stopped(stop.number or signal.SIGTERM)
 
 
 @dataclasses.dataclass
@@ -151,7 +146,13 @@ class _Worker:
 
 
 def run_processes(
-    runs: Sequence[Run], workdir: Path, display: Display, *, workers: int, run_axis: str
+    runs: Sequence[Run],
+    workdir: Path,
+    display: Display,
+    *,
+    workers: int,
+    run_axis: str,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> list[str]:
     """Train in worker processes, each on a core of its own.
 
@@ -164,6 +165,7 @@ def run_processes(
         display: shows progress.
         workers: how many processes.
         run_axis: "loop" or "vmap" within a process.
+        grace_seconds: from a signal to the end of a worker, come what may.
 
     Returns:
         A line for each run that crashed or whose process died twice.
@@ -172,18 +174,27 @@ def run_processes(
         Stopped: SIGTERM or SIGINT came; the workers have saved their states.
         UserError: a mistake of the user's, found by a worker.
     """
-    pool = _Pool(runs, workdir, display, run_axis)
-    with _signals() as received:
+    pool = _Pool(runs, workdir, display, run_axis, grace_seconds)
+    with StopRequest(grace_seconds + 2 * _PARTING_SECONDS, before_exit=pool.kill) as stop:
         try:
-            return pool.serve(workers, lambda: bool(received))
+            failures = pool.serve(workers, stop)
         finally:
             pool.stop()
-            if received:
-                raise Stopped(received[0])
+        if stop.number is not None:
+            raise Stopped(stop.number)
+        return failures
 
 
 class _Pool:
-    def __init__(self, runs: Sequence[Run], workdir: Path, display: Display, run_axis: str) -> None:
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        workdir: Path,
+        display: Display,
+        run_axis: str,
+        grace_seconds: float,
+    ) -> None:
+        self._grace_seconds = grace_seconds
         self._schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
         self._workdir, self._display, self._run_axis = workdir, display, run_axis
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
@@ -228,7 +239,12 @@ class _Pool:
         log.close()
         worker = _Worker(number, process, [])
         core = self._cores[number % len(self._cores)] if self._cores else None
-        setup = {"workdir": str(self._workdir), "core": core, "run_axis": self._run_axis}
+        setup = {
+            "workdir": str(self._workdir),
+            "core": core,
+            "run_axis": self._run_axis,
+            "grace_seconds": self._grace_seconds,
+        }
         self._tell(worker, setup)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         self._workers[number] = worker
@@ -287,6 +303,11 @@ class _Pool:
         self._failures.append(line)
         self._display.note(f"failed: {line}")
 
+    def kill(self) -> None:
+        """End the workers that are left, at once."""
+        for worker in self._workers.values():
+            worker.process.kill()
+
     def stop(self) -> None:
         """End the workers that are left: they save their states at the next chunk."""
         for worker in self._workers.values():
@@ -294,33 +315,10 @@ class _Pool:
             with contextlib.suppress(OSError):
                 assert worker.process.stdin is not None
                 worker.process.stdin.close()
+        deadline = time.monotonic() + self._grace_seconds + _PARTING_SECONDS
         for worker in self._workers.values():
             try:
-                worker.process.wait(timeout=_GRACE_SECONDS)
+                worker.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of the first; a second one is the usual end."""
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        for known, handler in before.items():
-            signal.signal(known, handler)
-
-    for number in numbers:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

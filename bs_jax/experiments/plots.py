@@ -71,7 +71,7 @@ def metric_figure(
         axes.set_ylabel(f"final {units.name}" + (" (%)" if units.percent else ""))
         _size_axis(axes, analysis)
         if arm is None:
-            _end_labels(axes, ends)
+            end_labels(axes, ends)
         # A narrow figure has no room for the note; its caption says the same.
         if base is not None and base.values and arm is None and width > 5:
             note = f"band: base ± {units.spread(margin)}   bars: 90 % interval of the difference"
@@ -194,7 +194,7 @@ def deviation_figure(analysis: Analysis, width: float = 7.4, height: float = 3.4
         unit = "× seed noise" if in_noise else analysis.sweep.curve_metric
         axes.set_ylabel(f"curve deviation ({unit})")
         _size_axis(axes, analysis)
-        _end_labels(axes, ends)
+        end_labels(axes, ends)
     return figure
 
 
@@ -323,7 +323,7 @@ def _curves(axes: Any, analysis: Analysis, arm: str) -> None:
         _plain_log_labels(axes)
     axes.set_xlim(0, analysis.edges[-1])
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_ticker().FuncFormatter(_examples_label))
+    axes.xaxis.set_major_formatter(_ticker().FuncFormatter(examples_label))
 
 
 def _ticker() -> Any:
@@ -332,7 +332,8 @@ def _ticker() -> Any:
     return ticker
 
 
-def _examples_label(value: float, _: int) -> str:
+def examples_label(value: float, _: int) -> str:
+    """A number of examples on an axis: 500, 20 k, 3 M."""
     if value >= 1e6:
         return f"{value / 1e6:g} M"
     return f"{value / 1e3:g} k" if value >= 1e3 else f"{value:g}"
@@ -352,7 +353,7 @@ def _size_axis(axes: Any, analysis: Analysis) -> None:
     axes.set_xlabel(f"batch size (recipe tuned at {analysis.sweep.base_batch_size})")
 
 
-def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+def end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names at the right end of their lines, moved apart until none covers another."""
     ordered = sorted(ends)
     to_axes = axes.transData + axes.transAxes.inverted()

@@ -89,8 +89,9 @@ def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     """
     # Imported here, since config files import this module and `--mode=report` needs no JAX.
     from bs_jax.training import optimizers, validate
+    from bs_jax.training.plan import with_length
 
-    full = apply_overrides(config, overrides or {})
+    full = with_length(apply_overrides(config, overrides or {}))
     validate.check_config(full)
     scaled = optimizers.scale_recipe(full)
     trained = json.loads(json.dumps(full))

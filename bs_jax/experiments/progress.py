@@ -24,10 +24,18 @@ class Display:
         runs: all distinct runs of the sweep.
         finished: how many of them were done before.
         console: where to write; standard error by default.
+        quiet: write nothing.
     """
 
-    def __init__(self, runs: Sequence[Run], finished: int, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stderr, highlight=False)
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        finished: int,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._console = console or Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._total, self._finished, self._failed = len(runs), finished, 0
         self._examples = {run.run_id: 0 for run in runs}
         self._goal = {run.run_id: run.config["train_examples"] for run in runs}

@@ -9,6 +9,7 @@ from bs_jax.experiments import _report_sections as sections
 from bs_jax.experiments import _report_style as style
 from bs_jax.experiments import plots
 from bs_jax.experiments._report_files import write_atomic
+from bs_jax.experiments._report_findings import findings, smoothed_analysis, terminal_findings
 from bs_jax.experiments._report_format import Units
 from bs_jax.experiments._report_page import page
 from bs_jax.experiments._report_tables import write_tables
@@ -25,6 +26,8 @@ from bs_jax.experiments.results import load_results
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+__all__ = ["terminal_findings", "terminal_table", "write_report"]
 
 _SIGNS = {INVARIANT: ("✓", "green"), NOT_INVARIANT: ("✗", "red"), UNDECIDED: ("?", "yellow")}
 
@@ -58,6 +61,7 @@ def write_report(workdir: str | Path) -> Path:
             results.sweep.title or f"Sweep {results.sweep.name}",
             sections.opening(results, analysis),
             sections.overview(analysis),
+            findings(results, analysis, smoothed_analysis(results)),
             sections.arm_panels(analysis),
             sections.deviation(analysis),
             sections.numbers(analysis),

@@ -27,7 +27,10 @@ _MAX_EXAMPLES = 1 << 53
 
 @dataclass(frozen=True)
 class Sweep:
-    """What `sweep.json` says of the whole sweep; `margin` is in units of `accuracy_metric`."""
+    """What `sweep.json` says of the whole sweep; `margin` is in units of `accuracy_metric`.
+
+    `smoothed_metric` is a second witness in the same units; empty where there is none.
+    """
 
     name: str
     config_name: str
@@ -42,6 +45,7 @@ class Sweep:
     data: str
     model: str
     train_examples: int | None
+    smoothed_metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,7 @@ def _parse_sweep(content: Mapping[str, Any], path: Path) -> Sweep:
         margin=margin,
         warnings=_texts(content.get("warnings")),
         train_examples=_count(content.get("train_examples")),
+        smoothed_metric=_text(content.get("smoothed_metric")),
         **metrics,
         **{field: _text(content.get(field)) for field in texts},
     )

@@ -10,6 +10,7 @@ from typing import Any
 from bs_jax.errors import UserError
 from bs_jax.experiments.points import Point, resolve
 from bs_jax.training import records, validate
+from bs_jax.training.plan import with_length
 from bs_jax.training.records import Run, RunFolder
 
 
@@ -69,9 +70,48 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     return Sweep(name, rows, distinct, warnings)
 
 
-def run_folder(workdir: Path, run: Run) -> RunFolder:
-    """The folder of one run of a sweep."""
-    return RunFolder(workdir / "runs" / run.run_id, run)
+def listing(sweep: Sweep) -> str:
+    """Every point on a line with its hyperparameters and the run it comes to.
+
+    What is the same at all points is said once, at the end; "measured" marks a value that the rule
+    finds while training.
+    """
+    runs = {run.run_id: run for run in sweep.runs}
+    values = [runs[row["run_id"]].hparams["scaled"] for row in sweep.rows]
+    names = list(dict.fromkeys(name for scaled in values for name in scaled))
+    cells = {name: [_number(scaled.get(name)) for scaled in values] for name in names}
+    same = {name: column[0] for name, column in cells.items() if len(set(column)) == 1}
+    columns = {
+        "arm": [row["arm"] for row in sweep.rows],
+        "batch_size": [str(row["batch_size"]) for row in sweep.rows],
+        "offset": [f"{row['offset']:g}" for row in sweep.rows],
+        "updates": [
+            f"{runs[row['run_id']].config['train_examples'] // row['batch_size']:,}"
+            for row in sweep.rows
+        ],
+        **{name: column for name, column in cells.items() if name not in same},
+        "seed": [str(row["seed"]) for row in sweep.rows],
+        "run": [row["run_id"] for row in sweep.rows],
+    }
+    widths = [max(map(len, (name, *column))) for name, column in columns.items()]
+    lines = [list(columns), *zip(*columns.values(), strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    if same:
+        text.append(f"at all points: {', '.join(f'{n} {v}' for n, v in same.items())}")
+    text.append(f"{len(sweep.rows)} points, {len(sweep.runs)} runs")
+    return "\n".join([*text, *(f"warning: {warning}" for warning in sweep.warnings)])
+
+
+def _number(value: Any) -> str:
+    return "measured" if value is None else f"{value:.6g}"
+
+
+def run_folder(workdir: Path, run: Run, *, writes: bool = True) -> RunFolder:
+    """The folder of one run of a sweep; see `RunFolder`."""
+    return RunFolder(workdir / "runs" / run.run_id, run, writes=writes)
 
 
 def write_sweep_file(
@@ -95,8 +135,9 @@ def write_sweep_file(
             "title": config["title"],
             "command": command,
             "base_batch_size": config["base_batch_size"],
-            "train_examples": config["train_examples"],
+            "train_examples": with_length(config)["train_examples"],
             "accuracy_metric": report["accuracy_metric"],
+            "smoothed_metric": report["smoothed_metric"],
             "loss_metric": report["loss_metric"],
             "curve_metric": report["curve_metric"],
             "margin": report["margin"],

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bs_jax.errors import UserError
+from bs_jax.experiments.stopping import StopRequest
+from bs_jax.training import distributed
 from bs_jax.training.records import Run, RunFolder
 
 
@@ -35,9 +37,7 @@ class CohortTrainer:
 
     def train(self, folders: list[RunFolder], on_event: Any, should_stop: Any) -> None:
         """Train runs of one cohort to their ends."""
-        import jax
-
-        from bs_jax.training import inputs, loop, optimizers
+        from bs_jax.training import inputs, loop, optimizers, parallel
 
         config = folders[0].run.config
         key = optimizers.cohort_key(config)
@@ -47,12 +47,16 @@ class CohortTrainer:
             if source not in self._data:
                 self._data[source] = inputs.load_data(config)
             self._trainer = loop.Trainer(
-                config, self._data[source], jax.local_devices(), vmapped=self._vmapped
+                config, self._data[source], parallel.training_devices(), vmapped=self._vmapped
             )
             self._key = key
         with contextlib.ExitStack() as stack:
-            for folder in folders:
-                stack.enter_context(folder.locked())
+
+            def lock() -> None:
+                for folder in folders:
+                    stack.enter_context(folder.locked())
+
+            distributed.on_first(lock)
             self._trainer.train(folders, on_event, should_stop)
 
 
@@ -64,15 +68,12 @@ def main() -> int:
     setup = json.loads(sys.stdin.readline())
     if setup["core"] is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {setup["core"]})  # before JAX counts the cores
-    stopping = False
+    with StopRequest(setup["grace_seconds"]) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher's to answer
+        return _serve(setup, events, stop)
 
-    def stop(*_: Any) -> None:
-        nonlocal stopping
-        stopping = True
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
+def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:
     from bs_jax.experiments import sweep
     from bs_jax.training import compilation
     from bs_jax.training.loop import Interrupted
@@ -84,7 +85,7 @@ def main() -> int:
         runs = [Run(**fields) for fields in json.loads(line)["runs"]]
         try:
             folders = [sweep.run_folder(workdir, run) for run in runs]
-            trainer.train(folders, lambda event: _send(events, event), lambda: stopping)
+            trainer.train(folders, lambda event: _send(events, event), stop)
             _send(events, {"event": "assignment_done"})
         except Interrupted:
             _send(events, {"event": "interrupted"})
@@ -95,7 +96,7 @@ def main() -> int:
             text = traceback.format_exc()
             print(text, file=sys.stderr, flush=True)
             _send(events, {"event": "crashed", "message": text.strip().splitlines()[-1]})
-        if stopping:
+        if stop():
             return 0
     return 0
 

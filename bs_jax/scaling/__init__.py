@@ -9,6 +9,7 @@ from bs_jax.scaling.noise_scale import (
     noise_scale_estimate,
     value_grad_and_stats,
 )
+from bs_jax.scaling.noise_scale import sample as noise_sample
 from bs_jax.scaling.optimizer import ScaleByBatchState
 from bs_jax.scaling.ranger import ranger
 from bs_jax.scaling.registry import FAMILIES
@@ -34,6 +35,7 @@ __all__ = [
     "hyperparams",
     "invariance_check",
     "invariant_adamw",
+    "noise_sample",
     "noise_scale_estimate",
     "power",
     "ranger",

@@ -98,14 +98,15 @@ def _dtypes(scaler: Scaler) -> list[str]:
 
 
 def _radam(scaler: Scaler, base_batch_size: int) -> list[str]:
-    if factory_name(scaler.spec.factory) != "radam":
+    name = factory_name(scaler.spec.factory)
+    if name not in ("radam", "ranger"):
         return []
     base, new = scaler.values["b2"], scaler.value("b2")
     if not is_number(base) or not is_number(new) or new >= RADAM_SMALLEST_DECAY:
         return []
     limit = math.log(RADAM_SMALLEST_DECAY) / math.log(base)
     return [
-        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} optax.radam never rectifies;"
+        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} {name} never rectifies;"
         " scale_by_batch keeps the rectification on the clock of base-size updates, but these"
         f" numbers alone do not; by themselves they serve: {_limit(limit, base_batch_size)}"
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -149,7 +150,7 @@ def _row(scaler: Scaler, name: str, base_batch_size: int, batch_size: int) -> di
     except NoiseScaleNeeded:
         new = None
     switched_off = scaler.rule.k_of(name, scaler.k) is None
-    formula = "switched off" if switched_off else _formula(scaler, role)
+    formula = "switched off" if switched_off else _with_power(scaler.rule, _formula(scaler, role))
     if not is_number(base):
         base = "schedule" if callable(base) else "given"
         new = None if new is None else f"{base} x {new:.6g}"
@@ -189,6 +190,14 @@ def _formula(scaler: Scaler, role: str) -> str:
     return formula
 
 
+def _with_power(rule: ScalingRule, formula: str) -> str:
+    """The formula of a rule that reads k**k_power wherever others read k."""
+    if rule.k_power == 1:
+        return formula
+    scale = f"k^{rule.k_power:g}"
+    return re.sub(r"\bk\b", f"({scale})" if "^" in formula else scale, formula)
+
+
 def _power(prefix: str, exponent: float) -> str:
     if exponent == 0:
         return "unchanged"
@@ -216,19 +225,19 @@ def _kept(scaler: Scaler, name: str, base: Any, new: Any, base_batch_size: int) 
         if not is_number(base) or not 0 < base < 1:
             return ROLES[role].kept
         half_life = math.log(0.5) / math.log(base) * base_batch_size
-        if not rule.time_constants:
+        if not rule.time_constants or rule.k_power != 1:
             return f"nothing: half-life {half_life:,.0f} examples before"
         return f"half-life {half_life:,.0f} examples"
     if rule.lr_power is not None and rule.weight_decay_power is not None:
         if not rule.time_constants:
             return "the number itself"
-        if role == "weight_decay" and rule.lr_power + rule.weight_decay_power != 1:
+        if role == "weight_decay" and (rule.lr_power + rule.weight_decay_power) * rule.k_power != 1:
             return "nothing: decay per example grows with k"
     if role == "weight_decay":
         lr = scaler.values.get("learning_rate")
         if is_number(lr) and is_number(base):
             return f"decay {lr * base / base_batch_size:.3g} per example"
-    if role == "period" and is_number(base) and is_number(new):
+    if role == "period" and is_number(base) and is_number(new) and rule.k_power == 1:
         now = new * scaler.k * base_batch_size
         return f"{base * base_batch_size:,.0f} examples (now {now:,.0f})"
     return ROLES[role].kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,6 +13,9 @@ from bs_jax.errors import UserError
 from bs_jax.scaling.rules import Scalar
 
 PyTree = Any
+DECAY = 0.99  # of the running noise scale, per base-size update
+ERRORS = 2.0  # standard errors to either side that the range of a noise scale spans
+SAMPLE = ("signal", "noise", "signal_square", "noise_square", "product")  # what `sample` returns
 
 
 class MicrobatchStats(NamedTuple):
@@ -104,13 +107,20 @@ class NoiseScale(NamedTuple):
     Attributes:
         noise_scale: tr(Sigma)/|g|^2 in examples: the batch size at which noise and signal of the
             gradient are alike. Infinite where no signal can be told from zero.
-        standard_error: of ``noise_scale``, by the delta method from the spread over updates.
+        standard_error: of ``noise_scale``, by the delta method from the spread over updates;
+            infinite before the second update.
+        low: lower end of the range in which it lies: |g|^2/tr(Sigma) with ``ERRORS`` standard
+            errors added, inverted. The signal is what is known worst, and may be zero, so this
+            range has no symmetric form.
+        high: its upper end; infinite where the signal may be zero.
         signal: |g|^2.
         noise: tr(Sigma), per example.
     """
 
     noise_scale: jax.Array
     standard_error: jax.Array
+    low: jax.Array
+    high: jax.Array
     signal: jax.Array
     noise: jax.Array
 
@@ -120,18 +130,78 @@ def init_noise_scale() -> NoiseScaleState:
     return NoiseScaleState(*(jnp.zeros((), jnp.float32) for _ in NoiseScaleState._fields))
 
 
+def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict[str, jax.Array]:
+    r"""Return one update's estimates of |g|^2 and tr(Sigma), and what their spread is made of.
+
+    ``|g|^2 ~ sum c``, ``tr(Sigma) ~ b sum w`` with b examples a micro-batch. Each is unbiased, so
+    means of them over updates are, too; their ratio is not, so it is taken last.
+
+    Args:
+        grads: mean gradient; of the statistics only the leaves that it has are used.
+        stats: of this update; its own ``mean`` comes before ``grads``, which may be clipped.
+        batch_size: examples in this update, over all micro-batches.
+
+    Returns:
+        ``signal`` and ``noise`` (per example), their squares and their product; float32 scalars.
+
+    Raises:
+        UserError: if the statistics come from a single micro-batch.
+
+    Reference:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018.
+    """
+    check_microbatch(stats)
+    mean = grads if stats.mean is None else stats.mean
+    # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
+    square = tree_sum(tree_map(lambda _, m: _squared_norm(m.astype(jnp.float32)), grads, mean))
+    mean_square = tree_sum(tree_map(lambda _, s: s.astype(jnp.float32), grads, stats.mean_square))
+    signal, noise = signal_and_noise_of_sums(square, mean_square, stats.count)
+    noise = noise * (batch_size / stats.count)
+    return {
+        "signal": signal,
+        "noise": noise,
+        "signal_square": signal * signal,
+        "noise_square": noise * noise,
+        "product": signal * noise,
+    }
+
+
+def _squared_norm(x: jax.Array) -> jax.Array:
+    # Without the barrier XLA takes these squares and the optimizer's for one array, as large as
+    # the parameters, and writes it to memory.
+    return jnp.sum(jnp.square(jax.lax.optimization_barrier(x)))
+
+
+def average(
+    state: NoiseScaleState, means: Mapping[str, Any], *, updates: int = 1, decay: Scalar
+) -> NoiseScaleState:
+    """Take the mean of the samples of some updates into the running estimate.
+
+    Args:
+        state: the estimate so far.
+        means: of ``sample`` over the updates, by name.
+        updates: how many.
+        decay: of the average, per update.
+
+    Returns:
+        The new estimate.
+    """
+    keep = decay if updates == 1 else decay**updates
+    new = {name: means[name] for name in SAMPLE} | {"weight": 1.0}
+    averaged = {name: keep * getattr(state, name) + (1 - keep) * x for name, x in new.items()}
+    weight_square = keep**2 * state.weight_square + (1 - keep) ** 2 / updates
+    return NoiseScaleState(**averaged, weight_square=weight_square)
+
+
 def update_noise_scale(
     state: NoiseScaleState,
     grads: PyTree,
     stats: MicrobatchStats,
     *,
     batch_size: Scalar,
-    decay: Scalar = 0.99,
+    decay: Scalar = DECAY,
 ) -> NoiseScaleState:
-    r"""Take one update's micro-batch statistics into the running estimate.
-
-    ``|g|^2 ~ sum c``, ``tr(Sigma) ~ b sum w`` with b examples a micro-batch; both are averaged
-    over updates on their own and divided last.
+    """Take one update's micro-batch statistics into the running estimate.
 
     Args:
         state: the estimate so far.
@@ -145,27 +215,8 @@ def update_noise_scale(
 
     Raises:
         UserError: if the statistics come from a single micro-batch.
-
-    Reference:
-        McCandlish et al., An Empirical Model of Large-Batch Training, 2018.
     """
-    check_microbatch(stats)
-    mean = grads if stats.mean is None else stats.mean
-    square = tree_sum(tree_map(lambda g: jnp.square(g.astype(jnp.float32)), mean))
-    mean_square = tree_sum(tree_map(lambda g, s: s.astype(jnp.float32), mean, stats.mean_square))
-    signal, noise = signal_and_noise_of_sums(square, mean_square, stats.count)
-    noise = noise * (batch_size / stats.count)
-    new = {
-        "signal": signal,
-        "noise": noise,
-        "signal_square": signal * signal,
-        "noise_square": noise * noise,
-        "product": signal * noise,
-        "weight": jnp.ones((), jnp.float32),
-    }
-    averaged = {n: decay * getattr(state, n) + (1 - decay) * x for n, x in new.items()}
-    weight_square = decay**2 * state.weight_square + (1 - decay) ** 2
-    return NoiseScaleState(**averaged, weight_square=weight_square)
+    return average(state, sample(grads, stats, batch_size=batch_size), decay=decay)
 
 
 def signal_and_noise_of_sums(square: Any, mean_square: Any, count: Any) -> tuple[Any, Any]:
@@ -178,18 +229,32 @@ def estimate(state: NoiseScaleState) -> NoiseScale:
     """Read the noise scale and its spread out of the running estimate."""
     weight = jnp.where(state.weight > 0, state.weight, 1.0)
     signal, noise = state.signal / weight, state.noise / weight
-    floor = jnp.maximum(signal, 0.0)
-    scale = jnp.where(floor > 0, noise / jnp.where(floor > 0, floor, 1.0), jnp.inf)
     var_signal = jnp.maximum(state.signal_square / weight - signal**2, 0.0)
     var_noise = jnp.maximum(state.noise_square / weight - noise**2, 0.0)
     covariance = state.product / weight - signal * noise
-    share = state.weight_square / weight**2
-    # d(noise/signal) = d noise/signal - scale d signal/signal; the sample variance of an average
+    # With x = signal/noise, dx = (d signal - x d noise)/noise; the sample variance of an average
     # over few updates is too small by 1 - share.
-    spread = var_noise - 2 * scale * covariance + scale**2 * var_signal
-    spread = jnp.maximum(spread, 0.0) * share / jnp.maximum(1 - share, 1e-6)
-    error = jnp.where(floor > 0, jnp.sqrt(spread) / jnp.where(floor > 0, floor, 1.0), jnp.inf)
-    return NoiseScale(scale, error, signal, noise)
+    share = state.weight_square / weight**2
+    x = _ratio(signal, noise)
+    spread = jnp.maximum(var_signal - 2 * x * covariance + x**2 * var_noise, 0.0)
+    few = (share > 1 - 1e-5) | (state.weight == 0)
+    error = jnp.sqrt(spread * share / jnp.where(few, 1.0, 1 - share))
+    error = jnp.where(few, jnp.inf, _ratio(error, noise))
+    scale = _ratio(noise, jnp.maximum(signal, 0.0))
+    return NoiseScale(
+        noise_scale=scale,
+        standard_error=jnp.where(jnp.isinf(scale), jnp.inf, error * scale**2),
+        low=_ratio(jnp.ones(()), jnp.maximum(x + ERRORS * error, 0.0)),
+        high=_ratio(jnp.ones(()), jnp.maximum(x - ERRORS * error, 0.0)),
+        signal=signal,
+        noise=noise,
+    )
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """A quotient that is infinite, never undefined, where its denominator is zero."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), jnp.inf)
 
 
 def noise_scale_estimate(state: Any) -> NoiseScale | None:

@@ -58,6 +58,8 @@ class ScalingRule:
         time_constants: whether decays, periods and other time constants keep their examples.
         invariant: whether the second moment is made what the base batch size would have shown,
             which needs no q.
+        k_power: every k above is read as ``(offset k)**k_power``: one scale for all that is
+            scaled, decays included.
         offset: multiplies k for every hyperparameter.
         overrides: pairs (hyperparameter, factor on its k), or (hyperparameter, None): left alone.
         origin: where the rule comes from.
@@ -74,6 +76,7 @@ class ScalingRule:
     q_power: float | None = None
     time_constants: bool = True
     invariant: bool = False
+    k_power: float = 1.0
     offset: float = 1.0
     overrides: tuple[tuple[str, float | None], ...] = ()
     origin: str = ""
@@ -92,7 +95,8 @@ class ScalingRule:
         if factor is None:
             return None
         factor = factor * self.offset
-        return k if factor == 1.0 else k * factor
+        k = k if factor == 1.0 else k * factor
+        return k if self.k_power == 1.0 else k**self.k_power
 
     def replace(self, *, offset: float | None = None, **overrides: float | None) -> ScalingRule:
         """Return the rule with hyperparameters switched off (``None``) or offset (a factor on k).
@@ -187,6 +191,14 @@ _SHIPPED = (
         weight_decay_power=1.0,
         q_power=0.0,
         origin="learning rate and weight decay x k: decay per epoch grows with k",
+    ),
+    ScalingRule(
+        "seed_sqrt",
+        lr_power=1.0,
+        weight_decay_power=1.0,
+        q_power=0.0,
+        k_power=0.5,
+        origin="as seed, with sqrt(k) in place of k everywhere",
     ),
 )
 

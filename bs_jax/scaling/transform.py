@@ -12,6 +12,7 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
+from bs_jax.scaling import noise_scale as noise_scale_lib
 from bs_jax.scaling.formulas import Noise, check_batch_sizes, check_value, is_number, is_numeric
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
@@ -31,7 +32,7 @@ def scale_by_batch(
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
     noise_scale: float | None = None,
-    noise_decay: float = 0.99,
+    noise_decay: float = noise_scale_lib.DECAY,
     variance_floor: float = invariant.VARIANCE_FLOOR,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     r"""Let an optax factory take hyperparameters tuned at one batch size and serve another.

@@ -2,59 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
+import numpy as np
 
 from bs_jax.training.state import TrainState
 
 _KEPT = 2  # the newest and one to fall back on
+_SPARE_BYTES = 256 << 10  # for what Orbax writes beside the arrays
 
 
 class Checkpoints:
     """Checkpoints of one run, newest last.
 
+    They hold plain arrays, no placement: a state saved on any number of devices or processes is
+    restored on any other. Beside them lie a checksum of them, and one of the metrics written until
+    then, so that a run goes on only where both are whole. Of many processes one alone uses this.
+
     Args:
         path: folder of the checkpoints; made when the first one is written.
+        metrics_digest: the checksum of the metrics on disk up to a count of examples.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, metrics_digest: Callable[[int], bytes]) -> None:
         self._path = path.absolute()
+        self._metrics_digest = metrics_digest
         self._manager: Any = None
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint at the state's step; back when it is on disk."""
+    def save(self, state: TrainState, metrics_digest: bytes) -> None:
+        """Write a checkpoint at the state's step; back when it is on disk.
+
+        Args:
+            state: of numpy arrays.
+            metrics_digest: checksum of the metrics written until now.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
         import orbax.checkpoint as ocp
 
-        manager = self._open(create=True)
-        manager.save(int(state.step), args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+        self._path.mkdir(parents=True, exist_ok=True)
+        content = _content(state, metrics_digest)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(content)) + _SPARE_BYTES
+        if shutil.disk_usage(self._path).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before anything is written
+        with _system_errors():
+            self._open().save(int(state.step), args=ocp.args.StandardSave(content))
 
     def restore(self, template: TrainState) -> TrainState | None:
         """The newest checkpoint that can be read, or None.
 
         Args:
-            template: a state of the same shapes, dtypes and placement.
+            template: a state of numpy arrays of the same shapes and dtypes.
 
         Returns:
-            The state. A damaged checkpoint is named in the log and passed over for the one before.
+            The state. A damaged checkpoint, or one whose metrics are, is named in the log and
+            passed over for the one before.
         """
         import orbax.checkpoint as ocp
 
         if not self._path.is_dir():
             return None
-        manager = self._open(create=False)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        manager = self._open()
+        wanted = _content(template, bytes(32))
         for step in sorted(manager.all_steps(), reverse=True):
             try:
-                return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                found = manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
+                again = _content(state, metrics_digest)
+                if not np.array_equal(found["sha256"], again["sha256"]):
+                    raise ValueError("its content does not fit its checksum")
+                if metrics_digest != self._metrics_digest(int(state.examples)):
+                    raise ValueError("metrics.jsonl has changed since")
+                return state
             except Exception as error:  # whatever a damaged file makes Orbax raise
+                reason = str(error) if type(error) is ValueError else type(error).__name__
                 logging.getLogger(__name__).warning(
-                    "checkpoint %s cannot be read (%s); trying the one before",
+                    "checkpoint %s cannot be gone on from (%s); trying the one before",
                     self._path / str(step),
-                    type(error).__name__,
+                    " ".join(reason.split())[:200],
                 )
                 self._set_aside(step)
                 manager.reload()
@@ -75,12 +112,51 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def _open(self, create: bool) -> Any:
+    def _open(self) -> Any:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
+            alone = jax.process_count() > 1
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=_KEPT, create=create, enable_async_checkpointing=False
+                max_to_keep=_KEPT,
+                create=False,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,  # of a process killed while it wrote
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=jax.process_index(),
+                    active_processes={jax.process_index()} if alone else None,
+                    barrier_sync_key_prefix="first" if alone else None,
+                ),
             )
             self._manager = ocp.CheckpointManager(self._path, options=options)
         return self._manager
+
+
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise as OSError what TensorStore raises as ValueError; keep Orbax's threads quiet."""
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+    finally:
+        absl.logging.set_verbosity(verbosity)
+
+
+def _content(state: TrainState, metrics_digest: bytes) -> dict[str, Any]:
+    """What is saved; the last item covers the others, as compression misses flipped bits."""
+    digest = hashlib.sha256(metrics_digest)
+    for leaf in jax.tree.leaves(state):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return {
+        "state": state,
+        "metrics_sha256": np.frombuffer(metrics_digest, np.uint8).copy(),
+        "sha256": np.frombuffer(digest.digest(), np.uint8).copy(),
+    }

@@ -1,4 +1,8 @@
-"""The one place that knows how a step is spread over devices (pmap over the axis "batch")."""
+"""The one place that knows how a step is spread over devices (the axis "batch").
+
+In one process by pmap; over the devices of many processes by jit and shard_map, which is what pmap
+is made of. Both give the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXIS = "batch"
 Devices = Sequence[Any]  # of jax.Device, which type checkers do not take for a type
+
+
+def training_devices() -> list[Any]:
+    """All devices of all processes, those of a process side by side."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
+def local_devices(devices: Devices) -> list[Any]:
+    """The devices that this process feeds."""
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def data_parallel(
@@ -22,9 +37,9 @@ def data_parallel(
     """Compile ``function(*replicated, per_device)`` for all devices at once.
 
     The first `replicated` arguments are the same on every device and are passed whole; the last
-    one has a leading device axis. The function must return values that agree on all devices (it
-    reduces over the axis `BATCH_AXIS` itself), which come back whole as well: state is never
-    stacked.
+    one has a leading device axis (see `spread`). The function must return values that agree on all
+    devices (it reduces over the axis `BATCH_AXIS` itself), which come back whole as well: state is
+    never stacked.
 
     Args:
         function: takes ``replicated + 1`` positional arguments.
@@ -35,17 +50,72 @@ def data_parallel(
     Returns:
         The compiled function.
     """
-    return jax.pmap(
-        function,
-        axis_name=BATCH_AXIS,
-        in_axes=(None,) * replicated + (0,),
-        out_axes=None,
-        devices=list(devices),
-        donate_argnums=tuple(donate),
+    if _one_process(devices):
+        return jax.pmap(
+            function,
+            axis_name=BATCH_AXIS,
+            in_axes=(None,) * replicated + (0,),
+            out_axes=None,
+            devices=list(devices),
+            donate_argnums=tuple(donate),
+        )
+    return shard_mapped(function, replicated=replicated, devices=devices, donate=donate)
+
+
+def shard_mapped(
+    function: Callable[..., Any],
+    *,
+    replicated: int,
+    devices: Devices,
+    donate: Sequence[int] = (),
+) -> Callable[..., Any]:
+    """The same as `data_parallel`, for devices of any processes."""
+
+    def on_one_device(*arguments: Any) -> Any:
+        *whole, shared = arguments
+        return function(*whole, jax.tree.map(lambda leaf: leaf[0], shared))
+
+    mapped = jax.shard_map(
+        on_one_device,
+        mesh=_mesh(devices),
+        in_specs=(PartitionSpec(),) * replicated + (PartitionSpec(BATCH_AXIS),),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # the function itself sees to it that its results agree
     )
+    return jax.jit(mapped, donate_argnums=tuple(donate))
 
 
 def replicate(tree: Any, devices: Devices) -> Any:
     """Put a whole copy of every leaf on every device, once, so that no step has to move it."""
-    mesh = Mesh(list(devices), (BATCH_AXIS,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(_mesh(devices), PartitionSpec())
+    if _one_process(devices):
+        return jax.device_put(tree, sharding)
+
+    def place(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree)
+
+
+def spread(tree: Any, devices: Devices) -> Any:
+    """Make the last argument of a `data_parallel` function from this process's part of it.
+
+    Args:
+        tree: arrays with a leading axis over the devices of this process.
+        devices: all of the run's.
+    """
+    if _one_process(devices):
+        return tree
+    sharding = NamedSharding(_mesh(devices), PartitionSpec(BATCH_AXIS))
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
+    )
+
+
+def _one_process(devices: Devices) -> bool:
+    return len({device.process_index for device in devices}) == 1
+
+
+def _mesh(devices: Devices) -> Mesh:
+    return Mesh(list(devices), (BATCH_AXIS,))

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bs_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -106,6 +108,56 @@ class Plan:
         due = self._steps_every(self.log_every_examples)
         ends = sorted({step for step in due if chunk.start < step < chunk.end} | {chunk.end})
         return list(zip([chunk.start, *ends[:-1]], ends, strict=True))
+
+
+def with_length(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its length in examples, where it gives it in epochs.
+
+    An epoch holds ``train_size`` examples, or its whole batches alone with ``drop_remainder``:
+    `steps = epochs * floor(train_size / batch_size)`.
+
+    Args:
+        config: a recipe, with ``train_epochs``, ``train_examples`` and ``data.train_size``.
+
+    Returns:
+        A shallow copy; ``train_epochs`` is 0 in it, so that asking twice changes nothing.
+
+    Raises:
+        UserError: neither or both lengths are given, or one cannot be.
+
+    >>> recipe = {"train_epochs": 2.0, "train_examples": 0, "batch_size": 64,
+    ...           "drop_remainder": True, "data": {"train_size": 9469}}
+    >>> with_length(recipe)["train_examples"]  # 2 x 147 updates
+    18816
+    """
+    epochs, examples = config["train_epochs"], config["train_examples"]
+    for name, value in (("train_epochs", epochs), ("train_examples", examples)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**31:
+            raise UserError(
+                f"config.{name} is {value!r}; it must be a number of at least 0 and below 2**31"
+            )
+    if bool(epochs) == bool(examples):
+        both = "both give" if epochs else "neither gives"
+        raise UserError(
+            f"config.train_epochs {epochs} and config.train_examples {examples}: {both} the length "
+            "of training; set one of them, and the other to 0"
+        )
+    if not epochs:
+        return dict(config)
+    size, batch = config["data"]["train_size"], config["batch_size"]
+    if not size:
+        raise UserError(
+            f"config.train_epochs is {epochs} but config.data.train_size is 0; say how many "
+            "examples the training split holds, or give config.train_examples instead"
+        )
+    if config["drop_remainder"]:
+        if not 1 <= batch <= size:
+            raise UserError(
+                f"batch_size {batch} does not fit an epoch of {size:,} examples without its "
+                f"remainder; use 1 to {size:,}, or config.drop_remainder=False"
+            )
+        size -= size % batch
+    return {**config, "train_epochs": 0.0, "train_examples": int(epochs * size)}
 
 
 def per_device(batches: np.ndarray, devices: int) -> np.ndarray:

@@ -8,7 +8,9 @@ import datetime
 import errno
 import fcntl
 import functools
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -23,6 +25,7 @@ from bs_jax.errors import UserError
 
 _PACKAGES = ("bs_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _LOCK_PATIENCE_SECONDS = 60.0
+_RECORDS = ("config.json", "hparams.json", "metrics.jsonl", "summary.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,28 +47,42 @@ class Run:
 class RunFolder:
     """The record of one run: ``config.json hparams.json metrics.jsonl summary.json DONE``.
 
-    ``DONE`` is written last, so a folder that has it is complete. Only one process writes in a
+    ``DONE`` is written last and holds the checksums of the others, so a folder that has it and
+    fits it is complete. Only one process writes in a
     folder at a time (a lock on ``LOCK`` that the system releases however the process ends).
 
     Args:
         path: the folder; made if missing.
         run: what is to be trained in it.
+        writes: False in a process that leaves reading and writing to another: nothing is touched.
 
     Raises:
         UserError: the folder cannot be written, or holds a run of another config.
     """
 
-    def __init__(self, path: Path, run: Run) -> None:
+    def __init__(self, path: Path, run: Run, *, writes: bool = True) -> None:
         self.path = path
         self.run = run
+        if not writes:
+            return
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._refuse_other_config()
 
     @property
     def done(self) -> bool:
-        """Whether the run is complete."""
-        return (self.path / "DONE").exists()
+        """Whether the run is complete; where its records were damaged since, that is logged."""
+        try:
+            wrong = damaged_files(self.path)
+        except FileNotFoundError:
+            return False
+        if wrong:
+            logging.getLogger(__name__).warning(
+                "%s: %s damaged since the run was done; training it again",
+                self.path,
+                ", ".join(wrong),
+            )
+        return not wrong
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -87,30 +104,35 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write what is known before training."""
-        write_json(self.path / "config.json", self.run.config)
-        write_json(self.path / "hparams.json", self.run.hparams)
+        config = write_json(self.path / "config.json", self.run.config)
+        write_json(self.path / "hparams.json", {**self.run.hparams, "config_sha256": config})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary; then, unless the run was interrupted, mark the folder complete."""
         write_json(self.path / "summary.json", summary)
         if summary["status"] != "interrupted":
-            with disk_errors(self.path):
-                (self.path / "DONE").touch()
+            write_json(
+                self.path / "DONE",
+                {
+                    name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
+                    for name in _RECORDS
+                },
+            )
 
     def summary(self) -> dict[str, Any]:
         """The summary as written."""
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
 
     def _refuse_other_config(self) -> None:
-        path = self.path / "config.json"
-        if not path.exists():
-            return
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            if self.done:
-                raise UserError(f"{path} is damaged; delete the folder to train again") from None
-            return  # torn by a kill while it was first written: it will be written again
+            content = (self.path / "config.json").read_bytes()
+            found = json.loads(content)
+        except (FileNotFoundError, ValueError):
+            return  # absent or damaged: it will be written again
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            hparams = json.loads((self.path / "hparams.json").read_bytes())
+            if hparams["config_sha256"] != hashlib.sha256(content).hexdigest():
+                return  # damaged as well, though it can be read
         different = differences(found, self.run.config)
         if different:
             shown = "; ".join(different[:4]) + ("; …" if len(different) > 4 else "")
@@ -118,6 +140,34 @@ class RunFolder:
                 f"{self.path} holds a run of another config ({shown}); use another --workdir, "
                 "or delete that folder"
             )
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The names of a finished run's files that are not as they were when it was done.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        FileNotFoundError: the run is not done.
+    """
+    content = (folder / "DONE").read_bytes()
+    if not content:
+        return []  # a folder marked by hand or by an older version, without checksums
+    try:
+        wanted = json.loads(content)
+        wanted = {name: str(wanted[name]) for name in _RECORDS}
+    except (ValueError, KeyError, TypeError):
+        return ["DONE"]
+    wrong = []
+    for name, digest in wanted.items():
+        try:
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        except OSError:
+            found = ""
+        if found != digest:
+            wrong.append(name)
+    return wrong
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
@@ -153,21 +203,38 @@ class MetricsFile:
     def __init__(self, path: Path, examples: int) -> None:
         self._path = path
         with disk_errors(path):
-            self.kept = [row for row in _whole_lines(path) if row["examples"] <= examples]
-            text = "".join(_line(row) for row in self.kept)
+            self.kept, text = _kept(path, examples)
+            self._digest = hashlib.sha256(text.encode())
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 _write_atomically(path, text)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Add rows and hand them to the system."""
+        text = "".join(_line(row) for row in rows)
         with disk_errors(self._path):
-            self._file.write("".join(_line(row) for row in rows))
+            self._file.write(text)
             self._file.flush()
+        self._digest.update(text.encode())
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 of all that was written."""
+        return self._digest.digest()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def metrics_digest(path: Path, examples: int) -> bytes:
+    """The `MetricsFile.digest` of what a file holds up to so many examples."""
+    return hashlib.sha256(_kept(path, examples)[1].encode()).digest()
+
+
+def _kept(path: Path, examples: int) -> tuple[list[dict[str, Any]], str]:
+    rows = [row for row in _whole_lines(path) if row["examples"] <= examples]
+    return rows, "".join(_line(row) for row in rows)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -200,11 +267,12 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a whole JSON file or none: readers never see half of one."""
+def write_json(path: Path, content: Any) -> str:
+    """Write a whole JSON file or none: readers never see half of one. Its sha256 comes back."""
+    text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
     with disk_errors(path):
-        text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False)
-        _write_atomically(path, text + "\n")
+        _write_atomically(path, text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_atomically(path: Path, text: str) -> None:

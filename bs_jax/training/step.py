@@ -32,9 +32,9 @@ class Programs(NamedTuple):
     Attributes:
         init: RunInputs -> TrainState.
         train_chunk: (state, RunInputs, data, batches) -> (state, metrics with a leading step axis).
-            `data` is ``(images, labels)`` held on the device and `batches` the example numbers,
+            `data` is ``(images, labels, aspects)`` held on the device and `batches` the numbers,
             int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
-            pair (uint8 images, int32 labels) with those leading axes.
+            arrays (uint8 images, int32 labels, float32 aspects) with those leading axes.
         evaluate: (state, RunInputs, data, (indices, mask)) -> sums over the marked examples.
     """
 
@@ -141,9 +141,13 @@ def _train_chunk(
     micro_batches = local_size // min(config["micro_batch_size"], local_size)
     smoothing = config["label_smoothing"]
     axis = parallel.BATCH_AXIS
+    # Only --mode=noise_scale puts this field in: no recipe needs it to train.
+    measures_noise = config.get("measure_noise", False)
 
     def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
-        images = augment(augment_key, batch["positions"], batch["images"], spec)
+        images = augment(
+            augment_key, batch["positions"], batch["images"], spec, aspects=batch["aspects"]
+        )
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -163,6 +167,12 @@ def _train_chunk(
         has_aux=True,
     )
 
+    def noise_metrics(grads: Any, stats: scaling.MicrobatchStats | None) -> dict[str, jax.Array]:
+        if not measures_noise or stats is None:
+            return {}
+        found = scaling.noise_sample(grads, stats, batch_size=batch_size)
+        return {f"noise/{name}": value for name, value in found.items()}
+
     def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
         augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
         hyperparams = inputs.hyperparams
@@ -170,13 +180,11 @@ def _train_chunk(
         offset = jax.lax.axis_index(axis) * local_size
 
         def step(state: TrainState, batch: Any):
-            if data:
-                images, labels = data[0][batch], data[1][batch]
-            else:
-                images, labels = batch
+            images, labels, aspects = (leaf[batch] for leaf in data) if data else batch
             batch = {
                 "images": images,
                 "labels": labels,
+                "aspects": aspects,
                 "positions": state.examples + offset + jnp.arange(local_size, dtype=jnp.int32),
             }
             (loss, aux), grads, stats = loss_and_grads(
@@ -196,6 +204,7 @@ def _train_chunk(
                 "train/loss": loss,
                 "train/accuracy": aux["accuracy"],
                 **optimizers.metrics(config, hyperparams, state, opt_state),
+                **noise_metrics(grads, stats),
             }
             new_state = TrainState(
                 step=state.step + 1,
@@ -222,7 +231,7 @@ def _evaluate(config: Mapping[str, Any], model: Any, spec: AugmentSpec) -> Calla
 
         def batch_sums(sums, batch):
             source, mask = batch
-            images, labels = (data[0][source], data[1][source]) if data else source
+            images, labels, _ = (leaf[source] for leaf in data) if data else source
             logits = model.apply(variables, prepare_eval(images, spec), train=False)
             found = {
                 "loss": cross_entropy(logits, labels, 0.0),

@@ -29,6 +29,7 @@ _COUNTS = (  # 0 has a meaning of its own, told in the config
     "checkpoint_every_examples",
     "schedule.warmup_examples",
     "data.crop_padding",
+    "data.train_size",
 )
 _FRACTIONS = (
     "bn_decay",
@@ -75,6 +76,10 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"config.optimizer.hyperparams.{name} is {value!r}; "
                 "it must be a finite number of at least 0"
             )
+    if not isinstance(config["drop_remainder"], bool):
+        raise UserError(
+            f"config.drop_remainder is {config['drop_remainder']!r}; it must be True or False"
+        )
     if not config["train_examples"] >= config["batch_size"]:
         raise UserError(
             f"config.train_examples is {config['train_examples']:,}, less than one batch of "
@@ -192,6 +197,12 @@ def check_devices(config: Mapping[str, Any], devices: int) -> None:
 
 def check_data(config: Mapping[str, Any], train_size: int, channels: int) -> None:
     """Raise a UserError where the config does not fit the data set that was loaded."""
+    expected = config["data"]["train_size"]
+    if expected and expected != train_size:
+        raise UserError(
+            f"config.data.train_size is {expected:,} but {config['data']['name']} has "
+            f"{train_size:,} training examples; set config.data.train_size to {train_size}"
+        )
     if config["batch_size"] > train_size:
         raise UserError(
             f"batch_size {config['batch_size']:,} is larger than the training set of "

@@ -1,0 +1,193 @@
+"""What scale_by_batch costs: a ResNet-18 train step against the same step with plain optax.
+
+Command:  python -m benchmarks.transform_overhead --json=docs/results/transform_overhead.json
+Run time: four minutes on two CPU cores
+
+Every program is one AdamW step (forward, backward, update; state donated) on the same random
+images, and they take turns.
+
+    plain                  optax.adamw on the gradient of the whole batch
+    static                 the same with scale_by_batch: constant batch size and hyperparameters
+    dynamic                the same with the batch size a traced argument of update
+    plain, accumulated     optax.adamw on a gradient summed over n micro-batches in a scan
+    noise_aware            the same n micro-batches, whose statistics give the noise scale
+    invariant              the same, whose statistics give the second moment
+
+The first three are compared with the first, the last three with the fourth (and with the first).
+With --devices=2 a batch is spread over devices by pmap, which are the micro-batches: the baseline
+averages gradients over them, the others the squares as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bs_jax
+from benchmarks import _measure
+from bs_jax import models
+
+BASE_BATCH_SIZE = 16
+RECIPE = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
+AXIS = "devices"
+
+
+class Case(NamedTuple):
+    """One program: the optimizer's kind, and whether the batch is split into micro-batches."""
+
+    kind: str
+    split: bool
+
+
+CASES = {
+    "plain": Case("plain", False),
+    "static": Case("static", False),
+    "dynamic": Case("dynamic", False),
+    "plain, accumulated": Case("plain", True),
+    "noise_aware": Case("noise_aware", True),
+    "invariant": Case("invariant", True),
+}
+
+
+class Problem:
+    """A model with its loss, a batch, and the starting point of every program."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.batch_size = arguments.batch_size
+        self.microbatches = arguments.microbatches
+        self.devices = arguments.devices
+        self.model = models.create(arguments.model, num_classes=10)
+        draw = np.random.default_rng(0)
+        shape = (arguments.batch_size, arguments.image_size, arguments.image_size, 3)
+        self.batch = {
+            "images": jnp.asarray(draw.standard_normal(shape), jnp.float32),
+            "labels": jnp.asarray(draw.integers(0, 10, arguments.batch_size), jnp.int32),
+        }
+        init = jax.jit(functools.partial(self.model.init, train=False))
+        self.variables = init(jax.random.key(0), self.batch["images"][:1])
+
+    def loss(self, params: Any, batch: Any, batch_stats: Any) -> tuple[jax.Array, Any]:
+        logits, updated = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["images"],
+            train=True,
+            bn_decay=0.9,
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.mean(losses), updated["batch_stats"]
+
+    def gradient(self, case: Case) -> Callable[..., Any]:
+        """(params, batch, batch_stats) -> (loss, batch_stats), gradient[, statistics]."""
+        axis = AXIS if self.devices > 1 else None
+        whole = jax.value_and_grad(self.loss, has_aux=True)
+        if case.kind in ("noise_aware", "invariant"):
+            return bs_jax.value_grad_and_stats(
+                self.loss, microbatches=self.microbatches, axis_name=axis, has_aux=True
+            )
+        if not case.split:
+            return whole
+
+        def accumulated(params: Any, batch: Any, batch_stats: Any) -> Any:
+            """What one writes by hand: summed in a scan, averaged over devices."""
+            n = self.microbatches
+            if n == 1:
+                return jax.lax.pmean(whole(params, batch, batch_stats), axis)
+            parts = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
+            shapes = jax.eval_shape(whole, params, jax.tree.map(lambda x: x[0], parts), batch_stats)
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, whole(params, part, batch_stats)), None
+
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            total, _ = jax.lax.scan(add, zeros, parts)
+            mean = jax.tree.map(lambda x: x / n, total)
+            return mean if axis is None else jax.lax.pmean(mean, axis)
+
+        return accumulated
+
+
+def make_optimizer(kind: str, batch_size: int) -> optax.GradientTransformationExtraArgs:
+    sizes = {"batch_size": batch_size, "base_batch_size": BASE_BATCH_SIZE}
+    if kind == "plain":
+        by_hand = bs_jax.scale_hyperparams("adamw", RECIPE, **sizes, rule="linear")
+        return optax.with_extra_args_support(optax.adamw(**by_hand))
+    rule = "linear" if kind in ("static", "dynamic") else kind
+    return bs_jax.scale_by_batch(optax.adamw, **sizes, rule=rule)(**RECIPE)
+
+
+def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
+    """A compiled train step that goes on from its own last state each time it is called."""
+    tx = make_optimizer(case.kind, problem.batch_size)
+    gradient = problem.gradient(case)
+
+    def step(state: Any, batch: Any, batch_size: Any) -> Any:
+        params, batch_stats, opt_state = state
+        (loss, batch_stats), grads, *stats = gradient(params, batch, batch_stats)
+        extra = {"microbatch": stats[0]} if stats else {}
+        if case.kind == "dynamic":
+            extra["batch_size"] = batch_size
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
+
+    params, batch_stats = problem.variables["params"], problem.variables["batch_stats"]
+    state = jax.tree.map(jnp.copy, (params, batch_stats, tx.init(params)))
+    batch, size = problem.batch, jnp.int32(problem.batch_size)
+    if problem.devices > 1:
+        batch = jax.tree.map(lambda x: x.reshape(problem.devices, -1, *x.shape[1:]), batch)
+        compiled = jax.pmap(
+            step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
+        )
+    else:
+        compiled = jax.jit(step, donate_argnums=(0,))
+
+    def run() -> Any:
+        nonlocal state
+        state, loss = compiled(state, batch, size)
+        return loss
+
+    return run
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    problem = Problem(arguments)
+    cases = CASES if arguments.devices == 1 else {n: c for n, c in CASES.items() if c.split}
+    times = _measure.interleave(
+        {name: make_step(problem, case) for name, case in cases.items()}, rounds=arguments.rounds
+    )
+    results: dict[str, Any] = {}
+    for against in ("plain", "plain, accumulated"):
+        if against in cases:
+            results[f"against {against}"] = _measure.summary(times, against)
+    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    return {"settings": settings, "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="file to write the result to")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--image_size", type=int, default=64, help="pixels")
+    parser.add_argument("--batch_size", type=int, default=64, help="examples")
+    parser.add_argument("--microbatches", type=int, default=2, help="on each device")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args()
+    if arguments.devices > 1 and jax.config.values["jax_platforms"] == "cpu":
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+    found = measure(arguments)
+    for against, rows in found["results"].items():
+        print(f"{against}\n\n{_measure.table(rows)}\n")
+    if arguments.json:
+        _measure.write_json(arguments.json, {**found, "environment": _measure.environment()})
+
+
+if __name__ == "__main__":
+    main()

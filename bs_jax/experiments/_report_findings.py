@@ -1,0 +1,305 @@
+"""The report's answer to the published findings: a table a finding, the controls, the terminal."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bs_jax.experiments import findings as study
+from bs_jax.experiments._report_format import Units, fraction, p_value
+from bs_jax.experiments._report_page import Html, bullets, html, section, table, tag
+from bs_jax.experiments.analysis import Analysis, Group, analyse
+from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED, Answer, Effect
+from bs_jax.experiments.results import DONE, Results, Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_BADGES = {  # class on the page, sign, colour in a terminal
+    SUPPORTED: ("good", "✓", "green"),
+    CONTRADICTED: ("bad", "✗", "red"),
+    UNDECIDED: ("open", "?", "yellow"),
+}
+# Beside the findings: what tells the causes apart, and what rules that measure noise do.
+_BESIDE = {
+    "no": "neither scaled",
+    "lr_lin": "learning rate alone",
+    "not_moms_lin": "learning rate and weight decay",
+    "wd_lin": "weight decay alone",
+    "noise_aware": "noise_aware",
+    "invariant": "invariant",
+}
+
+
+def smoothed_analysis(results: Results) -> Analysis | None:
+    """The same analysis by the smoothed metric, where the sweep names one and the runs have it."""
+    name = results.sweep.smoothed_metric
+    if not any(name in run.metrics for run in results.runs.values()):
+        return None
+    return analyse(replace(results, sweep=replace(results.sweep, accuracy_metric=name)))
+
+
+def findings(results: Results, analysis: Analysis, smoothed: Analysis | None) -> Html:
+    """A verdict a finding with its effects, then the controls; nothing for other sweeps."""
+    answers = study.answer(analysis)
+    if not answers:
+        return html()
+    seconds: Sequence[Answer | None] = [None] * len(answers)
+    if smoothed is not None:
+        seconds = study.answer(smoothed)
+    cards = [
+        _card(found, second, analysis, smoothed)
+        for found, second in zip(answers, seconds, strict=True)
+    ]
+    return section(
+        "The published findings",
+        tag(
+            "p",
+            "The study that this sweep repeats trained once a point and published no numbers. Each "
+            "of its findings is a claim about one hyperparameter's effect: accuracy with it scaled "
+            "minus without, at batch sizes below and above the base's.",
+        ),
+        *cards,
+        _method(analysis),
+        _controls(results, analysis),
+    )
+
+
+def _card(
+    found: Answer, second: Answer | None, analysis: Analysis, smoothed: Analysis | None
+) -> Html:
+    kind, sign, _ = _BADGES[found.verdict]
+    heading = tag(
+        "header",
+        tag("h3", found.finding.name),
+        tag("span", f"{sign} {found.verdict}", class_=f"badge {kind}"),
+    )
+    notes = [found.finding.claim]
+    if second is not None and smoothed is not None:
+        by = Units(smoothed.sweep.accuracy_metric).name
+        notes.append(f"By {by}: {second.verdict}.")
+    notes += _gaps(found)
+    header = ["at", "claimed", "effect [95 %]"]
+    rows = []
+    for index, effect in enumerate(found.effects):
+        cells = [_where(effect), _claimed(effect, analysis), _shown(effect, analysis)]
+        if second is not None and smoothed is not None:
+            cells.append(_shown(second.effects[index], smoothed))
+        rows.append(
+            [
+                *cells,
+                f"{effect.pairs} × {effect.seeds}",
+                p_value(effect.p_supported),
+                p_value(effect.p_contradicted),
+            ]
+        )
+    if second is not None and smoothed is not None:
+        header.append(Units(smoothed.sweep.accuracy_metric).name)
+    header += ["pairs × seeds", "p (as claimed)", "p (opposite)"]
+    return tag("article", heading, tag("p", " ".join(notes)), table(header, rows), class_="arm")
+
+
+def _gaps(found: Answer) -> list[str]:
+    """What keeps a contrast from being tested."""
+    gaps = []
+    if any(not effect.pairs for effect in found.effects):
+        gaps.append("The sweep lacks arms or batch sizes for part of the claim.")
+    diverged = max(effect.diverged for effect in found.effects)
+    if diverged:
+        gaps.append(
+            f"Up to {diverged} of a contrast's runs diverged; there the numbers of diverged runs "
+            "are compared (Fisher's exact test), not the means."
+        )
+    if any(e.pairs and not e.diverged and math.isnan(e.low) for e in found.effects):
+        gaps.append("A point without two finished seeds to know the noise by leaves this open.")
+    return gaps
+
+
+def _where(effect: Effect) -> str:
+    sizes = ", ".join(str(size) for size in effect.batch_sizes)
+    return f"{effect.contrast.side} ({sizes})" if sizes else effect.contrast.side
+
+
+def _claimed(effect: Effect, analysis: Analysis) -> str:
+    units, margin = Units(analysis.sweep.accuracy_metric), analysis.sweep.margin
+    if effect.contrast.expected == study.LARGER_EFFECT:
+        rival = effect.contrast.rival[0]
+        if effect.rival is None:
+            return f"larger than {rival}'s"
+        return f"larger than {rival}'s {units.signed(effect.rival.value)}"
+    return {
+        study.HIGHER: "above 0",
+        study.NOT_HIGHER: f"below {units.signed(margin)}",
+        study.SAME: f"within ±{units.signed(margin).lstrip('+')}",
+        study.SLIGHTLY_LOWER: f"{units.signed(-study.SLIGHT_MARGINS * margin)} to 0",
+    }[effect.contrast.expected]
+
+
+def _shown(effect: Effect, analysis: Analysis) -> Html:
+    units = Units(analysis.sweep.accuracy_metric)
+    if effect.estimate is None:
+        return html("–")
+    interval = html()
+    if math.isfinite(effect.low):
+        ends = f" [{units.signed(effect.low)}, {units.signed(effect.high)}]"
+        interval = tag("small", ends)
+    return html(units.signed(effect.estimate.value), interval)
+
+
+def _method(analysis: Analysis) -> Html:
+    units = Units(analysis.sweep.accuracy_metric)
+    margin = units.spread(analysis.sweep.margin)
+    slight = units.spread(study.SLIGHT_MARGINS * analysis.sweep.margin)
+    return tag(
+        "details",
+        tag("summary", "How the findings are judged"),
+        bullets(
+            [
+                "An effect is the mean, over the batch sizes named and all pairs of arms that "
+                "differ in that one thing, of the difference of final accuracies.",
+                "Directions are tested by one-sided t tests with the seed noise pooled over the "
+                f"sweep; “no visible effect” by two one-sided tests against ±{margin} (TOST); "
+                f"“does not help” against +{margin}; “slightly” ends at {slight}.",
+                "A finding is supported if every line of it is (the largest p counts), and "
+                "contradicted if the opposite of one line is shown (Bonferroni); both kinds of p "
+                "are then adjusted over all findings (Holm): at most 5 % for any wrong verdict in "
+                "the table. The p-values beside the lines are as tested, not adjusted.",
+                "The verdict is by accuracy. The smoothed accuracy, softmax(3 × logits) at the "
+                "true class, scatters less between seeds and has no say in it.",
+            ]
+        ),
+    )
+
+
+def _controls(results: Results, analysis: Analysis) -> Html:
+    """Final accuracies of the controls and the measuring rules beside what is left of a weight."""
+    units = Units(analysis.sweep.accuracy_metric)
+    groups = {(g.arm, g.batch_size, g.offset): g for g in analysis.groups}
+    sizes = sorted({size for _, size, offset in groups if offset == 1})
+    arms = [arm for arm in _BESIDE if any((arm, size, 1.0) in groups for size in sizes)]
+    kept = _kept(results)
+    base = analysis.sweep.base_batch_size
+    header = ["scaled with the batch size"]
+    header += [str(size) if size != base else f"{size} (base)" for size in sorted({*sizes, base})]
+    rows = []
+    for arm in arms:
+        cells = []
+        for size in sorted({*sizes, base}):
+            group = analysis.base if size == base else groups.get((arm, size, 1.0))
+            cells.append(_cell(group, kept.get((arm, size, 1.0)), units))
+        rows.append([_BESIDE[arm], *cells])
+    factors = {o: g for (arm, size, o), g in groups.items() if (arm, size) == ("wd_lin", base)}
+    if factors and analysis.base is not None:
+        factors[1.0] = analysis.base
+    alone = [
+        [fraction(factor), _cell(group, kept.get(("wd_lin", base, factor)), units)]
+        for factor, group in sorted(factors.items())
+    ]
+    parts = [
+        tag("h3", "Controls, and rules that measure the noise"),
+        tag(
+            "p",
+            f"Final {units.name}, difference from the base with its 95 % interval, and in "
+            "brackets the share that weight decay alone leaves of a weight by the end, "
+            "exp(−Σ lr · wd).",
+        ),
+        table(header, rows),
+    ]
+    if alone:
+        parts.append(tag("p", f"Weight decay alone at the base batch size {base}, by its factor:"))
+        parts.append(table(["weight decay ×", f"final {units.name}"], alone))
+    return html(*parts)
+
+
+def _cell(group: Group | None, kept: float | None, units: Units) -> Html:
+    if group is None or not group.planned:
+        return html("–")
+    if group.diverged:
+        return html(f"{group.diverged} of {group.planned} diverged")
+    if not group.values:
+        return html("–")
+    comparison = group.comparison
+    parts = [units.value(group.interval.mean)]
+    if comparison is not None:
+        text = f" {units.signed(comparison.difference)}"
+        if math.isfinite(comparison.low):
+            text += f" [{units.signed(comparison.low)}, {units.signed(comparison.high)}]"
+        parts.append(tag("small", text))
+    if kept is not None:
+        parts.append(tag("small", f" ({kept:.3f})"))
+    return html(*parts)
+
+
+def _kept(results: Results) -> dict[tuple[str, int, float], float]:
+    """(arm, batch size, offset) -> what weight decay alone leaves of a weight, from the records."""
+    found = {}
+    for row in results.rows:
+        key = (row.arm, row.batch_size, row.offset)
+        if key not in found and row.status == DONE:
+            share = _weight_left(results.runs[row.run_id], row.batch_size)
+            if share is not None:
+                found[key] = share
+    return found
+
+
+def _weight_left(run: Run, batch_size: int) -> float | None:
+    """exp(-sum over updates of learning rate x weight decay), both as recorded while training."""
+    rate = run.curves.get("optim/learning_rate")
+    if rate is None or not len(rate.examples):
+        return None
+    decay = run.curves.get("optim/weight_decay")
+    constant = run.scaled.get("weight_decay")
+    if decay is not None and len(decay.values) == len(rate.values):
+        values = decay.values
+    elif constant is not None:
+        values = np.full(len(rate.values), constant)
+    else:
+        return None
+    updates = np.diff(rate.examples, prepend=0) / batch_size
+    return math.exp(-float(np.sum(updates * rate.values * values)))
+
+
+def terminal_findings(analysis: Analysis) -> "Table | None":
+    """A line a contrast: the claim, the effect with its interval, the verdict of its finding.
+
+    Args:
+      analysis: of `analyse`.
+
+    Returns:
+      A rich table; None for a sweep that says nothing of the published findings.
+    """
+    answers = study.answer(analysis)
+    if not answers:
+        return None
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    units = Units(analysis.sweep.accuracy_metric)
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        title=f"The published findings: effect on {units.name}",
+        caption="verdicts at 5 % over the whole table (Holm); effects with their 95 % interval",
+    )
+    for title in ("finding, at batch sizes", "effect [95 %]", "claimed"):
+        result.add_column(title)
+    for found in answers:
+        _, sign, colour = _BADGES[found.verdict]
+        result.add_row(
+            Text(found.finding.name, style="bold"),
+            Text(f"{sign} {found.verdict}", style=colour),
+        )
+        for effect in found.effects:
+            sizes = ", ".join(map(str, effect.batch_sizes)) or effect.contrast.side
+            shown = Text("–")
+            if effect.estimate is not None:
+                half = effect.high - effect.estimate.value
+                shown = Text(units.signed(effect.estimate.value))
+                if math.isfinite(half):
+                    shown.append(f" ± {units.signed(half).lstrip('+')}")
+            result.add_row(Text(f"  {sizes}"), shown, Text(_claimed(effect, analysis)))
+    return result

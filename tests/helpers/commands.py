@@ -1,0 +1,97 @@
+"""Real commands of main.py on a tiny recipe, in one process or in several that train one run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--config.data.name=synthetic:3x192",
+    "--config.data.image_size=8",
+    "--config.model.name=resnet4_patch",
+    "--config.batch_size=16",
+    "--config.base_batch_size=16",
+    "--config.ghost_batch_size=4",
+    "--config.train_examples=768",
+    "--config.eval_every_examples=64",
+    "--config.log_every_examples=64",
+    "--config.checkpoint_every_examples=64",
+    "--config.data.mean=(0.4,0.4,0.4)",
+    "--config.data.std=(0.3,0.3,0.3)",
+)
+
+
+def start(*flags: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
+    """Start ``python main.py`` with the tiny recipe and more flags."""
+    return subprocess.Popen(
+        [sys.executable, "main.py", *TINY, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={
+            **os.environ,
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
+            + f" --xla_force_host_platform_device_count={devices}",
+            **environment,
+        },
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
+    """Wait for a process; its exit code and output."""
+    out, _ = process.communicate(timeout=seconds)
+    return process.returncode, out
+
+
+def run(*flags: str, devices: int = 1, **environment: str) -> tuple[int, str]:
+    """Do one command to its end."""
+    return finish(start(*flags, devices=devices, **environment))
+
+
+@contextlib.contextmanager
+def joined(count: int, *flags: str, devices: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that train one run; those still alive at the end are killed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        start(
+            *flags,
+            f"--coordinator_address={address}",
+            f"--num_processes={count}",
+            f"--process_id={number}",
+            devices=devices,
+        )
+        for number in range(count)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
+    """Wait until something holds; whether it did in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def lines(path: Path) -> int:
+    """Lines in a file; 0 if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes().count(b"\n")
+    return 0

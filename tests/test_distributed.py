@@ -1,0 +1,193 @@
+"""Processes that train one run: the same numbers as one process, and one end for all of them."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.commands import finish, joined, lines, run, wait_for
+from training_helpers import rows, tiny_config, tiny_data
+
+from bs_jax.errors import UserError
+from bs_jax.experiments.points import resolve
+from bs_jax.training import distributed, parallel, step
+
+TRAIN = "--mode=train"
+
+
+def assert_same_training(found, wanted):
+    """Equal up to the order in which devices' numbers are added."""
+    assert [row["examples"] for row in found] == [row["examples"] for row in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=2e-5), (name, ours["examples"])
+
+
+def until_end(processes):
+    return [finish(process, 90) for process in processes]
+
+
+def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
+    code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=2)
+    assert code == 0, out
+    wanted = rows(tmp_path / "one")
+    workdir = tmp_path / "two"
+    with joined(2, TRAIN, f"--workdir={workdir}") as processes:
+        assert wait_for(lambda: lines(workdir / "metrics.jsonl") >= 2)
+        processes[1].kill()
+        code, out = finish(processes[0], 90)
+    assert code in (distributed.EXIT_LOST, -signal.SIGABRT), out  # or by JAX's own watch
+    assert not (workdir / "DONE").exists()
+    with joined(2, TRAIN, f"--workdir={workdir}") as processes:
+        ends = until_end(processes)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "eval/accuracy" in ends[0][1]
+    assert "eval/accuracy" not in ends[1][1]  # one process reports
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["processes"] == 2
+    assert summary["resumed_at_step"] > 0
+    assert_same_training(rows(workdir), wanted)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("count", "devices", "flags"),
+    [
+        (4, 1, ()),
+        (2, 2, ("--config.data.streamed=True",)),
+        (
+            4,
+            1,
+            (
+                "--config.data.streamed=True",
+                "--config.scaling.rule=invariant",
+                "--config.batch_size=32",
+                "--config.micro_batch_size=8",
+            ),
+        ),
+    ],
+)
+def test_many_processes_train_like_one_with_as_many_devices(tmp_path, count, devices, flags):
+    code, out = run(TRAIN, *flags, f"--workdir={tmp_path / 'one'}", devices=count * devices)
+    assert code == 0, out
+    with joined(count, TRAIN, *flags, f"--workdir={tmp_path / 'many'}", devices=devices) as many:
+        ends = until_end(many)
+    assert [code for code, _ in ends] == [0] * count, ends
+    assert_same_training(rows(tmp_path / "many"), rows(tmp_path / "one"))
+
+
+@pytest.mark.long
+def test_a_signal_to_one_process_stops_all_and_other_numbers_of_them_go_on(tmp_path):
+    code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=4)
+    assert code == 0, out
+    workdir = tmp_path / "many"
+    for count in (2, 4, 1):
+        seen = lines(workdir / "metrics.jsonl")
+        with joined(count, TRAIN, f"--workdir={workdir}", devices=4 // count) as processes:
+            assert wait_for(lambda seen=seen: lines(workdir / "metrics.jsonl") >= seen + 2)
+            processes[-1].terminate()
+            ends = until_end(processes)
+        assert [code for code, _ in ends] == [143] * count, ends
+        assert json.loads((workdir / "summary.json").read_text())["status"] == "interrupted"
+    with joined(2, TRAIN, f"--workdir={workdir}", devices=2) as processes:
+        ends = until_end(processes)
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_same_training(rows(workdir), rows(tmp_path / "one"))
+
+
+@pytest.mark.long
+def test_a_sweep_and_a_divergence_in_two_processes(tmp_path):
+    flags = ("--sweep=short", "--config.optimizer.hyperparams.learning_rate=1e30")
+    flags = (*flags, "--config.train_examples=256", "--config.scaling.rule=none")
+    with joined(2, *flags, f"--workdir={tmp_path}") as processes:
+        ends = [finish(process, 400) for process in processes]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "Report:" in ends[0][1]
+    statuses = [json.loads(p.read_text())["status"] for p in tmp_path.glob("runs/*/summary.json")]
+    assert set(statuses) == {"diverged"}
+
+
+@pytest.mark.long
+def test_an_error_of_one_process_ends_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    with joined(2, TRAIN, f"--workdir={tmp_path / 'file' / 'below'}") as processes:
+        ends = until_end(processes)
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all("give a --workdir that can be written" in out for _, out in ends)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_shard_map_and_pmap_are_the_same_to_the_bit():
+    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"})).config
+    data, devices = tiny_data(), jax.devices()[:2]
+    images = parallel.replicate((data.train.read(np.arange(96)), data.train.labels), devices)
+    batches = np.arange(3 * 32, dtype=np.int32).reshape(2, 3, 16)
+    found = []
+    for wrapper in (parallel.data_parallel, parallel.shard_mapped):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "data_parallel", wrapper)
+            programs = step.make_programs(config, 3, (8, 8, 1), devices)
+        inputs = step.run_inputs(config)
+        state, metrics = programs.train_chunk(programs.init(inputs), inputs, images, batches)
+        found.append(jax.device_get((state.params, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert found[0][1]["train/loss"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("variables", "kind"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "Slurm"),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # the batch script, outside srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "JAX_PLATFORMS": "cpu"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that stands alone
+    ],
+)
+def test_clusters_are_told_by_their_variables(variables, kind):
+    assert distributed.cluster_of(variables) == kind
+
+
+def test_pods_of_an_indexed_job_need_the_kubernetes_package(monkeypatch):
+    variables = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
+    for installed in (True, False):
+        monkeypatch.setattr(
+            distributed.importlib.util,
+            "find_spec",
+            lambda name, there=installed: (there or None) if name == "kubernetes" else None,
+        )
+        if installed:
+            assert distributed.cluster_of(variables) == "Kubernetes"
+        else:
+            with pytest.raises(UserError, match=r"install 'jax\[k8s\]' or give --coordinator"):
+                distributed.cluster_of(variables)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("h:1", None, None), "go together; given: h:1, None, None"),
+        (("host", 2, 0), "coordinator_address is 'host'; give HOST:PORT"),
+        (("host:99999", 2, 0), "give HOST:PORT"),
+        (("host:1234", 2, 2), "process_id is 2 of --num_processes 2; number the processes from 0"),
+        (("host:1234", 0, 0), "number the processes from 0 to 0"),
+    ],
+)
+def test_impossible_numbers_of_processes_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.initialize("auto", *given)
+    with pytest.raises(UserError, match="--distributed=off excludes"):
+        distributed.initialize("off", *given)
+
+
+def test_alone_there_is_nothing_to_agree_on():
+    assert distributed.initialize("auto", environment={}) is False
+    tree = {"a": jnp.ones(2)}
+    assert distributed.arrays_of_first(tree) is tree
+    with pytest.raises(UserError, match="mine"):
+        distributed.on_first(lambda: (_ for _ in ()).throw(UserError("mine")))

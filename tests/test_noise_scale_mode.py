@@ -1,0 +1,214 @@
+"""--mode=noise_scale: right where the answer is known, for any rule, resumed, early errors."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_helpers import tiny_config, tiny_data
+
+from bs_jax import models
+from bs_jax.errors import UserError
+from bs_jax.experiments import noise_scale, plots_noise
+from bs_jax.scaling import MicrobatchStats, noise_sample
+from bs_jax.training.loop import Interrupted, Trainer
+from bs_jax.training.records import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH, BASE = 64, 32
+
+
+def synthetic_rows(trace, signals, seed=0, updates=20, dim=50, parts=2):
+    """Windows of updates on gradients of known |g|^2 and tr(Sigma)."""
+
+    @jax.jit
+    @jax.vmap
+    def sampled(key, signal):
+        mean = jnp.full(dim, jnp.sqrt(signal / dim))
+        deviation = jnp.sqrt(trace / dim * parts / BATCH)
+        grads = mean[None] + deviation * jax.random.normal(key, (parts, dim))
+        stats = MicrobatchStats(jnp.mean(grads**2, axis=0), parts)
+        return noise_sample(grads.mean(0), stats, batch_size=BATCH)
+
+    keys = jax.random.split(jax.random.key(seed), len(signals) * updates)
+    found = sampled(keys, jnp.repeat(jnp.asarray(signals), updates))
+    means = {n: np.asarray(v).reshape(-1, updates).mean(1) for n, v in found.items()}
+    return [
+        {"step": (i + 1) * updates, "examples": (i + 1) * updates * BATCH}
+        | {f"noise/{name}": float(values[i]) for name, values in means.items()}
+        for i in range(len(signals))
+    ]
+
+
+def curve_of(found):
+    return noise_scale.from_metrics(found, batch_size=BATCH, base_batch_size=BASE)
+
+
+def test_a_known_noise_scale_lies_within_the_stated_range():
+    """tr(Sigma)/|g|^2 = 400/2 = 200 examples."""
+    inside, seeds = 0, 20
+    for seed in range(seeds):
+        curve = curve_of(synthetic_rows(400.0, [2.0] * 10, seed))
+        last = curve.rows[-1]
+        assert last["noise"] == pytest.approx(400, rel=0.1)
+        assert last["phi"] == pytest.approx(last["noise_scale"] / BASE)
+        assert last["largest_k"] == pytest.approx(last["low"] / BASE)
+        inside += last["low"] <= 200 <= last["high"]
+    assert seeds - 3 <= inside
+
+
+def test_the_running_estimate_follows_a_shrinking_gradient():
+    signals = np.geomspace(8.0, 0.5, 40)
+    curve = curve_of(synthetic_rows(400.0, signals, updates=50))
+    found = np.array([row["noise_scale"] for row in curve.rows])
+    np.testing.assert_allclose(found[5:], 400 / signals[5:], rtol=0.35)
+    assert curve.rows[-1]["largest_k"] > 4 * curve.rows[0]["largest_k"]
+
+
+def test_no_signal_is_said_and_not_invented(tmp_path):
+    curve = curve_of(synthetic_rows(400.0, [0.0] * 5))
+    assert all(math.isinf(row["high"]) for row in curve.rows)
+    assert "inside the noise scale in 100 %" in curve.conclusion()
+    paths = noise_scale.write(curve, tmp_path)
+    assert json.loads(paths[1].read_text())["rows"][0]["high"] is None
+    (first, *_) = csv.DictReader(paths[0].read_text().splitlines())
+    assert float(first["high"]) == math.inf
+
+
+def test_the_table_and_the_figure():
+    curve = curve_of(synthetic_rows(400.0, [2.0] * 50))
+    lines = curve.to_text().splitlines()
+    assert len(lines) <= 18
+    assert lines[0].split()[:4] == ["examples", "B_noise", "from", "to"]
+    assert lines[-2].split()[0] == "64,000"
+    figure = plots_noise.noise_scale_figure(curve)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {"batch size 64", "base 32", "noise scale"}
+    level = [line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1]
+    assert {BATCH, BASE} <= set(level)
+
+
+def measure(path, overrides, data=None, **kwargs):
+    run = noise_scale.plan(tiny_config(**overrides))
+    folder = RunFolder(path, run)
+    Trainer(run.config, data or tiny_data(), jax.devices()[:1]).train([folder], **kwargs)
+    return noise_scale.read(path, run)
+
+
+def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
+    """Learning rate 0: mean and variance of the gradient of a ghost batch by brute force."""
+    ghost, data = 4, tiny_data(train=960)
+    curve = measure(
+        tmp_path,
+        {"optimizer.hyperparams.learning_rate": 0.0, "data.flip": False, "data.crop_padding": 0,
+         "train_examples": 3840, "log_every_examples": 640, "eval_every_examples": 3840,
+         "micro_batch_size": ghost, "scaling.rule": "none"},
+        data,
+    )  # fmt: skip
+    model = models.create("resnet4_patch", num_classes=3)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    images = (data.train.read(np.arange(960)).astype(np.float32) / 255 - 0.3) / 0.3
+    labels = data.train.labels
+    variables = model.init(key, jnp.asarray(images[:1]), train=False)
+
+    def loss(params, indices):
+        logits, _ = model.apply(
+            {"params": params, "batch_stats": variables["batch_stats"]},
+            jnp.asarray(images)[indices], train=True, bn_decay=0.9, mutable=["batch_stats"],
+        )  # fmt: skip
+        chosen = jnp.asarray(labels)[indices]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, chosen).mean()
+
+    @jax.jit
+    def gradients(indices):
+        grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(variables["params"], indices)
+        return jnp.concatenate([g.reshape(len(indices), -1) for g in jax.tree.leaves(grads)], 1)
+
+    rng = np.random.default_rng(0)
+    found = np.asarray(gradients(jnp.asarray(rng.integers(0, 960, (2000, ghost)))), np.float64)
+    trace = ghost * found.var(axis=0, ddof=1).sum()
+    signal = np.square(found.mean(axis=0)).sum() - trace / ghost / len(found)
+    last = curve.rows[-1]
+    assert last["noise"] == pytest.approx(trace, rel=0.1)
+    assert last["signal"] == pytest.approx(signal, rel=0.2)
+    assert last["low"] <= trace / signal <= last["high"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"scaling.rule": "linear", "batch_size": 32},
+        {"scaling.rule": "invariant", "batch_size": 32},
+    ],
+)
+def test_it_measures_under_any_rule_and_resumes_to_the_same_numbers(tmp_path, overrides):
+    overrides = {"checkpoint_every_examples": 64, **overrides}
+    whole = measure(tmp_path / "whole", overrides)
+    calls = iter(range(100))
+    with pytest.raises(Interrupted):
+        measure(tmp_path / "parts", overrides, should_stop=lambda: next(calls) >= 0)
+    assert measure(tmp_path / "parts", overrides) == whole
+    assert whole.rows[-1]["examples"] == 192
+    assert all(row["noise"] > 0 for row in whole.rows)
+
+
+def test_another_optimizer():
+    config = tiny_config(**{"optimizer.name": "sgd"})
+    config["optimizer"]["hyperparams"] = {"learning_rate": 0.1, "momentum": 0.9}
+    run = noise_scale.plan(config)
+    assert run.config["micro_batch_size"] == 8  # half the batch
+    assert run.config["scaling"] == {"rule": "fixed"}
+    assert run.run_id.endswith("-noise")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"micro_batch_size": 16}, "micro_batch_size 16; set config.micro_batch_size to 8 or less"),
+        ({"batch_size": 1, "ghost_batch_size": 0}, "use a config.batch_size of at least 2"),
+        ({"bn_cross_device": True, "ghost_batch_size": 0}, "bn_cross_device couples"),
+        ({"micro_batch_size": 5}, "not divisible by micro_batch_size 5"),
+        ({"scaling.rule": "sqr"}, "did you mean 'sqrt'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_compiles(overrides, message):
+    with pytest.raises(UserError) as error:
+        noise_scale.plan(tiny_config(**overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_records_without_noise_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "examples": 16, "train/loss": 1.0}\n')
+    run = noise_scale.plan(tiny_config())
+    with pytest.raises(UserError, match="no gradient noise"):
+        noise_scale.read(tmp_path, run)
+
+
+def test_the_command(tmp_path):
+    command = [
+        sys.executable, "main.py", "--mode=noise_scale", "--config.scaling.rule=none",
+        "--config.train_examples=1024", "--config.eval_every_examples=1024",
+        "--config.log_every_examples=256", "--config.model.name=resnet4_patch",
+        f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "largest k inside" in done.stdout
+    written = {path.name for path in tmp_path.glob("noise_scale.*")}
+    assert written == {"noise_scale.csv", "noise_scale.json", "noise_scale.png"}
+    bad = [*command, "--config.micro_batch_size=64"]
+    refused = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --mode=noise_scale compares gradients")
+    assert refused.stderr.count("\n") == 1

@@ -1,0 +1,211 @@
+"""scale_by_batch inside and around other optax transformations, under jit, vmap, pmap and scan."""
+
+import functools
+import inspect
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scaling_helpers import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
+
+from bs_jax.errors import UserError
+from bs_jax.scaling import (
+    MicrobatchStats,
+    hyperparams,
+    scale_by_batch,
+    scale_hyperparams,
+    value_grad_and_stats,
+)
+
+two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+STATIC_AT_4 = {
+    "learning_rate": 2e-2,
+    "b1": 0.9**4,
+    "b2": 0.99**4,
+    "weight_decay": 0.2,
+    "eps": 1e-8 / 2,
+}
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(0.5), tx),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
+    "multi_transform": lambda tx: optax.multi_transform(
+        {"a": tx, "z": optax.set_to_zero()}, {"w": "a", "b": "z"}
+    ),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_it_composes_with_other_transformations(name):
+    wrap = WRAPPERS[name]
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")(**RECIPE)
+    by_hand = optax.adamw(**STATIC_AT_4)
+    grads = gradients(6)
+    got, state, _ = train(wrap(tx), grads)
+    assert_equal(got, train(wrap(by_hand), grads)[0])
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
+
+
+OPTIMIZERS = {
+    "adamw": optax.adamw,
+    "sgd": functools.partial(optax.sgd, momentum=0.9),
+    "rmsprop": optax.rmsprop,
+    "lion": optax.lion,
+}
+
+
+@hypothesis.settings(max_examples=20)
+@given(
+    name=st.sampled_from(sorted(WRAPPERS)),
+    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    rule=st.sampled_from(["none", "linear", "sqrt", "seed", "power(0.7)"]),
+    batch_size=st.sampled_from([16, 32, 64, 96, 512]),
+    seed=st.integers(0, 5),
+)
+def test_any_optimizer_in_any_wrapper_is_the_hand_scaled_one(
+    name, optimizer, rule, batch_size, seed
+):
+    factory, wrap = OPTIMIZERS[optimizer], WRAPPERS[name]
+    sizes = {"batch_size": batch_size, "base_batch_size": 64, "rule": rule}
+    defaults = inspect.signature(factory).parameters
+    scaled = [n for n in ("b1", "b2", "decay", "momentum", "eps", "weight_decay") if n in defaults]
+    every = {"learning_rate": 0.01} | {n: defaults[n].default for n in scaled}
+    values = {n: v for n, v in scale_hyperparams(factory, every, **sizes).items() if v is not None}
+    ours, by_hand = wrap(scale_by_batch(factory, **sizes)(0.01)), wrap(factory(**values))
+    grads = jax.tree.map(lambda g: g[0], gradients(1, seed))
+    states = [ours.init(PARAMS), by_hand.init(PARAMS)]
+    for _ in range(2):
+        got, states[0] = ours.update(grads, states[0], PARAMS)
+        expected, states[1] = by_hand.update(grads, states[1], PARAMS)
+        assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+@pytest.mark.parametrize("with_mean", [False, True])
+@pytest.mark.parametrize("name", ["masked", "multi_transform"])
+def test_micro_batches_reach_an_optimizer_that_sees_part_of_the_tree(name, with_mean, rule):
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
+    grads = gradients(6)
+    squares = jax.tree.map(lambda g: g**2 + 1.0, grads)
+    stats = MicrobatchStats(squares, jnp.full(6, 4), mean=grads if with_mean else None)
+    got = train(WRAPPERS[name](tx), grads, extra={"microbatch": stats})[0]
+    only_w = {"w": PARAMS["w"]}
+    alone = MicrobatchStats({"w": stats.mean_square["w"]}, stats.count)
+    expected = train(tx, {"w": grads["w"]}, only_w, extra={"microbatch": alone})[0]
+    assert_close(got["w"], expected["w"], rtol=1e-6)
+
+
+def test_inject_hyperparams_composes():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    injected = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(**RECIPE)
+    grads = gradients(20)
+    got, state, _ = train(injected, grads)
+    assert_close(got, train(optax.adamw(**STATIC_AT_4), grads)[0], rtol=1e-5, atol=1e-6)
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
+
+
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+@pytest.mark.parametrize("name", ["inject_hyperparams", "apply_if_finite", "chain"])
+def test_wrappers_hand_the_statistics_on(name, rule):
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)
+    grads = gradients(6)
+    squares = jax.tree.map(lambda g: g**2 + 1.0, grads)
+    extra = {"microbatch": MicrobatchStats(squares, jnp.full(6, 4), mean=grads)}
+    wrapped = {
+        "inject_hyperparams": optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32),
+        "apply_if_finite": lambda **kw: optax.apply_if_finite(make(**kw), 3),
+        "chain": lambda **kw: optax.chain(optax.identity(), make(**kw)),
+    }[name](**RECIPE)
+    got, state, _ = train(wrapped, grads, extra=extra)
+    assert_close(got, train(make(**RECIPE), grads, extra=extra)[0], rtol=1e-5, atol=1e-6)
+    assert set(RECIPE) <= set(hyperparams(state))
+
+
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+def test_an_update_that_is_not_finite_leaves_no_trace(rule):
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)
+    tx = optax.apply_if_finite(make(**RECIPE), 3)
+    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), PARAMS)
+    _, state = tx.update(bad, tx.init(PARAMS), PARAMS, microbatch=MicrobatchStats(bad, 2))
+    assert_equal(state.inner_state, tx.init(PARAMS).inner_state)
+
+
+@two_devices
+@pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])
+def test_under_pmap_two_devices_do_what_two_micro_batches_do(rule):
+    def loss(params, batch):
+        return jnp.mean(jnp.square(batch @ params["w"] + params["b"][None]))
+
+    tx = scale_by_batch(optax.adamw, batch_size=16, base_batch_size=4, rule=rule)(**RECIPE)
+    batches = jax.random.normal(jax.random.key(0), (4, 16, 2))
+
+    def trained(axis_name, microbatches):
+        gradient = value_grad_and_stats(loss, microbatches=microbatches, axis_name=axis_name)
+
+        def step(carry, batch):
+            params, state = carry
+            _, grads, stats = gradient(params, batch)
+            updates, state = tx.update(grads, state, params, microbatch=stats)
+            return (optax.apply_updates(params, updates), state), None
+
+        return lambda batches: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), batches)[0]
+
+    one = jax.jit(trained(None, 2))(batches)
+    spread = batches.reshape(4, 2, 8, 2).swapaxes(0, 1)
+    two = jax.pmap(trained("d", 1), axis_name="d", out_axes=None)(spread)
+    assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])
+def test_jit_with_a_donated_state_does_what_plain_calls_do(rule):
+    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
+    stats = MicrobatchStats(jax.tree.map(lambda p: p**2 + 1.0, PARAMS), 4)
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params, microbatch=stats)
+        return optax.apply_updates(params, updates), state
+
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    plain = (PARAMS, tx.init(PARAMS))
+    ours = jax.tree.map(jnp.copy, plain)
+    for _ in range(3):
+        plain, ours = step(*plain), donated(*ours)
+    assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_two_scaled_optimizers_in_one_state_are_told_apart():
+    make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="linear")
+    tx = optax.multi_transform({"a": make(0.1), "z": make(0.2)}, {"w": "a", "b": "z"})
+    values = hyperparams(tx.init(PARAMS))
+    assert {n: float(v) for n, v in values.items()} == {
+        "0/learning_rate": pytest.approx(0.2),
+        "1/learning_rate": pytest.approx(0.4),
+    }
+    with pytest.raises(UserError, match="no scale_by_batch state"):
+        hyperparams(optax.adam(1e-3).init(PARAMS))
+
+
+def test_unknown_extra_arguments_are_ignored_or_reach_the_optimizer():
+    tx = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule="sqrt")(**RECIPE)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state = tx.init(PARAMS)
+    assert_equal(
+        tx.update(grads, state, PARAMS, value=1.0, other="x"), tx.update(grads, state, PARAMS)
+    )
+
+
+def test_under_vmap_over_runs():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    grads = gradients(10)
+    rates = jnp.array([1e-3, 1e-2])
+    both = jax.jit(jax.vmap(lambda lr: scan(make(learning_rate=lr, b2=0.99), grads)))(rates)
+    for i, rate in enumerate(rates):
+        one = scan(make(learning_rate=float(rate), b2=0.99), grads)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], both), one, rtol=1e-5, atol=1e-6)
