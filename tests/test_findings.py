@@ -1,5 +1,6 @@
 """The published findings against made-up sweeps whose truth is known."""
 
+import csv
 import dataclasses
 import io
 import math
@@ -11,6 +12,7 @@ import pytest
 from bs_jax.experiments import _report_findings as shown
 from bs_jax.experiments import analysis, findings
 from bs_jax.experiments._report_statistics import SeedNoise, linear_contrast
+from bs_jax.experiments._report_tables import write_findings
 from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED
 from bs_jax.experiments.results import Curve, Results, Row, Run, Sweep
 from configs import imagenette
@@ -202,7 +204,8 @@ def test_the_page_and_the_terminal_show_every_finding():
     found = analysis.analyse(results)
     page = shown.findings(results, found, None)
     assert all(name in page for name in NAMES)
-    assert page.count("supported</span>") == len(NAMES)
+    assert page.count("supported</span>") == 2 * len(NAMES)  # in the list, and over its tests
+    assert page.count("6 seeds a point.") == len(NAMES)
     console = Console(width=80, record=True, file=io.StringIO())
     table = shown.terminal_findings(found)
     console.print(table)
@@ -227,7 +230,18 @@ def test_the_smoothed_accuracy_is_a_second_witness():
     assert smoothed.base is not None
     assert smoothed.base.interval.mean == pytest.approx(0.7, abs=0.01)
     page = shown.findings(results, analysis.analyse(results), smoothed)
-    assert page.count("By smooth: supported.") == len(NAMES)
+    assert page.count("By the smoothed accuracy: supported.") == len(NAMES)
+
+
+def test_findings_are_written_as_a_table_too(tmp_path):
+    answers = findings.answer(analysis.analyse(sweep_of(PUBLISHED_TRUTH, seeds=1)))
+    (path,) = write_findings({"acc": answers}, tmp_path)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [row["finding"] for row in rows].count(NAMES[0]) == 6
+    assert len(rows) == 6 + 5 * 2
+    assert {row["verdict"] for row in rows} == {UNDECIDED}
+    assert all(row["low_95"] == "" and float(row["effect"]) < 1 for row in rows)
+    assert write_findings({"acc": ()}, tmp_path) == []
 
 
 def test_other_sweeps_have_no_such_section():

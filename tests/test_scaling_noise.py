@@ -257,8 +257,25 @@ def test_the_noise_scale_is_right_within_its_stated_spread(n):
     assert float(jnp.median(last)) == pytest.approx(200, rel=0.05)
     inside = jnp.mean(jnp.abs(last - 200) < 2 * errors)
     assert 0.85 <= float(inside) <= 1.0
+    covered = jnp.mean((out.low[:, -1] <= 200) & (out.high[:, -1] >= 200))
+    assert 0.85 <= float(covered) <= 1.0
+    # Nothing is known of the spread after one update.
+    np.testing.assert_array_equal(out.low[:, 0], 0)
+    assert np.isinf(out.high[:, 0]).all()
+    assert np.isinf(out.standard_error[:, 0]).all()
     # The stated spread is the true one, neither timid nor boastful.
     assert float(jnp.median(errors)) == pytest.approx(float(jnp.std(last)), rel=0.35)
+
+
+def test_statistics_keep_the_mean_that_narrow_gradients_round():
+    batch = data(12)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(narrow, batch)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+    assert {m.dtype for m in jax.tree.leaves(stats.mean)} == {jnp.dtype(jnp.float32)}
+    _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, batch)
+    # The same arrays: nothing tells the optimizer that somebody rescaled them.
+    assert all(m is g for m, g in zip(*map(jax.tree.leaves, (stats.mean, grads)), strict=True))
 
 
 def test_no_signal_reads_as_an_infinite_noise_scale():

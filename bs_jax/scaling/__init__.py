@@ -1,5 +1,6 @@
 """Scaling an optimizer's hyperparameters with the batch size: needs JAX and optax, nothing else."""
 
+from bs_jax.scaling.cautions import ScalingWarning
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.formulas import scale_hyperparams
@@ -15,7 +16,6 @@ from bs_jax.scaling.ranger import ranger
 from bs_jax.scaling.registry import FAMILIES
 from bs_jax.scaling.rules import RULES, ScalingRule, power, resolve_rule
 from bs_jax.scaling.transform import (
-    ScalingWarning,
     hyperparams,
     invariant_adamw,
     scale_by_batch,

@@ -7,7 +7,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,8 @@ from bs_jax.scaling.roles import (
 )
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule, sqrt
 
+MAX_EXAMPLES = np.iinfo(np.int32).max
+
 
 class NoiseScaleNeeded(Exception):
     """A formula asked for q while the noise scale is not known."""
@@ -39,6 +41,11 @@ def is_numeric(value: Any) -> bool:
     return is_number(value) or (hasattr(value, "dtype") and getattr(value, "shape", None) == ())
 
 
+def _shown(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if not shape else f"an array of shape {shape}"
+
+
 def check_batch_sizes(batch_size: Any, base_batch_size: Any) -> None:
     """Raise a ``UserError`` unless both are positive integers."""
     for name, value in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
@@ -47,16 +54,27 @@ def check_batch_sizes(batch_size: Any, base_batch_size: Any) -> None:
                 f"{name} is {value!r}, which is no integer; give the global number of examples in"
                 " one update, e.g. 256 (a traced one goes to update(..., batch_size=))"
             )
-        if value < 1:
-            raise UserError(f"{name} is {value}; give at least 1 example per update")
+        if not 1 <= value <= MAX_EXAMPLES:
+            raise UserError(
+                f"{name} is {value}; give at least 1 example per update, and at most"
+                f" {MAX_EXAMPLES:,}, which the int32 clock of examples counts to"
+            )
 
 
 def check_value(name: str, role_name: str, value: Any) -> None:
-    """Raise a ``UserError`` if a plain number is outside what its role allows."""
+    """Raise a ``UserError`` for what is no hyperparameter, or a number its role does not allow."""
+    switched_off = value is None and role_name != "learning_rate"
+    if callable(value) or switched_off:
+        return
+    if not is_numeric(value) or np.issubdtype(getattr(value, "dtype", float), np.complexfloating):
+        raise UserError(
+            f"{name} is {_shown(value)}, but as {role_name} it must be a real number, a scalar"
+            f" array or a schedule; change {name}"
+        )
     if not is_number(value):
         return
-    role = ROLES[role_name]
-    if math.isfinite(value) and role.low <= value < role.high:
+    role, number = ROLES[role_name], cast("float", value)
+    if math.isfinite(number) and role.low <= number < role.high:
         return
     bounds = f"at least {role.low:g}" + (f" and below {role.high:g}" if role.high < 2 else "")
     if role.low == -math.inf:
@@ -72,11 +90,15 @@ class Noise:
     noise: Scalar
 
     @classmethod
-    def from_scale(cls, noise_scale: float, base_batch_size: int) -> Noise:
-        """From a constant noise scale in examples."""
-        if not (is_number(noise_scale) and noise_scale >= 0 and math.isfinite(noise_scale)):
+    def from_scale(cls, noise_scale: Scalar, base_batch_size: int) -> Noise:
+        """From a noise scale in examples that is known: a number, or a scalar array."""
+        known = is_numeric(noise_scale)
+        if known and is_number(noise_scale):
+            known = noise_scale >= 0 and math.isfinite(noise_scale)
+        if not known:
             raise UserError(
-                f"noise_scale is {noise_scale!r}; give a finite number of examples, e.g. 1000.0"
+                f"noise_scale is {_shown(noise_scale)}; give a finite number of examples, e.g."
+                " 1000.0"
             )
         return cls(1.0, noise_scale / base_batch_size)
 

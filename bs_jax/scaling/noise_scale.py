@@ -7,7 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.rules import Scalar
@@ -50,13 +52,37 @@ def tree_sum(tree: PyTree) -> jax.Array:
     return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
 
 
-def check_microbatch(stats: MicrobatchStats) -> None:
-    """Raise a ``UserError`` unless the statistics come from at least two micro-batches."""
-    if isinstance(stats.count, int) and stats.count < 2:
+def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
+    """Raise a ``UserError`` unless these are statistics of at least two such gradients."""
+    if not isinstance(stats, MicrobatchStats):
+        raise UserError(
+            f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
+            " count), e.g. from bs_jax.value_grad_and_stats"
+        )
+    if not isinstance(stats.count, Tracer) and float(stats.count) < 2:
         raise UserError(
             f"microbatch.count is {stats.count}: the noise shows only between micro-batches; split"
             " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
         )
+    for name, tree in (("mean_square", stats.mean_square), ("mean", stats.mean)):
+        if tree is None:
+            continue
+        try:
+            same = tree_map(lambda g, s: jnp.shape(g) == jnp.shape(s), grads, tree)
+        except (ValueError, TypeError):
+            same = False
+        if not all(jax.tree.leaves(same)):
+            raise UserError(
+                f"microbatch.{name} is no tree of the shapes of the gradients; give both as"
+                " bs_jax.value_grad_and_stats returned them"
+            )
+
+
+def abs_square(x: jax.Array) -> jax.Array:
+    """Return the elementwise squared magnitude, float32; of complex numbers |x|^2."""
+    if jnp.iscomplexobj(x):
+        return abs_square(jnp.real(x)) + abs_square(jnp.imag(x))
+    return jnp.square(x.astype(jnp.float32))
 
 
 def signal_and_noise(mean: jax.Array, mean_square: jax.Array, count: Any) -> tuple[Any, Any]:
@@ -73,7 +99,7 @@ def signal_and_noise(mean: jax.Array, mean_square: jax.Array, count: Any) -> tup
     Returns:
         c and w, float32.
     """
-    square = jnp.square(mean.astype(jnp.float32))
+    square = abs_square(mean)
     # Rounding may push the difference of two near-equal numbers below zero.
     variance = jnp.maximum(mean_square.astype(jnp.float32) - square, 0.0)
     return square - variance / (count - 1), variance * (count / (count - 1))
@@ -150,10 +176,10 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     Reference:
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018.
     """
-    check_microbatch(stats)
+    check_microbatch(stats, grads)
     mean = grads if stats.mean is None else stats.mean
     # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
-    square = tree_sum(tree_map(lambda _, m: _squared_norm(m.astype(jnp.float32)), grads, mean))
+    square = tree_sum(tree_map(lambda _, m: _squared_norm(m), grads, mean))
     mean_square = tree_sum(tree_map(lambda _, s: s.astype(jnp.float32), grads, stats.mean_square))
     signal, noise = signal_and_noise_of_sums(square, mean_square, stats.count)
     noise = noise * (batch_size / stats.count)
@@ -169,7 +195,7 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
 def _squared_norm(x: jax.Array) -> jax.Array:
     # Without the barrier XLA takes these squares and the optimizer's for one array, as large as
     # the parameters, and writes it to memory.
-    return jnp.sum(jnp.square(jax.lax.optimization_barrier(x)))
+    return jnp.sum(abs_square(jax.lax.optimization_barrier(x)))
 
 
 def average(
@@ -312,8 +338,10 @@ def value_grad_and_stats(
         >>> value.shape, grads.shape, stats.count
         ((), (3,), 2)
     """
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+    whole = isinstance(microbatches, int | np.integer) and not isinstance(microbatches, bool)
+    if not whole or microbatches < 1:
         raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
+    microbatches = int(microbatches)
     if method not in ("scan", "vmap"):
         raise UserError(f"method is {method!r}; choose 'scan' or 'vmap'")
 
@@ -325,10 +353,10 @@ def value_grad_and_stats(
             kwargs = {} if rng is None else {"rng": jax.random.fold_in(rng, index + i)}
             run = jax.value_and_grad(lambda p: loss_fn(p, piece, *args, **kwargs), has_aux=has_aux)
             value, grads = run(params)
-            squares = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
+            squares = jax.tree.map(abs_square, grads)
             return value, grads, squares
 
-        pieces = jax.tree.map(lambda x: _split(x, microbatches), batch)
+        pieces = _split(batch, microbatches)
         if microbatches == 1:
             sums = part((0, batch))
         elif method == "vmap":
@@ -341,12 +369,20 @@ def value_grad_and_stats(
         if axis_name is not None:
             means = jax.lax.pmean(means, axis_name)
             count = microbatches * jax.lax.axis_size(axis_name)
-        value, grads, squares = means
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
-        stats = MicrobatchStats(squares, count, mean=grads) if count > 1 else None
+        value, wide, squares = means
+        # The statistics keep the mean as it was summed: rounded to bfloat16 its square would differ
+        # from the mean square by more than a small noise does. Where nothing is rounded, the two
+        # trees hold the same arrays, which tells the optimizer that nothing rescaled them.
+        grads = jax.tree.map(_as_dtype_of, wide, params)
+        stats = MicrobatchStats(squares, count, mean=wide) if count > 1 else None
         return value, grads, stats
 
     return fn
+
+
+def _as_dtype_of(gradient: jax.Array, param: Any) -> jax.Array:
+    dtype = jnp.result_type(param)
+    return gradient if gradient.dtype == dtype else gradient.astype(dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -354,14 +390,21 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    if x.ndim == 0 or x.shape[0] % parts:
-        size = x.shape[0] if x.ndim else "no"
+def _split(batch: PyTree, parts: int) -> PyTree:
+    sizes = {x.shape[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(batch)}
+    if len(sizes) > 1:
+        found = " and ".join(str(size) if size else "no" for size in sorted(sizes))
         raise UserError(
-            f"a batch of {size} examples cannot be split into {parts} equal micro-batches; use a"
-            f" batch size divisible by {parts} or another number of micro-batches"
+            f"the batch's arrays hold {found} examples: each needs the same number in front; pass"
+            " what is no example as a further argument of the loss"
         )
-    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+    size = sizes.pop() if sizes else 0
+    if not size or size % parts:
+        raise UserError(
+            f"a batch of {size or 'no'} examples cannot be split into {parts} equal micro-batches;"
+            f" use a batch size divisible by {parts} or another number of micro-batches"
+        )
+    return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
 
 
 def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int) -> Any:

@@ -116,6 +116,7 @@ class RunFolder:
                 {
                     name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
                     for name in _RECORDS
+                    if (self.path / name).exists()
                 },
             )
 
@@ -156,7 +157,7 @@ def damaged_files(folder: Path) -> list[str]:
         return []  # a folder marked by hand or by an older version, without checksums
     try:
         wanted = json.loads(content)
-        wanted = {name: str(wanted[name]) for name in _RECORDS}
+        wanted = {name: str(wanted[name]) for name in _RECORDS if name in wanted}
     except (ValueError, KeyError, TypeError):
         return ["DONE"]
     wrong = []
