@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from bs_jax.data import pipeline
+from bs_jax.data.image_data import ArraySplit
+
 CLASSES = 10
 
 
-class Images(NamedTuple):
-    """Made-up data: uint8 [N, H, W, C] and int32 [N]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-def make_images(count: int, image_size: int, channels: int = 3) -> Images:
+def make_images(count: int, image_size: int, channels: int = 3) -> ArraySplit:
     """Noise, the same every time."""
     draw = np.random.default_rng(0)
     shape = (count, image_size, image_size, channels)
-    return Images(
-        draw.integers(0, 256, shape, dtype=np.uint8),
-        draw.integers(0, CLASSES, count, dtype=np.int32),
-    )
+    images = draw.integers(0, 256, shape, dtype=np.uint8)
+    return ArraySplit(images, draw.integers(0, CLASSES, count, dtype=np.int32))
 
 
 def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) -> dict[str, Any]:
@@ -50,7 +44,7 @@ def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) 
 
 
 def train_chunks(
-    config: Mapping[str, Any], data: Images, steps: int, devices: int = 1
+    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1
 ) -> Callable[[], Any]:
     """A call that takes `steps` updates by the compiled chunk that the trainer runs.
 
@@ -66,9 +60,9 @@ def train_chunks(
     from bs_jax.training import parallel, plan, step
 
     used = jax.devices()[:devices]
-    programs = step.make_programs(config, CLASSES, data.images.shape[1:], used)
+    programs = step.make_programs(config, CLASSES, data.image_shape, used)
     inputs = parallel.replicate(step.run_inputs(config), used)
-    resident = parallel.replicate(jax.device_put((data.images, data.labels)), used)
+    resident = parallel.replicate(pipeline.device_arrays(data), used)
     state = parallel.replicate(programs.init(step.run_inputs(config)), used)
     order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data.labels)
     batches = plan.per_device(order.reshape(steps, -1), devices)

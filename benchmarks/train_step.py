@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import _measure, _programs
+from bs_jax.data.image_data import ArraySplit
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -111,9 +113,7 @@ def matmul_peak(size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def torch_programs(
-    flags: argparse.Namespace, data: _programs.Images
-) -> dict[str, Callable[[], None]]:
+def torch_programs(flags: argparse.Namespace, data: ArraySplit) -> dict[str, Callable[[], None]]:
     """PyTorch's training, eager in both memory formats and compiled, by name."""
     import torch
 
@@ -130,7 +130,7 @@ def torch_programs(
 
 def torch_training(
     flags: argparse.Namespace,
-    data: _programs.Images,
+    data: ArraySplit,
     *,
     channels_last: bool,
     compiled: bool = False,
@@ -149,7 +149,7 @@ def torch_training(
         model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
     images = torch.from_numpy(data.images).to(device)
-    labels = torch.from_numpy(data.labels).long().to(device)
+    labels = torch.from_numpy(data.labels.astype(np.int64)).to(device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=flags.dtype == "bfloat16")
 
     def run() -> None:
