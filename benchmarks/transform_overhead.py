@@ -74,6 +74,7 @@ class Problem:
         self.variables = init(jax.random.key(0), self.batch["images"][:1])
 
     def loss(self, params: Any, batch: Any, batch_stats: Any) -> tuple[jax.Array, Any]:
+        """Mean cross entropy and the new running statistics."""
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["images"],

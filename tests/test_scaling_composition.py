@@ -61,7 +61,7 @@ OPTIMIZERS = {
 }
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=12)
 @given(
     name=st.sampled_from(sorted(WRAPPERS)),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),

@@ -158,6 +158,8 @@ def test_command_line(capsys):
         (["--optimizer=adamw", "--b1=x", *common], "--b1=x"),
         (["--optimizer=adamw", "b1", *common], "--name=value"),
         (["--optimizer=adamw", "--b1=2", *common], "b1 is 2.0"),
+        (["--optimizer=adamw", "--roles=bn", *common], "write name=role"),
+        (["--optimizer=adamw", "--learning_rate=None", *common], "learning_rate is None"),
     ):
         assert main(bad) == 2
         error = capsys.readouterr().err

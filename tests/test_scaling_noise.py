@@ -15,6 +15,7 @@ from bs_jax.scaling import (
     value_grad_and_stats,
 )
 from bs_jax.scaling import noise_scale as lib
+from bs_jax.scaling.microbatch import signal_and_noise
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.3]]), "b": jnp.array([0.1, -0.2])}
 
@@ -123,7 +124,7 @@ def test_signal_and_noise_are_unbiased():
     """Over many draws, c averages to g^2 and w to the variance of one part."""
     mean, deviation, n = 0.3, 2.0, 3
     draws = mean + deviation * jax.random.normal(jax.random.key(1), (200_000, n))
-    c, w = lib.signal_and_noise(draws.mean(1), (draws**2).mean(1), n)
+    c, w = signal_and_noise(draws.mean(1), (draws**2).mean(1), n)
     assert float(c.mean()) == pytest.approx(mean**2, abs=0.02)
     assert float(w.mean()) == pytest.approx(deviation**2, rel=0.01)
     assert float(w.min()) >= 0
@@ -257,8 +258,25 @@ def test_the_noise_scale_is_right_within_its_stated_spread(n):
     assert float(jnp.median(last)) == pytest.approx(200, rel=0.05)
     inside = jnp.mean(jnp.abs(last - 200) < 2 * errors)
     assert 0.85 <= float(inside) <= 1.0
+    covered = jnp.mean((out.low[:, -1] <= 200) & (out.high[:, -1] >= 200))
+    assert 0.85 <= float(covered) <= 1.0
+    # Nothing is known of the spread after one update.
+    np.testing.assert_array_equal(out.low[:, 0], 0)
+    assert np.isinf(out.high[:, 0]).all()
+    assert np.isinf(out.standard_error[:, 0]).all()
     # The stated spread is the true one, neither timid nor boastful.
     assert float(jnp.median(errors)) == pytest.approx(float(jnp.std(last)), rel=0.35)
+
+
+def test_statistics_keep_the_mean_that_narrow_gradients_round():
+    batch = data(12)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(narrow, batch)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+    assert {m.dtype for m in jax.tree.leaves(stats.mean)} == {jnp.dtype(jnp.float32)}
+    _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, batch)
+    # The same arrays: nothing tells the optimizer that somebody rescaled them.
+    assert all(m is g for m, g in zip(*map(jax.tree.leaves, (stats.mean, grads)), strict=True))
 
 
 def test_no_signal_reads_as_an_infinite_noise_scale():

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bs_jax.experiments import findings as study
-from bs_jax.experiments._report_format import Units, fraction, p_value
+from bs_jax.experiments._report_format import Units, count, fraction, p_value
 from bs_jax.experiments._report_page import Html, bullets, html, section, table, tag
+from bs_jax.experiments._report_statistics import Estimate
 from bs_jax.experiments.analysis import Analysis, Group, analyse
+from bs_jax.experiments.exponent import learning_rate_exponent
 from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED, Answer, Effect
 from bs_jax.experiments.results import DONE, Results, Run
 
@@ -24,10 +26,10 @@ _BADGES = {  # class on the page, sign, colour in a terminal
 }
 # Beside the findings: what tells the causes apart, and what rules that measure noise do.
 _BESIDE = {
-    "no": "neither scaled",
-    "lr_lin": "learning rate alone",
-    "not_moms_lin": "learning rate and weight decay",
-    "wd_lin": "weight decay alone",
+    "no": "neither",
+    "lr_lin": "lr alone",
+    "not_moms_lin": "lr and decay",
+    "wd_lin": "decay alone",
     "noise_aware": "noise_aware",
     "invariant": "invariant",
 }
@@ -49,10 +51,8 @@ def findings(results: Results, analysis: Analysis, smoothed: Analysis | None) ->
     seconds: Sequence[Answer | None] = [None] * len(answers)
     if smoothed is not None:
         seconds = study.answer(smoothed)
-    cards = [
-        _card(found, second, analysis, smoothed)
-        for found, second in zip(answers, seconds, strict=True)
-    ]
+    pairs = list(zip(answers, seconds, strict=True))
+    cards = [_card(found, second, analysis, smoothed) for found, second in pairs]
     return section(
         "The published findings",
         tag(
@@ -61,10 +61,52 @@ def findings(results: Results, analysis: Analysis, smoothed: Analysis | None) ->
             "of its findings is a claim about one hyperparameter's effect: accuracy with it scaled "
             "minus without, at batch sizes below and above the base's.",
         ),
-        *cards,
+        tag("ul", *(_line(*both, analysis) for both in pairs), class_="verdicts"),
+        tag("details", tag("summary", "Every contrast and its tests"), *cards),
         _method(analysis),
         _controls(results, analysis),
     )
+
+
+def _line(found: Answer, second: Answer | None, analysis: Analysis) -> Html:
+    """A finding in the list: verdict, claim, and the effects it rests on, a side said once."""
+    kind, sign, _ = _BADGES[found.verdict]
+    sides = {effect.contrast.side: effect for effect in reversed(found.effects)}
+    notes = [_in_words(effect, found, analysis) for effect in reversed(sides.values())]
+    notes.append(f"{count(min(e.seeds for e in found.effects if e.pairs), 'seed')} a point.")
+    if second is not None:
+        notes.append(f"By the smoothed accuracy: {second.verdict}.")
+    return tag(
+        "li",
+        tag("b", found.finding.name),
+        tag("span", f"{sign} {found.verdict}", class_=f"badge {kind}"),
+        tag("p", found.finding.claim, tag("span", f" {' '.join(notes)}", class_="note")),
+    )
+
+
+def _in_words(effect: Effect, found: Answer, analysis: Analysis) -> str:
+    """The effect on one side of the base, and what its rivals do there."""
+    if not effect.pairs:
+        return f"No runs at {effect.contrast.side}."
+    rivals = [
+        f"{other.contrast.rival[0]} {_value(other.rival, analysis)}"
+        for other in found.effects
+        if other.contrast.side == effect.contrast.side and other.rival is not None
+    ]
+    beside = f" ({', '.join(rivals)})" if rivals else ""
+    return f"At {_sizes(effect)}: {_text(effect, analysis)}{beside}."
+
+
+def _value(estimate: Estimate | None, analysis: Analysis) -> str:
+    return "–" if estimate is None else Units(analysis.sweep.accuracy_metric).signed(estimate.value)
+
+
+def _text(effect: Effect, analysis: Analysis) -> str:
+    shown = _value(effect.estimate, analysis)
+    if math.isfinite(effect.low):
+        units = Units(analysis.sweep.accuracy_metric)
+        shown += f" [{units.signed(effect.low)}, {units.signed(effect.high)}]"
+    return shown
 
 
 def _card(
@@ -77,19 +119,19 @@ def _card(
         tag("span", f"{sign} {found.verdict}", class_=f"badge {kind}"),
     )
     notes = [found.finding.claim]
-    if second is not None and smoothed is not None:
-        by = Units(smoothed.sweep.accuracy_metric).name
-        notes.append(f"By {by}: {second.verdict}.")
     notes += _gaps(found)
-    header = ["at", "claimed", "effect [95 %]"]
+    if found.finding.name == study.SLOWER:
+        notes.append(_exponent(analysis))
+    header = ["at", "effect [95 %]"]
     rows = []
     for index, effect in enumerate(found.effects):
-        cells = [_where(effect), _claimed(effect, analysis), _shown(effect, analysis)]
+        cells = [_sizes(effect), _shown(effect, analysis)]
         if second is not None and smoothed is not None:
             cells.append(_shown(second.effects[index], smoothed))
         rows.append(
             [
                 *cells,
+                _claimed(effect, analysis),
                 f"{effect.pairs} × {effect.seeds}",
                 p_value(effect.p_supported),
                 p_value(effect.p_contradicted),
@@ -97,8 +139,22 @@ def _card(
         )
     if second is not None and smoothed is not None:
         header.append(Units(smoothed.sweep.accuracy_metric).name)
-    header += ["pairs × seeds", "p (as claimed)", "p (opposite)"]
+    header += ["claimed", "pairs × seeds", "p (as claimed)", "p (opposite)"]
     return tag("article", heading, tag("p", " ".join(notes)), table(header, rows), class_="arm")
+
+
+def _exponent(analysis: Analysis) -> str:
+    found = learning_rate_exponent(analysis)
+    if found is None:
+        return (
+            "How fast the best learning rate grows cannot be told: too few learning rates, or no "
+            "best one among them."
+        )
+    return (
+        f"The best learning rate grows as k^a with a = {found.value:.2f} [{found.low:.2f}, "
+        f"{found.high:.2f}] (1 is linear, 1/2 the square-root rule), by a parabola over log2 of "
+        f"the learning rate at {found.points} points of {found.batch_sizes} batch sizes."
+    )
 
 
 def _gaps(found: Answer) -> list[str]:
@@ -117,9 +173,8 @@ def _gaps(found: Answer) -> list[str]:
     return gaps
 
 
-def _where(effect: Effect) -> str:
-    sizes = ", ".join(str(size) for size in effect.batch_sizes)
-    return f"{effect.contrast.side} ({sizes})" if sizes else effect.contrast.side
+def _sizes(effect: Effect) -> str:
+    return ", ".join(map(str, effect.batch_sizes)) or effect.contrast.side
 
 
 def _claimed(effect: Effect, analysis: Analysis) -> str:
@@ -138,14 +193,8 @@ def _claimed(effect: Effect, analysis: Analysis) -> str:
 
 
 def _shown(effect: Effect, analysis: Analysis) -> Html:
-    units = Units(analysis.sweep.accuracy_metric)
-    if effect.estimate is None:
-        return html("–")
-    interval = html()
-    if math.isfinite(effect.low):
-        ends = f" [{units.signed(effect.low)}, {units.signed(effect.high)}]"
-        interval = tag("small", ends)
-    return html(units.signed(effect.estimate.value), interval)
+    value, *interval = _text(effect, analysis).split(" ", 1)
+    return html(value, tag("small", f" {interval[0]}") if interval else "")
 
 
 def _method(analysis: Analysis) -> Html:
@@ -181,7 +230,7 @@ def _controls(results: Results, analysis: Analysis) -> Html:
     arms = [arm for arm in _BESIDE if any((arm, size, 1.0) in groups for size in sizes)]
     kept = _kept(results)
     base = analysis.sweep.base_batch_size
-    header = ["scaled with the batch size"]
+    header = ["scaled"]
     header += [str(size) if size != base else f"{size} (base)" for size in sorted({*sizes, base})]
     rows = []
     for arm in arms:
@@ -294,12 +343,9 @@ def terminal_findings(analysis: Analysis) -> "Table | None":
             Text(f"{sign} {found.verdict}", style=colour),
         )
         for effect in found.effects:
-            sizes = ", ".join(map(str, effect.batch_sizes)) or effect.contrast.side
-            shown = Text("–")
-            if effect.estimate is not None:
-                half = effect.high - effect.estimate.value
-                shown = Text(units.signed(effect.estimate.value))
-                if math.isfinite(half):
-                    shown.append(f" ± {units.signed(half).lstrip('+')}")
-            result.add_row(Text(f"  {sizes}"), shown, Text(_claimed(effect, analysis)))
+            result.add_row(
+                Text(f"  {_sizes(effect)}"),
+                Text(_text(effect, analysis)),
+                Text(_claimed(effect, analysis)),
+            )
     return result

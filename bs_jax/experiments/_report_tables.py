@@ -1,11 +1,13 @@
-"""The sweep's rows as files for other tools: results.csv and results.parquet."""
+"""The sweep's rows as files for other tools: results.csv and results.parquet; findings.csv."""
 
 import csv
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bs_jax.experiments._report_files import write_atomic
+from bs_jax.experiments.findings import Answer
 from bs_jax.experiments.results import Results
 
 
@@ -20,13 +22,8 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
       The files written.
     """
     columns = _columns(results)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for values in zip(*columns.values(), strict=True):
-        writer.writerow(["" if value is None else value for value in values])
     written = [folder / "results.csv"]
-    write_atomic(written[0], text.getvalue().encode("utf-8", "backslashreplace"))
+    write_atomic(written[0], _csv(list(columns), zip(*columns.values(), strict=True)))
     try:
         import pyarrow
         import pyarrow.parquet
@@ -36,6 +33,58 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     write_atomic(folder / "results.parquet", buffer.getvalue())
     return [*written, folder / "results.parquet"]
+
+
+def write_findings(answers: Mapping[str, Sequence[Answer]], folder: Path) -> list[Path]:
+    """Writes `findings.csv`, a row a contrast and metric, unless there is nothing to write.
+
+    Args:
+      answers: metric -> what the sweep says of each finding by it.
+      folder: an existing folder.
+
+    Returns:
+      The file written, if any.
+    """
+    rows = [
+        {
+            "finding": found.finding.name,
+            "metric": metric,
+            "verdict": found.verdict,
+            "batch_sizes": " ".join(map(str, effect.batch_sizes)),
+            "claimed": effect.contrast.expected,
+            "rival": effect.contrast.rival[0],
+            "effect": effect.estimate.value if effect.estimate else None,
+            "low_95": effect.low,
+            "high_95": effect.high,
+            "rival_effect": effect.rival.value if effect.rival else None,
+            "pairs": effect.pairs,
+            "seeds": effect.seeds,
+            "diverged": effect.diverged,
+            "p_as_claimed": effect.p_supported,
+            "p_opposite": effect.p_contradicted,
+            "p_supported_adjusted": found.p_supported,
+            "p_contradicted_adjusted": found.p_contradicted,
+        }
+        for metric, given in answers.items()
+        for found in given
+        for effect in found.effects
+    ]
+    if not rows:
+        return []
+    path = folder / "findings.csv"
+    # NaN marks what could not be estimated or tested.
+    cells = [[None if value != value else value for value in row.values()] for row in rows]
+    write_atomic(path, _csv(list(rows[0]), cells))
+    return [path]
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow(["" if value is None else value for value in row])
+    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _columns(results: Results) -> dict[str, list[Any]]:

@@ -94,6 +94,8 @@ MOM = _pairs(("mom_lin", "no"), ("moms_lin", "sqmom_lin"))
 SQMOM = _pairs(("sqmom_lin", "no"), ("moms_lin", "mom_lin"))
 BN = _pairs(("bn_lin", "no"))
 
+SLOWER = "1b learning rate: slower than linear"
+
 PUBLISHED = (
     Finding(
         "1a learning rate: matters most",
@@ -105,7 +107,7 @@ PUBLISHED = (
         ),
     ),
     Finding(
-        "1b learning rate: slower than linear",
+        SLOWER,
         "A learning rate half way back to the base's is better than one in proportion to the batch "
         "size.",
         (

@@ -89,7 +89,8 @@ class NoiseScaleCurve:
     def to_csv(self) -> str:
         """Return the rows as CSV; an infinite noise scale reads ``inf``."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+        columns: list[str] = [*COLUMNS]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         return text.getvalue()

@@ -12,7 +12,7 @@ from bs_jax.experiments._report_files import write_atomic
 from bs_jax.experiments._report_findings import findings, smoothed_analysis, terminal_findings
 from bs_jax.experiments._report_format import Units
 from bs_jax.experiments._report_page import page
-from bs_jax.experiments._report_tables import write_tables
+from bs_jax.experiments._report_tables import write_findings, write_tables
 from bs_jax.experiments.analysis import (
     INVARIANT,
     NOT_INVARIANT,
@@ -21,6 +21,7 @@ from bs_jax.experiments.analysis import (
     Group,
     analyse,
 )
+from bs_jax.experiments.findings import answer
 from bs_jax.experiments.results import load_results
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _SIGNS = {INVARIANT: ("✓", "green"), NOT_INVARIANT: ("✗", "red"), UNDECIDED:
 
 
 def write_report(workdir: str | Path) -> Path:
-    """Writes `<workdir>/report/`: index.html, the figures as PNG, the rows as CSV and Parquet.
+    """Writes `<workdir>/report/`: index.html, figures as PNG, rows and findings as CSV, Parquet.
 
     Args:
       workdir: a sweep's work folder; only its records are read.
@@ -50,6 +51,9 @@ def write_report(workdir: str | Path) -> Path:
     try:
         folder.mkdir(exist_ok=True)
         files = write_tables(results, folder)
+        smoothed = smoothed_analysis(results)
+        answers = {a.sweep.accuracy_metric: answer(a) for a in (analysis, smoothed) if a}
+        files += write_findings(answers, folder)
         for name, figure in (
             ("metric", plots.metric_figure(analysis)),
             ("curves", plots.curves_figure(analysis)),
@@ -60,8 +64,8 @@ def write_report(workdir: str | Path) -> Path:
         content = page(
             results.sweep.title or f"Sweep {results.sweep.name}",
             sections.opening(results, analysis),
+            findings(results, analysis, smoothed),
             sections.overview(analysis),
-            findings(results, analysis, smoothed_analysis(results)),
             sections.arm_panels(analysis),
             sections.deviation(analysis),
             sections.numbers(analysis),
@@ -108,7 +112,8 @@ def terminal_table(analysis: Analysis) -> "Table":
     for size in sizes:
         title = f"{size} (base)" if size == sweep.base_batch_size else str(size)
         result.add_column(title, justify="right", no_wrap=True)
-    result.add_column("verdict", no_wrap=True)
+    few = len(sizes) <= 5  # with more there is room for the verdict's sign alone
+    result.add_column("verdict" if few else "", no_wrap=True)
     cells = {
         (group.arm, group.batch_size): _cell(group, units)
         for group in analysis.groups
@@ -123,7 +128,7 @@ def terminal_table(analysis: Analysis) -> "Table":
                 base if size == sweep.base_batch_size else cells.get((arm.arm, size), Text("–"))
                 for size in sizes
             ),
-            Text(f"{sign} {arm.verdict}", style=colour),
+            Text(f"{sign} {arm.verdict}" if few else sign, style=colour),
         )
     return result
 

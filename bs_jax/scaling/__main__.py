@@ -36,26 +36,34 @@ def _hyperparameter(argument: str) -> tuple[str, Any]:
     name, separator, value = argument.removeprefix("--").partition("=")
     if not argument.startswith("--") or not separator:
         raise UserError(f"{argument!r}: write hyperparameters as --name=value, e.g. --b2=0.99")
-    if value in ("True", "False"):
-        return name, value == "True"
+    words = {"True": True, "False": False, "None": None}
+    if value in words:
+        return name, words[value]
     try:
         return name, float(value)
     except ValueError as error:
         raise UserError(f"--{name}={value}: give a number, e.g. --{name}=0.1") from error
 
 
+def _roles(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    for name, separator, role in pairs:
+        if not (name and separator and role):
+            raise UserError(f"--roles={text}: write name=role, e.g. bn_decay=decay,ema=decay")
+    return {name: role for name, _, role in pairs}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         flags, hyperparams = parse(sys.argv[1:] if argv is None else argv)
-        roles = dict(pair.split("=") for pair in flags.roles.split(",") if "=" in pair)
         table = explain(
             flags.optimizer,
             batch_size=flags.batch_size,
             base_batch_size=flags.base_batch_size,
             rule=flags.rule,
             noise_scale=flags.noise_scale,
-            roles=roles,
+            roles=_roles(flags.roles),
             train_examples=flags.train_examples,
             **hyperparams,
         )

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from bs_jax.scaling.formulas import Scaler, is_number
-from bs_jax.scaling.roles import factory_name
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bs_jax.errors import UserError
+from bs_jax.scaling.formulas import Scaler
+from bs_jax.scaling.roles import Spec, factory_name
+from bs_jax.scaling.values import is_number
 
 # Updates per half-life below which a moving average is hardly one.
 MIN_HALF_LIFE_UPDATES = 0.5
@@ -23,6 +32,44 @@ DECAYS = (
     "centering_decay",
     "variance_decay",
 )
+
+
+class ScalingWarning(UserWarning):
+    """Something about a scaled recipe that its user should look at."""
+
+
+def check_float32(scaler: Scaler) -> None:
+    """Raise a ``UserError`` where a decay of plain numbers ends so near to 1 that float32 has 1."""
+    for name, role in scaler.spec.roles.items():
+        base = scaler.values.get(name, 0.0)
+        if role not in DECAYS or not is_number(base) or not 0 < base < 1:
+            continue
+        new = scaler.value(name)
+        if np.float32(new) == 1:
+            raise UserError(
+                f"{name} {base:g} becomes 1 - {1 - new:.2g} at k = {scaler.k:.3g}, which float32"
+                " rounds to 1: its average would never move; use a larger batch size, or switch"
+                f" it off by rule.replace({name}=None)"
+            )
+
+
+def warn_of_dtypes(values: Mapping[str, Any], spec: Spec, params: Any) -> None:
+    """Warn of decays that round to 1 in the dtype that the moments are kept in."""
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
+    for name, role in spec.roles.items():
+        value = values.get(name, 1.0)
+        if role not in DECAYS or not is_number(value) or not value < 1:
+            continue
+        for dtype in dtypes:
+            narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+            if narrow and np.asarray(value, dtype) == 1:
+                warnings.warn(
+                    f"{name} = {value:.6g} rounds to 1 in {dtype}, the dtype of parameters and"
+                    f" moments: the average never forgets; give {name} as a jnp.float32, or keep"
+                    " the parameters in float32",
+                    ScalingWarning,
+                    stacklevel=2,
+                )
 
 
 def find_warnings(
@@ -98,14 +145,15 @@ def _dtypes(scaler: Scaler) -> list[str]:
 
 
 def _radam(scaler: Scaler, base_batch_size: int) -> list[str]:
-    if factory_name(scaler.spec.factory) != "radam":
+    name = factory_name(scaler.spec.factory)
+    if name not in ("radam", "ranger"):
         return []
     base, new = scaler.values["b2"], scaler.value("b2")
     if not is_number(base) or not is_number(new) or new >= RADAM_SMALLEST_DECAY:
         return []
     limit = math.log(RADAM_SMALLEST_DECAY) / math.log(base)
     return [
-        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} optax.radam never rectifies;"
+        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} {name} never rectifies;"
         " scale_by_batch keeps the rectification on the clock of base-size updates, but these"
         f" numbers alone do not; by themselves they serve: {_limit(limit, base_batch_size)}"
     ]

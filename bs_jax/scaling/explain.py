@@ -9,18 +9,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bs_jax.errors import UserError
 from bs_jax.scaling.cautions import DECAYS, find_warnings
-from bs_jax.scaling.formulas import (
-    Noise,
-    NoiseScaleNeeded,
-    Scaler,
-    check_batch_sizes,
-    check_value,
-    is_number,
-    named_values,
-)
+from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler, named_values
 from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number
 
 COLUMNS = ("hyperparameter", "role", "base", "new", "kept", "formula", "source")
 
@@ -115,13 +109,12 @@ def explain(
     factory, rule = resolve_factory(factory), resolve_rule(rule)
     values = named_values(factory, hyperparams, roles)
     spec = resolve(factory, values, roles, family)
-    values = {
-        name: value
-        for name, value in fill_implied(values, spec).items()
-        if name in spec.roles and value is not None
-    }
+    values = {n: value for n, value in fill_implied(values, spec).items() if n in spec.roles}
     for name, value in values.items():
         check_value(name, spec.roles[name], value)
+    values = {name: value for name, value in values.items() if value is not None}
+    if train_examples is not None and not is_number(train_examples):
+        raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
     scaler = Scaler(rule, spec, values, batch_size / base_batch_size, noise)
     rows = [_row(scaler, name, base_batch_size, batch_size) for name in values]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.roles import (
-    ROLES,
     UNSCALED,
     Spec,
     factory_name,
@@ -23,45 +20,11 @@ from bs_jax.scaling.roles import (
     resolve_factory,
 )
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule, sqrt
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number, is_numeric, shown
 
 
 class NoiseScaleNeeded(Exception):
     """A formula asked for q while the noise scale is not known."""
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a plain number: not a bool, an array or a tracer."""
-    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-
-
-def is_numeric(value: Any) -> bool:
-    """Whether a value can be a hyperparameter: a plain number or a scalar array or tracer."""
-    return is_number(value) or (hasattr(value, "dtype") and getattr(value, "shape", None) == ())
-
-
-def check_batch_sizes(batch_size: Any, base_batch_size: Any) -> None:
-    """Raise a ``UserError`` unless both are positive integers."""
-    for name, value in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise UserError(
-                f"{name} is {value!r}, which is no integer; give the global number of examples in"
-                " one update, e.g. 256 (a traced one goes to update(..., batch_size=))"
-            )
-        if value < 1:
-            raise UserError(f"{name} is {value}; give at least 1 example per update")
-
-
-def check_value(name: str, role_name: str, value: Any) -> None:
-    """Raise a ``UserError`` if a plain number is outside what its role allows."""
-    if not is_number(value):
-        return
-    role = ROLES[role_name]
-    if math.isfinite(value) and role.low <= value < role.high:
-        return
-    bounds = f"at least {role.low:g}" + (f" and below {role.high:g}" if role.high < 2 else "")
-    if role.low == -math.inf:
-        bounds = "finite"
-    raise UserError(f"{name} is {value}, but as {role_name} it must be {bounds}; change {name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +35,15 @@ class Noise:
     noise: Scalar
 
     @classmethod
-    def from_scale(cls, noise_scale: float, base_batch_size: int) -> Noise:
-        """From a constant noise scale in examples."""
-        if not (is_number(noise_scale) and noise_scale >= 0 and math.isfinite(noise_scale)):
+    def from_scale(cls, noise_scale: Scalar, base_batch_size: int) -> Noise:
+        """From a noise scale in examples that is known: a number, or a scalar array."""
+        known = is_numeric(noise_scale)
+        if known and is_number(noise_scale):
+            known = noise_scale >= 0 and math.isfinite(noise_scale)
+        if not known:
             raise UserError(
-                f"noise_scale is {noise_scale!r}; give a finite number of examples, e.g. 1000.0"
+                f"noise_scale is {shown(noise_scale)}; give a finite number of examples, e.g."
+                " 1000.0"
             )
         return cls(1.0, noise_scale / base_batch_size)
 

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bs_jax.scaling.noise_scale import MicrobatchStats, PyTree, signal_and_noise, tree_map
+from bs_jax.scaling.microbatch import (
+    MicrobatchStats,
+    PyTree,
+    abs_square,
+    signal_and_noise,
+    tree_map,
+)
 from bs_jax.scaling.rules import Scalar
 
 # Smallest share of the averaged noise variance that the second moment may fall to. The estimate of
@@ -50,7 +56,7 @@ def base_second_moment(
         Wang & Aitchison, Batch size invariant Adam, 2024 (the case b = B0).
     """
     if stats is None:
-        squares = tree_map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
+        squares = tree_map(abs_square, grads)
         return squares, squares
     mean = grads if stats.mean is None else stats.mean
     share = k / stats.count
@@ -61,7 +67,7 @@ def base_second_moment(
         v0 = mean_square.astype(jnp.float32) if _is_one(share) else c + noise
         if mean is not grad:
             # Clipping and the like rescaled the gradient after the statistics were taken.
-            seen, raw = (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in (grad, mean))
+            seen, raw = (jnp.sum(abs_square(x)) for x in (grad, mean))
             scale = seen / jnp.where(raw > 0, raw, 1.0)
             v0, noise = v0 * scale, noise * scale
         return _Pair(v0, noise)
@@ -185,7 +191,7 @@ def update_with(
         updates, the new inner state, the new W.
     """
     holds = _holder(moment.kind)
-    squares = tree_map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
+    squares = tree_map(abs_square, grads)
     leaves, treedef = jax.tree.flatten(inner_state, is_leaf=holds)
     seen = [None] * len(leaves) if moment.direct else _seen(update, leaves, treedef, moment)
     old_widths = iter(variance)
@@ -201,7 +207,8 @@ def update_with(
         for field in _FIELDS[moment.kind]:
             old = getattr(node, field.name)
             args = (field, moment, node, old, next(old_widths), base, own)
-            handed[field.name], keep[field.name], wide = _field_update(*args)
+            given, keep[field.name], wide = _field_update(*args)
+            handed[field.name] = tree_map(_at_least_as_wide, given, old)
             widths.append(wide)
         kept.append(keep)
         if moment.kind == "layer":
@@ -215,6 +222,11 @@ def update_with(
     to_keep = iter(kept)
     restored = [node._replace(**next(to_keep)) if holds(node) else node for node in new_leaves]
     return updates, jax.tree.unflatten(new_treedef, restored), tuple(widths)
+
+
+def _at_least_as_wide(x: jax.Array, old: jax.Array) -> jax.Array:
+    """Float32 stays where the state is bfloat16, but gives way to float64 and complex states."""
+    return x.astype(jnp.promote_types(old.dtype, jnp.float32))
 
 
 def _field_update(
@@ -253,7 +265,8 @@ def _finish(
     keep_old, keep, add, own_add = weights
 
     def average(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        return keep_old * leaf.astype(jnp.float32) + add * field.reduce(new + moment.eps, leaf)
+        old = jnp.real(leaf).astype(jnp.float32)  # optax keeps that of complex numbers as complex
+        return keep_old * old + add * field.reduce(new + moment.eps, leaf)
 
     mean, wide = tree_map(average, old, base[0]), tree_map(average, old_wide, base[1])
 
@@ -288,7 +301,9 @@ def _seen(
             found.append(None)
             continue
         share = 1.0 if moment.kind == "sum" else 1 - moment.decay(old)
-        found.append(tree_map(lambda x, s=share: x.astype(jnp.float32) / s, getattr(new, name)))
+        found.append(
+            tree_map(lambda x, s=share: jnp.real(x).astype(jnp.float32) / s, getattr(new, name))
+        )
     return found
 
 

@@ -1,82 +1,26 @@
-"""Gradient statistics over micro-batches, and the gradient noise scale estimated from them."""
+"""The gradient noise scale, estimated from micro-batch statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from bs_jax.errors import UserError
+from bs_jax.scaling.microbatch import (
+    MicrobatchStats,
+    PyTree,
+    abs_square,
+    check_microbatch,
+    tree_map,
+    tree_sum,
+)
 from bs_jax.scaling.rules import Scalar
 
-PyTree = Any
 DECAY = 0.99  # of the running noise scale, per base-size update
 ERRORS = 2.0  # standard errors to either side that the range of a noise scale spans
 SAMPLE = ("signal", "noise", "signal_square", "noise_square", "product")  # what `sample` returns
-
-
-class MicrobatchStats(NamedTuple):
-    """What n micro-batches of one update say about the noise of the gradient.
-
-    Attributes:
-        mean_square: mean over micro-batches of the elementwise squared gradient; a tree like the
-            gradients, float32.
-        count: n, the number of micro-batches (over all devices); at least 2.
-        mean: the mean gradient as it came from the loss. Only needed where something between the
-            loss and the optimizer rescales gradients (clipping); ``None``: the update's own.
-    """
-
-    mean_square: PyTree
-    count: Any
-    mean: PyTree = None
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-    """Map over the leaves that an optimizer under ``optax.masked`` really has."""
-    return jax.tree.map(
-        lambda x, *xs: x if _is_masked(x) else fn(x, *xs), tree, *rest, is_leaf=_is_masked
-    )
-
-
-def tree_sum(tree: PyTree) -> jax.Array:
-    """Return the sum over all entries of all leaves, float32."""
-    return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
-
-
-def check_microbatch(stats: MicrobatchStats) -> None:
-    """Raise a ``UserError`` unless the statistics come from at least two micro-batches."""
-    if isinstance(stats.count, int) and stats.count < 2:
-        raise UserError(
-            f"microbatch.count is {stats.count}: the noise shows only between micro-batches; split"
-            " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
-        )
-
-
-def signal_and_noise(mean: jax.Array, mean_square: jax.Array, count: Any) -> tuple[Any, Any]:
-    r"""Split squared micro-batch gradients into signal and noise, elementwise and unbiased.
-
-    With s the mean square and g the mean over n micro-batches: ``c = (n g^2 - s)/(n - 1)``,
-    ``E c = |E g|^2``; ``w = s - c = n (s - g^2)/(n - 1) >= 0``, E w = variance of one micro-batch.
-
-    Args:
-        mean: mean gradient over the micro-batches.
-        mean_square: mean of the squared micro-batch gradients.
-        count: n.
-
-    Returns:
-        c and w, float32.
-    """
-    square = jnp.square(mean.astype(jnp.float32))
-    # Rounding may push the difference of two near-equal numbers below zero.
-    variance = jnp.maximum(mean_square.astype(jnp.float32) - square, 0.0)
-    return square - variance / (count - 1), variance * (count / (count - 1))
 
 
 class NoiseScaleState(NamedTuple):
@@ -150,10 +94,10 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     Reference:
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018.
     """
-    check_microbatch(stats)
+    check_microbatch(stats, grads)
     mean = grads if stats.mean is None else stats.mean
     # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
-    square = tree_sum(tree_map(lambda _, m: _squared_norm(m.astype(jnp.float32)), grads, mean))
+    square = tree_sum(tree_map(lambda _, m: _squared_norm(m), grads, mean))
     mean_square = tree_sum(tree_map(lambda _, s: s.astype(jnp.float32), grads, stats.mean_square))
     signal, noise = signal_and_noise_of_sums(square, mean_square, stats.count)
     noise = noise * (batch_size / stats.count)
@@ -169,7 +113,7 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
 def _squared_norm(x: jax.Array) -> jax.Array:
     # Without the barrier XLA takes these squares and the optimizer's for one array, as large as
     # the parameters, and writes it to memory.
-    return jnp.sum(jnp.square(jax.lax.optimization_barrier(x)))
+    return jnp.sum(abs_square(jax.lax.optimization_barrier(x)))
 
 
 def average(
@@ -270,108 +214,3 @@ def noise_scale_estimate(state: Any) -> NoiseScale | None:
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, NoiseScaleState))
     found = [x for x in leaves if isinstance(x, NoiseScaleState)]
     return estimate(found[0]) if found else None
-
-
-def value_grad_and_stats(
-    loss_fn: Callable[..., Any],
-    *,
-    microbatches: int,
-    axis_name: str | None = None,
-    has_aux: bool = False,
-    method: Literal["scan", "vmap"] = "scan",
-    unroll: int = 1,
-) -> Callable[..., tuple[Any, PyTree, MicrobatchStats | None]]:
-    r"""Return a function that gives loss, gradient and micro-batch statistics of one batch.
-
-    The batch is split into ``microbatches`` equal parts whose gradients are averaged (gradient
-    accumulation); the mean of their squares is gathered beside it.
-
-    Args:
-        loss_fn: ``loss_fn(params, batch, *args) -> loss`` (or ``(loss, aux)``), a mean over the
-            examples of its batch.
-        microbatches: parts that this device's batch is split into.
-        axis_name: a mapped axis (``pmap``, ``shard_map``) to average over as well; each device
-            then counts as further micro-batches.
-        has_aux: whether ``loss_fn`` also returns auxiliary output, which is averaged too.
-        method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
-        unroll: of the scan.
-
-    Returns:
-        ``f(params, batch, *args, rng=None) -> (value, grads, stats)`` with value the loss or
-        ``(loss, aux)``. Every leaf of batch has a leading dimension divisible by ``microbatches``.
-        A given ``rng`` is folded with the index of the part (and the device) and passed to
-        ``loss_fn`` as ``rng=``. stats is ``None`` if there is one part and one device.
-
-    Raises:
-        UserError: if the batch cannot be split evenly.
-
-    Example:
-        >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
-        >>> f = value_grad_and_stats(loss, microbatches=2)
-        >>> value, grads, stats = f(jnp.ones(3), jnp.eye(3).repeat(2, axis=0))
-        >>> value.shape, grads.shape, stats.count
-        ((), (3,), 2)
-    """
-    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-        raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
-    if method not in ("scan", "vmap"):
-        raise UserError(f"method is {method!r}; choose 'scan' or 'vmap'")
-
-    def fn(params: PyTree, batch: PyTree, *args: Any, rng: Any = None) -> Any:
-        index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * microbatches
-
-        def part(xs: tuple[Any, PyTree]) -> tuple[Any, PyTree, PyTree]:
-            i, piece = xs
-            kwargs = {} if rng is None else {"rng": jax.random.fold_in(rng, index + i)}
-            run = jax.value_and_grad(lambda p: loss_fn(p, piece, *args, **kwargs), has_aux=has_aux)
-            value, grads = run(params)
-            squares = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
-            return value, grads, squares
-
-        pieces = jax.tree.map(lambda x: _split(x, microbatches), batch)
-        if microbatches == 1:
-            sums = part((0, batch))
-        elif method == "vmap":
-            parts = jax.vmap(part)((jnp.arange(microbatches), pieces))
-            sums = jax.tree.map(lambda x: jnp.sum(_wide(x), axis=0), parts)
-        else:
-            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll)
-        means = jax.tree.map(lambda x: x / microbatches, sums) if microbatches > 1 else sums
-        count = microbatches
-        if axis_name is not None:
-            means = jax.lax.pmean(means, axis_name)
-            count = microbatches * jax.lax.axis_size(axis_name)
-        value, grads, squares = means
-        grads = jax.tree.map(lambda g, p: g.astype(jnp.result_type(p)), grads, params)
-        stats = MicrobatchStats(squares, count, mean=grads) if count > 1 else None
-        return value, grads, stats
-
-    return fn
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    # Sums of bfloat16 lose the small terms, sums of integers their mean.
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    if x.ndim == 0 or x.shape[0] % parts:
-        size = x.shape[0] if x.ndim else "no"
-        raise UserError(
-            f"a batch of {size} examples cannot be split into {parts} equal micro-batches; use a"
-            f" batch size divisible by {parts} or another number of micro-batches"
-        )
-    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-
-
-def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int) -> Any:
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
-
-    def body(carry: Any, x: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda c, v: c + _wide(v), carry, fn(x)), None
-
-    total, _ = jax.lax.scan(body, zeros, xs, unroll=unroll)
-    return total

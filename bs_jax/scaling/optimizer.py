@@ -7,28 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from bs_jax.scaling import invariant, rebuild
+from bs_jax.scaling import cautions, invariant, rebuild
 from bs_jax.scaling import noise_scale as noise_lib
 from bs_jax.scaling.carry import carry_moments, with_effective_counts
-from bs_jax.scaling.formulas import (
-    Noise,
-    NoiseScaleNeeded,
-    Scaler,
-    check_batch_sizes,
-    is_number,
-    missing_noise,
-    scale_one,
-)
-from bs_jax.scaling.noise_scale import MicrobatchStats, NoiseScaleState
+from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler, missing_noise, scale_one
+from bs_jax.scaling.microbatch import MicrobatchStats, check_microbatch
+from bs_jax.scaling.noise_scale import NoiseScaleState
 from bs_jax.scaling.roles import Spec
 from bs_jax.scaling.rules import ScalingRule
+from bs_jax.scaling.values import MAX_EXAMPLES, check_batch_sizes, is_number, is_numeric
 
 # Roles whose values optax itself accepts as schedules.
 _SCHEDULED_ROLES = ("learning_rate", "weight_decay", "weight_decay_independent")
-_MAX_EXAMPLES = np.iinfo(np.int32).max
 
 
 class ScaleByBatchState(NamedTuple):
@@ -79,6 +71,7 @@ class ScaledOptimizer:
             is_number(v) or (callable(v) and spec.roles[n] in _SCHEDULED_ROLES)
             for n, v in scaled.items()
         )
+        constant = constant and (noise is None or is_number(noise.noise))
         identity = rule.is_identity(self.k)
         self.static = constant and (identity or not (self.online or self.moment_kind))
         self.static_values: dict[str, Any] = {}
@@ -133,6 +126,8 @@ class ScaledOptimizer:
 
     def init(self, params: Any) -> ScaleByBatchState:
         """Return the state before any update."""
+        if self.static:
+            cautions.warn_of_dtypes(self.static_values, self.spec, params)
         examples = jnp.zeros((), jnp.int32)
         online, noise = (), self.noise
         if self.online:
@@ -191,11 +186,11 @@ class ScaledOptimizer:
         extra_args: dict[str, Any],
     ) -> tuple[Any, ScaleByBatchState]:
         batch_size = self.batch_size if given_batch_size is None else given_batch_size
-        if is_number(batch_size):
+        if is_number(batch_size) or not is_numeric(batch_size):
             check_batch_sizes(batch_size, self.base_batch_size)
         k = batch_size / self.base_batch_size
         if microbatch is not None:
-            noise_lib.check_microbatch(microbatch)
+            check_microbatch(microbatch, updates)
         online, noise = self._noise_now(updates, state, k, batch_size, microbatch)
         changing = given_batch_size is not None
         base = self._base_values(state.examples, changing)
@@ -325,7 +320,7 @@ def _online_noise(online: NoiseScaleState, base_batch_size: int) -> Noise:
 
 def _add_examples(examples: jax.Array, batch_size: Any) -> jax.Array:
     more = jnp.asarray(batch_size, jnp.int32)
-    return jnp.where(examples > _MAX_EXAMPLES - more, _MAX_EXAMPLES, examples + more)
+    return jnp.where(examples > MAX_EXAMPLES - more, MAX_EXAMPLES, examples + more)
 
 
 def _as_float32(values: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -194,6 +194,11 @@ def resolve_factory(factory: Factory | str) -> Factory:
     """
     if callable(factory):
         return factory
+    if not isinstance(factory, str):
+        raise UserError(
+            f"the optimizer is a {type(factory).__name__}; give its factory (optax.adam, not"
+            " optax.adam(1e-3)) or the factory's name"
+        )
     by_name = registered()
     if factory in by_name:
         return by_name[factory]
@@ -215,7 +220,9 @@ def bind(factory: Factory, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise UserError(f"{factory_name(factory)}: {error}; it takes {signature}") from error
+        raise UserError(
+            f"{factory_name(factory)}: {error}; it takes {', '.join(signature.parameters)}"
+        ) from error
     bound.apply_defaults()
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -271,6 +278,8 @@ def resolve(
     Raises:
         UserError: for unknown roles or families.
     """
+    if roles is not None and not isinstance(roles, Mapping):
+        raise UserError(f"roles is {roles!r}; give a mapping, e.g. {{'momentum': 'decay'}}")
     _check_names(family, roles or {})
     root = _root(factory)
     entry = _REGISTRY[root][1](arguments) if root in _REGISTRY else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 from typing import Any
 
@@ -83,9 +84,10 @@ class ScalingRule:
 
     def __post_init__(self) -> None:
         for label, value in (("offset", self.offset), *self.overrides):
-            if value is not None and not (math.isfinite(value) and value > 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and math.isfinite(value) and value > 0):
                 raise UserError(
-                    f"rule {self.name!r}: the factor on k for {label!r} is {value}; it multiplies"
+                    f"rule {self.name!r}: the factor on k for {label!r} is {value!r}; it multiplies"
                     " k, so use a positive number (1.0: as the rule says), or None to switch off"
                 )
 
@@ -115,7 +117,7 @@ class ScalingRule:
         merged = {name: value for name, value in sorted(merged.items()) if value != 1.0}
         total = self.offset if offset is None else offset
         marks = [f"k=x{total:g}"] if total != 1.0 else []
-        marks += [f"{n}=off" if v is None else f"{n}=x{v:g}" for n, v in merged.items()]
+        marks += [f"{n}=off" if v is None else f"{n}=x{_short(v)}" for n, v in merged.items()]
         base = self.name.split("[")[0]
         return dataclasses.replace(
             self,
@@ -133,6 +135,10 @@ class ScalingRule:
         """Whether the rule certainly changes nothing: k is the number 1 and nothing is offset."""
         factors = [self.offset, *(v for _, v in self.overrides if v is not None)]
         return isinstance(k, (int, float)) and k == 1 and all(f == 1.0 for f in factors)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else repr(value)
 
 
 def power(exponent: float) -> ScalingRule:
@@ -154,8 +160,9 @@ def power(exponent: float) -> ScalingRule:
         >>> power(0.9).name
         'power(0.9)'
     """
-    if not math.isfinite(exponent):
-        raise UserError(f"power({exponent}): the exponent must be finite, e.g. power(0.9)")
+    if not isinstance(exponent, numbers.Real) or not math.isfinite(exponent):
+        raise UserError(f"power({exponent!r}): the exponent must be finite, e.g. power(0.9)")
+    exponent = float(exponent)
     return ScalingRule(
         f"power({exponent:g})",
         lr_power=exponent,

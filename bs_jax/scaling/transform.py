@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,14 +14,12 @@ import optax
 from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
 from bs_jax.scaling import noise_scale as noise_scale_lib
-from bs_jax.scaling.formulas import Noise, check_batch_sizes, check_value, is_number, is_numeric
+from bs_jax.scaling.cautions import ScalingWarning, check_float32
+from bs_jax.scaling.formulas import Noise, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
-
-
-class ScalingWarning(UserWarning):
-    """Something about a scaled recipe that its user should look at."""
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number, is_numeric
 
 
 def scale_by_batch(
@@ -44,12 +43,14 @@ def scale_by_batch(
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
-        batch_size: examples in one update, over all devices.
+        batch_size: examples in one update, over all devices. The clock of examples is an int32:
+            count sequences rather than tokens where a run would see more than 2,147,483,647.
         base_batch_size: examples per update that the hyperparameters were tuned at.
         rule: a name in ``RULES``, ``"power(a)"``, or a ``ScalingRule``.
         roles: hyperparameter -> role, for your own factory; what has no role is left alone.
         family: of your own factory, needed by rules that follow the noise.
-        noise_scale: gradient noise scale in examples, where it is known and constant.
+        noise_scale: gradient noise scale in examples, where it is known; a number, or a scalar
+            array, which may be traced.
         noise_decay: decay per base-size update of the running noise scale.
         variance_floor: smallest share of the averaged noise variance that an invariant second
             moment may fall to.
@@ -86,10 +87,12 @@ def scale_by_batch(
         arguments = bind(factory, args, kwargs)
         spec = resolve(factory, arguments, roles, family)
         arguments = fill_implied(arguments, spec)
+        for name in spec.roles.keys() & arguments.keys():
+            check_value(name, spec.roles[name], arguments[name])
         scaled = {n: v for n, v in arguments.items() if n in spec.roles and v is not None}
-        for name, value in scaled.items():
-            check_value(name, spec.roles[name], value)
+        check_float32(Scaler(rule, spec, scaled, batch_size / base_batch_size, noise))
         _warn_of_unknown(spec, arguments)
+        _warn_of_misspelt(rule, spec, arguments)
         optimizer = ScaledOptimizer(
             rule=rule,
             spec=spec,
@@ -115,6 +118,21 @@ def _warn_of_unknown(spec: Spec, arguments: Mapping[str, Any]) -> None:
             ScalingWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any]) -> None:
+    # A rule may serve more than the optimizer (BatchNorm's decay, say), so a name that it does not
+    # take is no mistake in itself; one that is nearly one of its names is.
+    known = {*arguments, *spec.roles}
+    for name, _ in rule.overrides:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near:
+            warnings.warn(
+                f"rule {rule.name!r} changes {name!r}, which {factory_name(spec.factory)} does not"
+                f" take; did you mean {near[0]!r}?",
+                ScalingWarning,
+                stacklevel=3,
+            )
 
 
 def hyperparams(state: Any) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,8 @@ class OtherRun:
                 f"{config['train_examples']:,}"
             )
         state = TrainState(
-            step=np.asarray(examples // batch, np.int32),
-            examples=np.asarray(examples, np.int32),
+            step=cast(Any, np.asarray(examples // batch, np.int32)),
+            examples=cast(Any, np.asarray(examples, np.int32)),
             params=source.params,
             batch_stats=source.batch_stats,
             opt_state=self._optimizer_state(source, fresh, examples, examples // batch),

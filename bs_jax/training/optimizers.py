@@ -187,8 +187,8 @@ def make_optimizer(
 
 
 def _kernels(params: Any) -> Any:
-    """Mark what is weight-decayed: matrices and convolutions, not biases and scales."""
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
+    """Mark what is weight-decayed: all but biases and BatchNorm's parameters, by their names."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
 
 def schedule_shape(config: Mapping[str, Any]) -> Callable[[Any], jax.Array]:

@@ -1,0 +1,208 @@
+"""scale_by_batch in careless hands: odd types and shapes, clear errors, nothing silently wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scaling_helpers import PARAMS, assert_close
+
+from bs_jax.errors import UserError
+from bs_jax.scaling import (
+    RULES,
+    MicrobatchStats,
+    ScalingWarning,
+    explain,
+    hyperparams,
+    power,
+    scale_by_batch,
+    scale_hyperparams,
+    value_grad_and_stats,
+)
+
+SIZES = {"batch_size": 256, "base_batch_size": 64}
+MEASURED = ["noise_aware", "invariant"]
+
+
+def stats_of(params, count=4):
+    return MicrobatchStats(jax.tree.map(lambda p: jnp.abs(p) ** 2 + 1.0, params), count)
+
+
+def update(rule="sqrt", params=PARAMS, factory=optax.adamw, **extra):
+    tx = scale_by_batch(factory, **SIZES, rule=rule)(1e-3)
+    return tx.update(params, tx.init(params), params, **extra)[0]
+
+
+def adam(**kwargs):
+    return scale_by_batch(optax.adam, **SIZES, rule="sqrt")(**{"learning_rate": 1e-3} | kwargs)
+
+
+def loss(params, batch):
+    return jnp.sum(params * batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: adam(learning_rate=jnp.ones(3)), "an array of shape (3,)"),
+        (lambda: adam(learning_rate="1e-3"), "learning_rate is '1e-3'"),
+        (lambda: adam(learning_rate=None), "learning_rate is None"),
+        (lambda: adam(learning_rate=True), "learning_rate is True"),
+        (lambda: adam(b1=1j), "b1 is 1j"),
+        (lambda: adam(b2=[0.9]), "b2 is [0.9]"),
+        (lambda: scale_by_batch(optax.adam(1e-3), **SIZES), "give its factory"),
+        (lambda: scale_by_batch(None, **SIZES), "give its factory"),
+        (lambda: scale_by_batch(optax.adam, **SIZES, roles=["b1"])(1e-3), "give a mapping"),
+        (lambda: scale_by_batch(optax.adam, batch_size=2**40, base_batch_size=8), "at most 2,147"),
+        (
+            lambda: scale_by_batch(optax.adam, batch_size=1, base_batch_size=2**30)(1e-3),
+            "which float32 rounds to 1",
+        ),
+        (lambda: scale_by_batch(optax.sgd, **SIZES)(0.1, 0.9, False, None, 7), "it takes learning"),
+        (lambda: power("a"), "exponent must be finite"),
+        (lambda: RULES["sqrt"].replace(b2="off"), "'off'"),
+        (lambda: update(batch_size="256"), "batch_size is '256'"),
+        (lambda: update(batch_size=0), "batch_size is 0"),
+        (lambda: update(batch_size=256.0), "no integer"),
+        (lambda: update(batch_size=jnp.array([1, 2])), "no integer"),
+        (lambda: explain("adam", **SIZES, learning_rate="1"), "learning_rate is '1'"),
+        (
+            lambda: explain("adam", **SIZES, learning_rate=1.0, train_examples="x"),
+            "train_examples is 'x'",
+        ),
+        (lambda: scale_hyperparams("adam", {"learning_rate": "a"}, **SIZES), "is 'a'"),
+        (
+            lambda: value_grad_and_stats(loss, microbatches=2)(
+                jnp.ones(()), {"a": jnp.ones(4), "b": jnp.ones(2)}
+            ),
+            "2 and 4 examples",
+        ),
+        (
+            lambda: value_grad_and_stats(loss, microbatches=2)(jnp.ones(()), [1.0, 2.0]),
+            "a batch of no examples",
+        ),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(UserError) as error:
+        call()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rule", MEASURED)
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        (PARAMS, "microbatch is a dict"),
+        (MicrobatchStats(PARAMS, np.int64(1)), "count is 1"),
+        (MicrobatchStats(PARAMS, 0), "count is 0"),
+        (MicrobatchStats({"w": PARAMS["w"]}, 4), "no tree of the shapes"),
+        (MicrobatchStats({"w": jnp.ones(2), "b": jnp.ones(3)}, 4), "no tree of the shapes"),
+        (MicrobatchStats(PARAMS, 4, mean={"w": jnp.ones(2)}), "microbatch.mean is no tree"),
+    ],
+)
+def test_statistics_that_are_none(stats, message, rule):
+    with pytest.raises(UserError, match=message):
+        update(rule, microbatch=stats)
+
+
+@pytest.mark.parametrize("rule", ["sqrt", *MEASURED])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"a": jnp.ones(3), "none": None},
+        jnp.float32(1.0),
+        {"empty": jnp.ones((0, 3)), "b": jnp.ones(2)},
+        {"numpy": np.ones(3, np.float32)},
+        {"half": jnp.ones(3, jnp.float16)},
+    ],
+)
+def test_any_tree_of_parameters_will_do(params, rule):
+    updates = update(rule, params, factory=optax.rmsprop, microbatch=stats_of(params))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        assert bool(jnp.all(new < 0))
+
+
+@pytest.mark.parametrize("rule", MEASURED)
+def test_a_complex_parameter_is_two_real_ones_with_a_shared_magnitude(rule):
+    """|z|^2 is the sum of the squares of its parts: the noise scale is that of the parts."""
+    z = jnp.array([3.0 + 4.0j, 1.0 - 1.0j])
+    stats = MicrobatchStats(jnp.abs(z) ** 2 + 1.0, 4, mean=z)
+    got = update(rule, z, microbatch=stats)
+    one_sided = jnp.abs(z)
+    expected = update(rule, one_sided, microbatch=MicrobatchStats(one_sided**2 + 1.0, 4))
+    no_decay = -expected - 4e-3 * 1e-4 * one_sided  # weight decay turns with the parameter
+    np.testing.assert_allclose(jnp.abs(got), jnp.abs(no_decay), rtol=2e-3)
+    assert got.dtype == jnp.complex64
+
+
+def test_numpy_scalars_are_numbers():
+    tx = scale_by_batch(
+        optax.adam, batch_size=np.int64(256), base_batch_size=np.int32(64), rule="sqrt"
+    )(np.float32(1e-3), b1=np.float64(0.9), b2=np.array(0.99))
+    values = hyperparams(tx.init(PARAMS))
+    assert float(values["learning_rate"]) == pytest.approx(2e-3)
+    assert float(values["b2"]) == pytest.approx(0.99**4)
+    f = value_grad_and_stats(loss, microbatches=np.int64(2))
+    assert f(jnp.ones(()), np.ones(4))[2].count == 2
+
+
+def test_a_schedule_may_return_a_python_float():
+    tx = scale_by_batch(optax.adamw, **SIZES, rule="linear")(
+        lambda step: 0.1, b1=lambda step: 0.9, weight_decay=lambda step: 0.01
+    )
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    values = {n: float(v) for n, v in hyperparams(state).items()}
+    assert values["learning_rate"] == pytest.approx(0.4)
+    assert values["b1"] == pytest.approx(0.9**4)
+
+
+def test_a_known_noise_scale_may_be_an_argument_and_does_not_retrace():
+    traces = 0
+
+    @jax.jit
+    def step(noise_scale):
+        nonlocal traces
+        traces += 1
+        make = scale_by_batch(optax.adam, **SIZES, rule="noise_aware", noise_scale=noise_scale)
+        tx = make(1e-3)
+        _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        return hyperparams(state)["learning_rate"]
+
+    for noise_scale in (64.0, 6400.0):
+        plain = scale_hyperparams(
+            "adam", {"learning_rate": 1e-3}, **SIZES, rule="noise_aware", noise_scale=noise_scale
+        )
+        assert float(step(noise_scale)) == pytest.approx(plain["learning_rate"], rel=1e-5)
+    assert traces == 1
+
+
+def test_a_misspelt_switch_is_warned_of_and_one_for_something_else_is_not(recwarn):
+    rule = RULES["sqrt"].replace(bn_decay=None)
+    scale_by_batch(optax.adam, **SIZES, rule=rule)(1e-3)
+    assert not recwarn.list
+    with pytest.warns(ScalingWarning, match="did you mean 'b2'"):
+        scale_by_batch(optax.adam, **SIZES, rule=RULES["sqrt"].replace(bb2=None))(1e-3)
+
+
+def test_trap_a_decay_that_the_moments_dtype_rounds_to_one_is_warned_of():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    make = scale_by_batch(optax.adam, **SIZES, rule="sqrt")
+    with pytest.warns(ScalingWarning, match=r"b2 = 0\.9996\d* rounds to 1 in bfloat16"):
+        make(1e-3, b2=0.9999).init(params)
+    make(1e-3, b2=0.99).init(params)
+    make(1e-3, b2=jnp.float32(0.9999)).init(params)  # traced values are kept in float32
+
+
+def test_a_huge_batch_stays_finite():
+    for rule in MEASURED:
+        tx = scale_by_batch(optax.adamw, batch_size=2**30, base_batch_size=1, rule=rule)(1e-9)
+        updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, microbatch=stats_of(PARAMS))
+        assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
+        _, state = tx.update(PARAMS, state, PARAMS, microbatch=stats_of(PARAMS))
+        assert int(state.examples) == 2**31 - 1
+        assert_close(state.inner_state[0].nu, state.inner_state[0].nu, rtol=0)

@@ -1,0 +1,68 @@
+"""One change of the batch size in a config moves the optimizer and the model together."""
+
+import jax.numpy as jnp
+import pytest
+from training_helpers import tiny_config
+
+from bs_jax.experiments.points import resolve
+from bs_jax.scaling import MicrobatchStats, hyperparams
+from bs_jax.training import optimizers, step
+
+
+def recipe(batch_size, **overrides):
+    return tiny_config(
+        **{
+            "batch_size": batch_size,
+            "base_batch_size": 16,
+            "train_examples": 4096,
+            "ema_decay": 0.99,
+            "ghost_batch_size": 2,
+            "schedule.warmup_examples": 512,
+            **overrides,
+        }
+    )
+
+
+def rate_after(config, examples):
+    """The learning rate of the update that follows so many examples."""
+    optimizer = optimizers.make_optimizer(config, step.run_inputs(config).hyperparams)
+    params = jnp.ones(2)
+    state = optimizer.init(params)
+    stats = MicrobatchStats(2 * params, 2)
+    for _ in range(examples // config["batch_size"] + 1):
+        updates, state = optimizer.update(params, state, params, microbatch=stats)
+    if config["scaling"]["rule"] != "fixed":
+        return float(hyperparams(state)["learning_rate"])
+    return float(-updates[0])  # of SGD on a gradient of 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "optimizer"), [("linear", "sgd"), ("invariant", "adamw"), ("none", "sgd")]
+)
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_ema_batch_norm_schedule_and_warm_up_follow(rule, optimizer, batch_size):
+    sgd = {"optimizer.name": optimizer, "optimizer.hyperparams": {"learning_rate": 0.1}}
+    changes = {"scaling.rule": rule} | (sgd if optimizer == "sgd" else {})
+    base = resolve(recipe(16, **changes)).config
+    new = resolve(recipe(batch_size, **changes)).config
+    k = batch_size / 16
+    scale = 1.0 if rule == "none" else k
+    assert new["bn_decay"] == pytest.approx(base["bn_decay"] ** scale)
+    assert new["ema_decay"] == pytest.approx(0.99**scale)
+    # What no hyperparameter can replace stays as it is.
+    assert new["ghost_batch_size"] == base["ghost_batch_size"]
+    assert new["label_smoothing"] == base["label_smoothing"]
+    # Warm-up and decay are read at the same examples, whatever the number of updates.
+    shape, peak = optimizers.schedule_shape(base), base["optimizer"]["hyperparams"]["learning_rate"]
+    for examples in (0, 256, 512, 1024):
+        expected = scale * peak * float(shape(examples))
+        assert rate_after(new, examples) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ema_decay", "bn_decay"])
+def test_each_can_be_switched_off_and_offset(name):
+    off = resolve(recipe(64, **{"scaling.rule": "sqrt", "scaling.off": (name,)})).config
+    assert off[name] == {"ema_decay": 0.99, "bn_decay": 0.9}[name]
+    offsets = {"scaling.offsets": ((name, 2.0),)}
+    moved = resolve(recipe(64, **{"scaling.rule": "sqrt", **offsets})).config
+    assert moved[name] == pytest.approx({"ema_decay": 0.99, "bn_decay": 0.9}[name] ** 8)
