@@ -10,18 +10,27 @@ import pytest
 
 from bs_jax.experiments.stopping import StopRequest
 
+# What is prepared, and what then runs without Python.
 BUSY = {
     # A device that is at it for minutes, as in a long evaluation.
-    "evaluation": "jax.lax.while_loop(lambda x: x[0] < 1e9, lambda x: x + 1e-3 * jnp.sin(x), "
-    "jnp.ones(1000)).block_until_ready()",
-    # A compilation of minutes: nothing of it is Python.
-    "compilation": "jax.jit(lambda x: functools.reduce(lambda y, n: jnp.sin(y @ y + n), "
-    "range(30000), x)).lower(jnp.ones((2, 2))).compile()",
+    "evaluation": (
+        "loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] < 1e9, "
+        "lambda x: x + 1e-3 * jnp.sin(x), x)).lower(jnp.ones(1000)).compile()",
+        "loop(jnp.ones(1000)).block_until_ready()",
+    ),
+    # Four and more seconds of compilation.
+    "compilation": (
+        "lowered = jax.jit(lambda x: [functools.reduce(lambda y, n: jnp.sin(jnp.cumsum(jnp.sort("
+        "y @ y)).reshape(4, 4) + n), range(100), x + c) for c in range(12)])"
+        ".lower(jnp.ones((4, 4)))",
+        "lowered.compile()",
+    ),
 }
 SCRIPT = """
 import functools, sys
 import jax, jax.numpy as jnp
 from bs_jax.experiments.stopping import StopRequest
+{prepare}
 with StopRequest({grace}) as stop:
     print("ready", flush=True)
     {busy}
@@ -32,14 +41,15 @@ with StopRequest({grace}) as stop:
 @pytest.mark.parametrize("what", sorted(BUSY))
 def test_a_signal_while_native_code_runs_ends_the_process_in_time(what):
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(grace=0.5, busy=BUSY[what])],
+        [sys.executable, "-c", SCRIPT.format(grace=0.5, prepare=BUSY[what][0], busy=BUSY[what][1])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(1)
+    time.sleep(0.5)
     began = time.monotonic()
     process.terminate()
     out, said = process.communicate(timeout=60)
