@@ -1,5 +1,7 @@
 """Augmentation: every pixel where it belongs, each example's fate its own, crops as Pillow's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,9 +153,11 @@ def test_boxes_are_resized_as_pillow_does(stored, out):
         assert abs((got - wanted).mean()) < 0.2
 
 
-def draw_boxes(height: int, width: int, crop: RandomResizedCrop, count: int) -> np.ndarray:
+def draw_boxes(height, width, crop, count, aspect=None) -> np.ndarray:
     draws = np.random.default_rng(3).random((count, 4 * crop.attempts), np.float32)
-    return np.asarray(jax.jit(jax.vmap(lambda u: _random_box(u, height, width, crop)))(draws))
+    aspect = np.float32(width / height if aspect is None else aspect)
+    box = functools.partial(_random_box, height=height, width=width, spec=crop)
+    return np.asarray(jax.jit(jax.vmap(lambda u: box(u, aspect)))(draws))
 
 
 def test_box_statistics():
@@ -173,13 +177,15 @@ def test_box_statistics():
     assert abs((left + width / 2).mean() - 100) < 1.5
 
 
-def test_box_area_and_ratio_are_uniform_where_all_boxes_fit():
-    boxes = draw_boxes(1000, 1000, RandomResizedCrop(0.1, 0.5), 4000)
+@pytest.mark.parametrize("aspect", [1.0, 1.5])
+def test_box_area_and_ratio_are_uniform_where_all_boxes_fit(aspect):
+    """The ratio in pixels of the image as it was, whatever it was squashed to."""
+    boxes = draw_boxes(1000, 1000, RandomResizedCrop(0.1, 0.45), 4000, aspect)
     _, _, height, width = boxes.T
     spread = np.log(4 / 3)
     for value, low, high in (
-        (height * width / 1e6, 0.1, 0.5),
-        (np.log(width / height), -spread, spread),
+        (height * width / 1e6, 0.1, 0.45),
+        (np.log(aspect * width / height), -spread, spread),
     ):
         uniform = np.sort((value - low) / (high - low))
         # Kolmogorov-Smirnov: 2.2 / sqrt(4000) is exceeded about once in 10,000.
@@ -187,15 +193,30 @@ def test_box_area_and_ratio_are_uniform_where_all_boxes_fit():
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "central"),
-    [(100, 400, [0, 133, 100, 133]), (400, 100, [133, 0, 133, 100]), (100, 100, [0, 0, 100, 100])],
+    ("height", "width", "aspect", "central"),
+    [
+        (100, 400, 4, [0, 133, 100, 133]),
+        (400, 100, 1 / 4, [133, 0, 133, 100]),
+        (100, 100, 1, [0, 0, 100, 100]),
+        (100, 100, 4, [0, 33, 100, 33]),
+        (100, 100, 1 / 2, [16, 0, 67, 100]),
+    ],
 )
-def test_central_box_if_no_attempt_fits(height, width, central):
+def test_central_box_if_no_attempt_fits(height, width, aspect, central):
     # At full area no box of another shape than the image's fits.
     crop = RandomResizedCrop(1.0, 1.0)
-    boxes = draw_boxes(height, width, crop, 50)
+    boxes = draw_boxes(height, width, crop, 50, aspect)
     mostly = [tuple(box) == tuple(central) for box in boxes]
     assert np.mean(mostly) > 0.9
+
+
+def test_crops_of_a_squashed_image_are_those_of_the_image_before():
+    """fastai's recipe in numbers: the box drawn on 60x40 pixels, the image stored as 40x40."""
+    crop, count = RandomResizedCrop(0.35, 1.0), 400
+    _, _, height, width = draw_boxes(40, 60, crop, count).T
+    _, _, squashed_height, squashed_width = draw_boxes(40, 40, crop, count, 60 / 40).T
+    np.testing.assert_allclose(squashed_height, height, atol=1)
+    np.testing.assert_allclose(squashed_width, width * 40 / 60, atol=1)
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])

@@ -87,7 +87,7 @@ def test_remains_of_a_killed_build_are_not_used(tmp_path, monkeypatch):
     assert len(opened(tmp_path).split) == 6
 
 
-@pytest.mark.parametrize("name", ["images.u8", "labels.npy", "meta.json"])
+@pytest.mark.parametrize("name", ["images.u8", "labels.npy", "aspects.npy", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "longer", "missing"])
 def test_damaged_entry_is_rebuilt(tmp_path, name, damage):
     first = opened(tmp_path)
@@ -100,6 +100,7 @@ def test_damaged_entry_is_rebuilt(tmp_path, name, damage):
     again = opened(tmp_path)
     np.testing.assert_array_equal(again.split.read(np.arange(6)), expected)
     assert again.checksum == first.checksum
+    np.testing.assert_array_equal(again.split.aspects, first.split.aspects)
 
 
 def test_stale_remains_are_swept(tmp_path):

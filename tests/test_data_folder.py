@@ -116,8 +116,10 @@ def test_storage_sizes_and_fit(tmp_path, open_data):
     assert squashed.eval.image_shape == (10, 10, 3)
     assert squashed.image_shape == (8, 8, 3)
     assert squashed.train.read(np.array([0]))[0, :, 0].tolist() == [[200, 0, 0]] * 20
+    assert squashed.train.aspects.tolist()[:2] == pytest.approx([4.0, 1.2])
     cropped = open_data(root, train_storage_size=20, eval_storage_size=10, fit="crop")
     assert (cropped.train.read(np.array([0]))[0, :, 2:-2] == [0, 0, 200]).all()
+    assert set(cropped.train.aspects.tolist()) == {1.0}
     assert cropped.checksum != squashed.checksum
 
 

@@ -28,7 +28,7 @@ seeds = st.integers(0, 2**64 - 1)
 
 def numbered_split(count: int) -> ArraySplit:
     images = np.random.default_rng(0).integers(0, 256, (count, 5, 4, 3), dtype=np.uint8)
-    return ArraySplit(images, np.arange(count) % 7)
+    return ArraySplit(images, np.arange(count) % 7, 1 + np.arange(count) / 8)
 
 
 @given(seed=seeds, num_examples=st.integers(1, 50), epoch=st.integers(0, 2**40))
@@ -153,8 +153,9 @@ def test_uneven_share_names_sizes_that_work():
 
 def test_resident_data_is_the_split():
     split = numbered_split(9)
-    images, labels = device_arrays(split)
+    images, labels, aspects = device_arrays(split)
     assert images.dtype == np.uint8
+    np.testing.assert_array_equal(aspects, split.aspects)
     np.testing.assert_array_equal(images, split.images)
     np.testing.assert_array_equal(labels, split.labels)
 
@@ -163,7 +164,7 @@ def test_resident_data_replicated_over_devices():
     devices = jax.devices()
     mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    images, labels = device_arrays(numbered_split(9), sharding)
+    images, labels, _ = device_arrays(numbered_split(9), sharding)
     assert len(images.addressable_shards) == len(devices)
     assert labels.sharding.is_fully_replicated
 
@@ -189,14 +190,14 @@ def test_streamed_batches_equal_resident_ones(start):
         )
         for step in range(start, start + 12, steps)
     ]
-    images, labels = device_arrays(split)
-    gather = jax.jit(lambda order: (images[order], labels[order]))
+    resident = device_arrays(split)
+    gather = jax.jit(lambda order: tuple(leaf[order] for leaf in resident))
     chunks = list(stream(split, orders))
     assert len(chunks) == len(orders)
     for order, chunk in zip(orders, chunks, strict=True):
-        for streamed, resident in zip(chunk, gather(order), strict=True):
-            assert streamed.dtype == resident.dtype
-            np.testing.assert_array_equal(streamed, resident)
+        for streamed, gathered in zip(chunk, gather(order), strict=True):
+            assert streamed.dtype == gathered.dtype
+            np.testing.assert_array_equal(streamed, gathered)
 
 
 def test_streamed_parts_of_processes_join():
@@ -205,7 +206,7 @@ def test_streamed_parts_of_processes_join():
     order = example_order(0, 23, 0, 24).reshape(3, 8)
     whole = next(stream(split, [order]))
     parts = [next(stream(split, [order[:, process_columns(8, p, 2)]])) for p in range(2)]
-    for leaf in (0, 1):
+    for leaf in (0, 1, 2):
         joined = np.concatenate([part[leaf] for part in parts], axis=1)
         np.testing.assert_array_equal(joined, whole[leaf])
 

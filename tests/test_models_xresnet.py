@@ -32,7 +32,7 @@ def shapes_of(model, size=128):
         ("xresnet18", 11.20, 0.67),
         ("xresnet50", 23.55, 1.41),
         ("xse_resnext50", 25.62, 1.66),
-        ("xse_resnext50_blur", 25.62, 1.66),
+        ("xse_resnext50_blur", 25.62, 1.68),
     ],
 )
 def test_size_at_128_pixels(name, million_parameters, giga_multiply_adds, form, monkeypatch):

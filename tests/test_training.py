@@ -69,6 +69,21 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
     assert int(after.examples) == 16
 
 
+def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
+    overrides = {"data.crop_padding": 0, "data.crop_area": (0.35, 1.0), "data.flip": False}
+    config = resolve(tiny_config(**overrides)).config
+    split = tiny_data().train
+    programs = step.make_programs(config, 3, split.image_shape, jax.devices()[:1])
+    inputs, order = step.run_inputs(config), np.arange(16).reshape(1, 1, 16)
+    resident = pipeline.device_arrays(split)
+    found = []
+    for aspects in (resident[2], 2 * resident[2], resident[2]):
+        data = (*resident[:2], aspects)
+        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, order)
+        found.append(float(metrics["train/loss"][0]))
+    assert found[0] == found[2] != found[1]
+
+
 def test_training_learns_and_records(tmp_path):
     found = train(tmp_path, {"train_examples": 960, "optimizer.hyperparams.learning_rate": 1e-2})
     assert found[-1]["eval/accuracy"] > 0.8

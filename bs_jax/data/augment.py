@@ -8,6 +8,7 @@ or spread over devices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -25,7 +26,8 @@ class RandomResizedCrop:
     Attributes:
       min_area: least share of the stored image's area, in (0, 1].
       max_area: greatest share, in [min_area, 1].
-      min_ratio: least width / height of the box, in pixels of the stored image.
+      min_ratio: least width / height of the box, in pixels of the image as it was before it was
+        stored.
       max_ratio: greatest width / height; the ratio's logarithm is uniform between the two.
       attempts: boxes drawn until one fits; if none does, the largest central box is taken.
 
@@ -102,7 +104,12 @@ class AugmentSpec:
 
 
 def augment(
-    key: jax.Array, positions: jax.Array, images: jax.Array, spec: AugmentSpec
+    key: jax.Array,
+    positions: jax.Array,
+    images: jax.Array,
+    spec: AugmentSpec,
+    *,
+    aspects: jax.Array | None = None,
 ) -> jax.Array:
     """Augment a batch for training.
 
@@ -114,6 +121,8 @@ def augment(
       positions: int32 [B], each example's position in the run's stream (examples seen before it).
       images: uint8 [B, H, W, C], as stored.
       spec: what to do (static).
+      aspects: float32 [B], width over height of the images before they were squashed for storage:
+        a random resized crop cuts the box from each as it was. `None`: as stored.
 
     Returns:
       `spec.dtype` [B, image_size, image_size, C].
@@ -136,7 +145,10 @@ def augment(
         cropped = _shifted_crop(draws[:, 1:], mirrored, images, spec)
     else:
         _, height, width, _ = images.shape
-        boxes = jax.vmap(lambda u: _random_box(u, height, width, resized_crop))(draws[:, 1:])
+        if aspects is None:
+            aspects = jnp.full(len(images), width / height, jnp.float32)
+        box_of = functools.partial(_random_box, height=height, width=width, spec=resized_crop)
+        boxes = jax.vmap(box_of)(draws[:, 1:], aspects)
         cropped = resize_boxes(images, boxes, mirrored, spec.image_size)
     return _normalize(cropped, spec)
 
@@ -224,12 +236,15 @@ def _taps(
     return jnp.clip(pixel, 0, stored_size - 1).astype(jnp.int32), weight
 
 
-def _random_box(draws: jax.Array, height: int, width: int, spec: RandomResizedCrop) -> jax.Array:
+def _random_box(
+    draws: jax.Array, aspect: jax.Array, *, height: int, width: int, spec: RandomResizedCrop
+) -> jax.Array:
     """Return top, left, height, width of the first box drawn that fits, else the central one."""
     area, log_ratio, vertical, horizontal = draws.reshape(spec.attempts, 4).T
     area = (spec.min_area + area * (spec.max_area - spec.min_area)) * (height * width)
     low, high = math.log(spec.min_ratio), math.log(spec.max_ratio)
-    ratio = jnp.exp(low + log_ratio * (high - low))
+    # From pixels of the image as it was to those of the stored one.
+    ratio = jnp.exp(low + log_ratio * (high - low)) * ((width / height) / aspect)
     box_width = jnp.maximum(jnp.round(jnp.sqrt(area * ratio)), 1.0)
     box_height = jnp.maximum(jnp.round(jnp.sqrt(area / ratio)), 1.0)
     fits = (box_width <= width) & (box_height <= height)
@@ -238,20 +253,18 @@ def _random_box(draws: jax.Array, height: int, width: int, spec: RandomResizedCr
     # The central box always fits and comes last. A stable sort puts the first that fits in front;
     # unlike argmax, XLA on CPU does not fuse it into the resize and redo it for every pixel there.
     tried = jnp.stack([top, left, box_height, box_width])
-    tried = jnp.concatenate([tried, _central_box(height, width, spec)[:, None]], axis=1)
+    tried = jnp.concatenate([tried, _central_box(aspect, height, width, spec)[:, None]], axis=1)
     unfit = jnp.concatenate([~fits, np.array([False])])
     _, *first = jax.lax.sort((unfit, *tried), num_keys=1, is_stable=True)
     return jnp.stack([values[0] for values in first])
 
 
-def _central_box(height: int, width: int, spec: RandomResizedCrop) -> np.ndarray:
-    box_height, box_width = height, width
-    if width / height < spec.min_ratio:
-        box_height = max(1, round(width / spec.min_ratio))
-    elif width / height > spec.max_ratio:
-        box_width = max(1, round(height * spec.max_ratio))
+def _central_box(aspect: jax.Array, height: int, width: int, spec: RandomResizedCrop) -> jax.Array:
+    """The largest box in the middle whose ratio is allowed."""
+    box_height = jnp.maximum(jnp.round(height * jnp.minimum(1.0, aspect / spec.min_ratio)), 1.0)
+    box_width = jnp.maximum(jnp.round(width * jnp.minimum(1.0, spec.max_ratio / aspect)), 1.0)
     top, left = (height - box_height) // 2, (width - box_width) // 2
-    return np.array([top, left, box_height, box_width], np.float32)
+    return jnp.stack([top, left, box_height, box_width])
 
 
 def _shifted_crop(

@@ -23,11 +23,11 @@ from typing import IO, Any
 import numpy as np
 from absl import logging
 
-from bs_jax.data.decode import UnreadableError, decode_square, strict_decoding
+from bs_jax.data.decode import UnreadableError, aspect_ratio, decode_square, strict_decoding
 from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 _MAX_STORED_SIZE = 4096
 _BUILDING = ".building-"
 _STALE_SECONDS = 24 * 3600
@@ -41,9 +41,9 @@ class Storage:
     Attributes:
       train_size: height and width at which training images are kept, pixels.
       eval_size: the same for evaluation images.
-      fit: `"squash"` resizes the whole image to a square (the aspect ratio is lost, the content is
-        not: what a random resized crop on the device needs); `"crop"` resizes the shorter side and
-        cuts out the centre.
+      fit: `"squash"` resizes the whole image to a square, losing nothing of its content (its
+        aspect ratio is kept beside it, for the random resized crop); `"crop"` resizes the shorter
+        side and cuts out the centre.
 
     >>> Storage(train_size=160, eval_size=152, fit="squash").eval_size
     152
@@ -171,11 +171,13 @@ def _open(entry: pathlib.Path) -> CachedSplit | None:
         meta = json.loads((entry / "meta.json").read_text())
         shape = tuple(meta["shape"])
         labels = np.load(entry / "labels.npy")
+        aspects = np.load(entry / "aspects.npy")
         # Mapping fails if the file is shorter than the shape; a longer one is no better.
         if (entry / "images.u8").stat().st_size != np.prod(shape) or len(labels) != shape[0]:
             return None
         images = np.memmap(entry / "images.u8", np.uint8, mode="r", shape=shape)
-        return CachedSplit(ArraySplit(images, labels), tuple(meta["class_names"]), meta["checksum"])
+        split = ArraySplit(images, labels, aspects)
+        return CachedSplit(split, tuple(meta["class_names"]), meta["checksum"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -195,17 +197,19 @@ def _build(entry: pathlib.Path, size: int, fit: str, source: EncodedSplit) -> No
     logging.info("decoding %d images to %dx%d into %s", count, size, size, root)
     building = pathlib.Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     try:
-        digests = [b""] * count
+        digests, aspects = [b""] * count, np.ones(count, np.float32)
         decoding = contextlib.closing(_decode_all(source, size, fit))
         with open(building / "images.u8", "wb") as file, decoding as decoded:
-            for row, pixels, digest in decoded:
-                digests[row] = digest
+            for row, pixels, aspect, digest in decoded:
+                digests[row], aspects[row] = digest, aspect
                 file.seek(row * row_bytes)
                 file.write(pixels.data)
             _sync(file)
-        with open(building / "labels.npy", "wb") as file:
-            np.save(file, np.array(source.labels, np.int32))
-            _sync(file)
+        arrays = {"labels": np.array(source.labels, np.int32), "aspects": aspects}
+        for name, array in arrays.items():
+            with open(building / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                _sync(file)
         content = json.dumps([_FORMAT, size, fit, source.labels]).encode() + b"".join(digests)
         meta = {
             "shape": [count, size, size, 3],
@@ -229,13 +233,15 @@ def _build(entry: pathlib.Path, size: int, fit: str, source: EncodedSplit) -> No
 
 def _decode_all(
     source: EncodedSplit, size: int, fit: str
-) -> Generator[tuple[int, np.ndarray, bytes]]:
-    """Yield (row, pixels, sha256 of the encoded bytes); raise at the end if any failed."""
+) -> Generator[tuple[int, np.ndarray, float, bytes]]:
+    """Yield (row, pixels, aspect, sha256 of the encoded bytes); raise at the end if any failed."""
 
-    def work(row: int, fetch: Callable[[], bytes]) -> tuple[int, np.ndarray, bytes] | str:
+    def work(row: int, fetch: Callable[[], bytes]) -> tuple[int, np.ndarray, float, bytes] | str:
         try:
             encoded = fetch()
-            return row, decode_square(encoded, size, fit), hashlib.sha256(encoded).digest()
+            pixels = decode_square(encoded, size, fit)
+            aspect = aspect_ratio(encoded) if fit == "squash" else 1.0
+            return row, pixels, aspect, hashlib.sha256(encoded).digest()
         except OSError as error:
             return f"{source.names[row]!r} ({error.strerror or error})"
         except UnreadableError as error:

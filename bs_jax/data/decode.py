@@ -67,6 +67,14 @@ def decode_square(encoded: bytes, size: int, fit: str) -> np.ndarray:
         raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+def aspect_ratio(encoded: bytes) -> float:
+    """Width over height of an image that `decode_square` has read; reads its header alone."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.width / image.height
+
+
 @contextlib.contextmanager
 def strict_decoding() -> Iterator[None]:
     """Refuse decompression bombs, and keep quiet about harmless oddities, while decoding."""

@@ -22,6 +22,11 @@ class Split(Protocol):
         """Shape (H, W, C) of the images as stored."""
         ...
 
+    @property
+    def aspects(self) -> np.ndarray:
+        """Width over height of the images before they were stored, float32 [N]."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -35,13 +40,17 @@ class ArraySplit:
     Args:
       images: uint8 [N, H, W, C].
       labels: integers [N].
+      aspects: width over height of the images before they were stored, where storing them changed
+        it; `None`: that of the stored ones.
 
     >>> split = ArraySplit(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 0, 1]))
     >>> len(split), split.image_shape, split.read(np.array([3, 0])).shape
     (4, (2, 2, 1), (2, 2, 2, 1))
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, aspects: np.ndarray | None = None
+    ) -> None:
         if images.dtype != np.uint8 or images.ndim != 4:
             raise TypeError(f"images: want uint8 [N, H, W, C], got {images.dtype} {images.shape}")
         if labels.shape != (len(images),):
@@ -49,6 +58,12 @@ class ArraySplit:
         self._images = np.asarray(images)
         self._labels = labels.astype(np.int32)
         self._labels.flags.writeable = False
+        if aspects is None:
+            aspects = np.full(len(images), images.shape[2] / images.shape[1])
+        if aspects.shape != labels.shape:
+            raise TypeError(f"aspects: want shape {labels.shape}, got {aspects.shape}")
+        self._aspects = aspects.astype(np.float32)
+        self._aspects.flags.writeable = False
 
     @property
     def images(self) -> np.ndarray:
@@ -59,6 +74,11 @@ class ArraySplit:
     def labels(self) -> np.ndarray:
         """Class numbers, int32 [N]."""
         return self._labels
+
+    @property
+    def aspects(self) -> np.ndarray:
+        """Width over height of the images before they were stored, float32 [N]."""
+        return self._aspects
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

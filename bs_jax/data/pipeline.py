@@ -192,7 +192,7 @@ def device_budget_bytes(device: Any, fraction: float) -> int:
 
 def device_arrays(
     split: Split, sharding: jax.sharding.Sharding | None = None
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Put all of `split` on the device(s), to be gathered inside the jitted step.
 
     Args:
@@ -200,12 +200,13 @@ def device_arrays(
       sharding: where, for example replicated over a mesh; `None` means the default device.
 
     Returns:
-      Images, uint8 [N, H, W, C], and labels, int32 [N].
+      Images, uint8 [N, H, W, C], labels, int32 [N], and aspects, float32 [N].
 
     >>> split = ArraySplit(np.zeros((4, 2, 2, 3), np.uint8), np.zeros(4, np.int32))
     >>> [x.dtype.name for x in device_arrays(split)]
-    ['uint8', 'int32']
+    ['uint8', 'int32', 'float32']
     """
     images = split.images if isinstance(split, ArraySplit) else split.read(np.arange(len(split)))
-    images, labels = jax.device_put((np.asarray(images), split.labels), sharding)
-    return jnp.asarray(images), jnp.asarray(labels)
+    arrays = jax.device_put((np.asarray(images), split.labels, split.aspects), sharding)
+    images, labels, aspects = arrays
+    return jnp.asarray(images), jnp.asarray(labels), jnp.asarray(aspects)

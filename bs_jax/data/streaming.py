@@ -16,8 +16,8 @@ def stream(
     *,
     num_threads: int = 2,
     chunks_ahead: int = 2,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield images and labels for one array of indices after another, reading ahead.
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield images, labels and aspects for one array of indices after another, reading ahead.
 
     The result is what gathering the same indices from resident data gives, bit for bit. A run
     resumes, at any step, by passing the orders that are left; a process that feeds only some
@@ -31,7 +31,7 @@ def stream(
       chunks_ahead: chunks kept ready; no fewer than there are threads.
 
     Yields:
-      `(images, labels)`: uint8 [..., H, W, C] and int32 [...].
+      `(images, labels, aspects)`: uint8 [..., H, W, C], int32 [...] and float32 [...].
 
     Raises:
       UserError: grain is not installed, or a count is below 1.
@@ -39,7 +39,7 @@ def stream(
     >>> from bs_jax.data import example_order, load
     >>> split = load("synthetic:2x16", image_size=8).train
     >>> orders = [example_order(0, 16, start, 8).reshape(2, 4) for start in (0, 8)]
-    >>> [images.shape for images, labels in stream(split, orders)]
+    >>> [images.shape for images, _, _ in stream(split, orders)]
     [(2, 4, 8, 8, 3), (2, 4, 8, 8, 3)]
     """
     if min(num_threads, chunks_ahead) < 1:
@@ -56,10 +56,11 @@ def stream(
     if not orders:
         return iter(())
 
-    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order = np.asarray(orders[int(number)])
         images = split.read(order.reshape(-1))
-        return images.reshape(*order.shape, *split.image_shape), split.labels[order]
+        images = images.reshape(*order.shape, *split.image_shape)
+        return images, split.labels[order], split.aspects[order]
 
     ahead = max(chunks_ahead, num_threads)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)

@@ -16,7 +16,7 @@ def count_multiply_adds(function: Callable[..., Any], *args: Any) -> int:
 
     Traces, but neither compiles nor runs. A convolution counts the same whichever form it takes
     (`bs_jax.models.conv`): its products with the padding's zeros count too. Everything else
-    (activations, pools, sums) counts nothing, as is the custom.
+    (activations, maxima, sums) counts nothing, as is the custom.
 
     Args:
         function: of arrays.

@@ -173,9 +173,9 @@ class Trainer:
             for session in group
         ]
         for chunk, *parts in zip(chunks, *streams, strict=True):
-            images, labels = zip(*parts, strict=True)
             batches = tuple(
-                self._stack([self._per_device(part) for part in leaf]) for leaf in (images, labels)
+                self._stack([self._per_device(part) for part in leaf])
+                for leaf in zip(*parts, strict=True)
             )
             yield chunk, parallel.spread(batches, self._devices)
 
@@ -219,7 +219,7 @@ class Trainer:
     def _stack(self, parts: list[np.ndarray]) -> np.ndarray:
         return np.stack(parts, axis=1) if self._vmapped else parts[0]
 
-    def _resident(self, split: Any) -> tuple[jax.Array, jax.Array]:
+    def _resident(self, split: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return parallel.replicate(pipeline.device_arrays(split), self._devices)
 
     def _make_eval_batches(self) -> Any:

@@ -1,17 +1,19 @@
 """The one place that knows how a step is spread over devices (the axis "batch").
 
-In one process by pmap; over the devices of many processes by jit and shard_map, which is what pmap
-is made of. Both give the same numbers.
+In one process by pmap; over the devices of many processes, and where the compiler is given options
+(on CPUs), by jit and shard_map, which is what pmap is made of. Both give the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bs_jax.training import compilation
 
 BATCH_AXIS = "batch"
 Devices = Sequence[Any]  # of jax.Device, which type checkers do not take for a type
@@ -50,7 +52,8 @@ def data_parallel(
     Returns:
         The compiled function.
     """
-    if _one_process(devices):
+    options = compilation.compiler_options(devices[0].platform)
+    if _one_process(devices) and not options:
         return jax.pmap(
             function,
             axis_name=BATCH_AXIS,
@@ -59,7 +62,9 @@ def data_parallel(
             devices=list(devices),
             donate_argnums=tuple(donate),
         )
-    return shard_mapped(function, replicated=replicated, devices=devices, donate=donate)
+    return shard_mapped(
+        function, replicated=replicated, devices=devices, donate=donate, options=options
+    )
 
 
 def shard_mapped(
@@ -68,21 +73,33 @@ def shard_mapped(
     replicated: int,
     devices: Devices,
     donate: Sequence[int] = (),
+    options: Mapping[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """The same as `data_parallel`, for devices of any processes."""
+    """The same as `data_parallel`, for devices of any processes.
+
+    `options` are the compiler's (see `compilation.compiler_options`).
+    """
 
     def on_one_device(*arguments: Any) -> Any:
         *whole, shared = arguments
         return function(*whole, jax.tree.map(lambda leaf: leaf[0], shared))
 
+    mesh = _mesh(devices)
+    specs = (PartitionSpec(),) * replicated + (PartitionSpec(BATCH_AXIS),)
     mapped = jax.shard_map(
         on_one_device,
-        mesh=_mesh(devices),
-        in_specs=(PartitionSpec(),) * replicated + (PartitionSpec(BATCH_AXIS),),
+        mesh=mesh,
+        in_specs=specs,
         out_specs=PartitionSpec(),
         check_vma=False,  # the function itself sees to it that its results agree
     )
-    return jax.jit(mapped, donate_argnums=tuple(donate))
+    return jax.jit(
+        mapped,
+        donate_argnums=tuple(donate),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=dict(options or {}),
+    )
 
 
 def replicate(tree: Any, devices: Devices) -> Any:

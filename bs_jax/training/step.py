@@ -32,9 +32,9 @@ class Programs(NamedTuple):
     Attributes:
         init: RunInputs -> TrainState.
         train_chunk: (state, RunInputs, data, batches) -> (state, metrics with a leading step axis).
-            `data` is ``(images, labels)`` held on the device and `batches` the example numbers,
+            `data` is ``(images, labels, aspects)`` held on the device and `batches` the numbers,
             int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
-            pair (uint8 images, int32 labels) with those leading axes.
+            arrays (uint8 images, int32 labels, float32 aspects) with those leading axes.
         evaluate: (state, RunInputs, data, (indices, mask)) -> sums over the marked examples.
     """
 
@@ -145,7 +145,9 @@ def _train_chunk(
     measures_noise = config.get("measure_noise", False)
 
     def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
-        images = augment(augment_key, batch["positions"], batch["images"], spec)
+        images = augment(
+            augment_key, batch["positions"], batch["images"], spec, aspects=batch["aspects"]
+        )
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
             images,
@@ -159,7 +161,10 @@ def _train_chunk(
         return jnp.mean(losses), aux
 
     loss_and_grads = scaling.value_grad_and_stats(
-        loss_fn, microbatches=micro_batches, axis_name=axis, has_aux=True
+        loss_fn,
+        microbatches=micro_batches,
+        axis_name=axis if num_devices > 1 else None,  # an average over one device still copies
+        has_aux=True,
     )
 
     def noise_metrics(grads: Any, stats: scaling.MicrobatchStats | None) -> dict[str, jax.Array]:
@@ -175,13 +180,11 @@ def _train_chunk(
         offset = jax.lax.axis_index(axis) * local_size
 
         def step(state: TrainState, batch: Any):
-            if data:
-                images, labels = data[0][batch], data[1][batch]
-            else:
-                images, labels = batch
+            images, labels, aspects = (leaf[batch] for leaf in data) if data else batch
             batch = {
                 "images": images,
                 "labels": labels,
+                "aspects": aspects,
                 "positions": state.examples + offset + jnp.arange(local_size, dtype=jnp.int32),
             }
             (loss, aux), grads, stats = loss_and_grads(
@@ -228,7 +231,7 @@ def _evaluate(config: Mapping[str, Any], model: Any, spec: AugmentSpec) -> Calla
 
         def batch_sums(sums, batch):
             source, mask = batch
-            images, labels = (data[0][source], data[1][source]) if data else source
+            images, labels, _ = (leaf[source] for leaf in data) if data else source
             logits = model.apply(variables, prepare_eval(images, spec), train=False)
             found = {
                 "loss": cross_entropy(logits, labels, 0.0),
