@@ -51,6 +51,12 @@ def define_flags() -> None:
         "Runs that share a compiled program go one after another, or side by side.",
     )
     flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
+    flags.DEFINE_bool(
+        "profile",
+        False,
+        "With --mode=train: write a trace of ten updates and an evaluation to WORKDIR/profile, for "
+        "TensorBoard, xprof or Perfetto, and say what takes the time, instead of training.",
+    )
     define_run_flags()
 
 
@@ -260,7 +266,22 @@ def _train() -> int:
     from bs_jax.experiments.points import resolve
 
     run = resolve(_config())
-    return _train_run(run, _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}"))
+    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
+    return _profile(run, workdir) if FLAGS.profile else _train_run(run, workdir)
+
+
+def _profile(run: Any, workdir: Path) -> int:
+    import jax
+
+    from bs_jax.training import compilation, inputs, profiling, records
+
+    records.check_writable(workdir)
+    compilation.enable_cache()
+    found = profiling.profile(
+        run.config, inputs.load_data(run.config), jax.local_devices(), workdir / "profile"
+    )
+    print(found.to_text())
+    return 0
 
 
 def _noise_scale() -> int:

@@ -11,7 +11,7 @@ import pytest
 from bs_jax import models
 from bs_jax.errors import UserError
 from bs_jax.models import BatchNorm
-from bs_jax.models.conv import conv_general_dilated, patches_and_product
+from bs_jax.models.conv import conv_general_dilated
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (8, 3, 3, 4)) * 3 + 2
@@ -162,15 +162,6 @@ def test_grouped_and_dilated_convolutions_are_passed_on():
             jax.lax.conv_general_dilated(*args, dimension_numbers=numbers, **options),
             atol=1e-5,
         )
-
-
-def test_patches_compose_with_vmap():
-    images = jax.random.normal(KEY, (3, 2, 5, 5, 2))
-    weights = jax.random.normal(jax.random.key(1), (3, 3, 3, 2, 4))
-    form = functools.partial(patches_and_product, strides=(1, 1), padding=((1, 1), (1, 1)))
-    together = jax.vmap(form)(images, weights)
-    for at in range(3):
-        np.testing.assert_allclose(together[at], form(images[at], weights[at]), atol=1e-5)
 
 
 @pytest.mark.parametrize(

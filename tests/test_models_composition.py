@@ -10,7 +10,6 @@ import pytest
 from bs_jax import models
 from bs_jax.errors import UserError
 from bs_jax.models import BatchNorm
-from bs_jax.models.conv import FORMS, conv_general_dilated
 from bs_jax.models.normalization import normalise
 
 KEY = jax.random.key(0)
@@ -70,33 +69,6 @@ def test_ghost_and_shared_statistics_exclude_each_other():
 def test_a_ghost_size_that_does_not_divide_names_those_that_do():
     with pytest.raises(UserError, match="3 does not divide a batch of 8 examples; use 2 or 8"):
         BatchNorm(ghost_batch_size=3).init(KEY, jnp.ones((8, 3)), train=True)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 1)])
-def test_forms_agree_in_values_and_gradients(groups, strides):
-    images = jax.random.normal(KEY, (2, 5, 6, 4))
-    kernel = jax.random.normal(jax.random.key(1), (3, 2, 4 // groups, 8))
-    results = []
-    for form in FORMS.values():
-        outputs, pullback = jax.vjp(
-            functools.partial(form, strides=strides, padding=((1, 1), (0, 1)), groups=groups),
-            images,
-            kernel,
-        )
-        results.append((outputs, *pullback(jnp.sin(outputs))))
-    for got, want in zip(*results, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4)
-
-
-def test_layouts_other_than_channels_last_are_passed_on():
-    images = jax.random.normal(KEY, (2, 4, 5, 5))
-    kernel = jax.random.normal(jax.random.key(1), (6, 4, 3, 3))
-    numbers = ("NCHW", "OIHW", "NCHW")
-    np.testing.assert_array_equal(
-        conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers),
-        jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers),
-    )
 
 
 def tiny():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from bs_jax.models.conv import conv
 from bs_jax.models.initializers import he_normal
 from bs_jax.models.normalization import BatchNorm
+from bs_jax.models.pooling import max_pool
 
 
 class BasicBlock(nn.Module):
@@ -126,7 +127,7 @@ class ResNet(nn.Module):
             x = convolve(self.widths[0], patch, strides=patch, padding=0, name="stem_conv")(x)
         x = nn.relu(normalise(norm(name="stem_norm"), x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=[(1, 1), (1, 1)])  # pyright: ignore[reportArgumentType]
+            x = max_pool(x, 3, 2, padding=1)
 
         block = BottleneckBlock if self.bottleneck else BasicBlock
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):

@@ -1,9 +1,36 @@
-"""The persistent compilation cache: the second start of the same program takes a second."""
+"""How programs are compiled: the persistent cache, and what XLA is told on a CPU."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
+
+# XLA hands convolutions and matrix products to YNNPACK, which takes about twice as long as its own
+# (`benchmarks/conv_forms.py --library=default`); for large sums YNNPACK is the quicker.
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str]:
+    """What to compile a training program with; empty where this XLA does not know the options.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+        For ``jax.jit(compiler_options=...)``. An option that is in ``XLA_FLAGS`` stays as it is
+        there.
+    """
+    if platform != "cpu" or any(name in os.environ.get("XLA_FLAGS", "") for name in _CPU_OPTIONS):
+        return {}
+    import jax
+
+    try:
+        jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS).lower(0.0).compile()
+    except Exception:  # XLA's options come and go; what it raises for an unknown one does, too
+        return {}
+    return dict(_CPU_OPTIONS)
 
 
 def cache_folder() -> Path:

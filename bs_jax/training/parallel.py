@@ -6,12 +6,14 @@ is made of. Both give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bs_jax.training import compilation
 
 BATCH_AXIS = "batch"
 Devices = Sequence[Any]  # of jax.Device, which type checkers do not take for a type
@@ -50,16 +52,25 @@ def data_parallel(
     Returns:
         The compiled function.
     """
-    if _one_process(devices):
-        return jax.pmap(
-            function,
-            axis_name=BATCH_AXIS,
-            in_axes=(None,) * replicated + (0,),
-            out_axes=None,
-            devices=list(devices),
-            donate_argnums=tuple(donate),
+    options = compilation.compiler_options(devices[0].platform)
+    if not _one_process(devices):
+        return shard_mapped(
+            function, replicated=replicated, devices=devices, donate=donate, options=options
         )
-    return shard_mapped(function, replicated=replicated, devices=devices, donate=donate)
+    mapped = jax.pmap(
+        function,
+        axis_name=BATCH_AXIS,
+        in_axes=(None,) * replicated + (0,),
+        out_axes=None,
+        devices=list(devices),
+        donate_argnums=tuple(donate),
+    )
+    # pmap takes no compiler options; jit around it does.
+    return (
+        jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
+        if options
+        else mapped
+    )
 
 
 def shard_mapped(
@@ -68,21 +79,33 @@ def shard_mapped(
     replicated: int,
     devices: Devices,
     donate: Sequence[int] = (),
+    options: Mapping[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """The same as `data_parallel`, for devices of any processes."""
+    """The same as `data_parallel`, for devices of any processes.
+
+    `options` are the compiler's (see `compilation.compiler_options`).
+    """
 
     def on_one_device(*arguments: Any) -> Any:
         *whole, shared = arguments
         return function(*whole, jax.tree.map(lambda leaf: leaf[0], shared))
 
+    mesh = _mesh(devices)
+    specs = (PartitionSpec(),) * replicated + (PartitionSpec(BATCH_AXIS),)
     mapped = jax.shard_map(
         on_one_device,
-        mesh=_mesh(devices),
-        in_specs=(PartitionSpec(),) * replicated + (PartitionSpec(BATCH_AXIS),),
+        mesh=mesh,
+        in_specs=specs,
         out_specs=PartitionSpec(),
         check_vma=False,  # the function itself sees to it that its results agree
     )
-    return jax.jit(mapped, donate_argnums=tuple(donate))
+    return jax.jit(
+        mapped,
+        donate_argnums=tuple(donate),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=dict(options or {}),
+    )
 
 
 def replicate(tree: Any, devices: Devices) -> Any:

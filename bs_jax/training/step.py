@@ -161,7 +161,10 @@ def _train_chunk(
         return jnp.mean(losses), aux
 
     loss_and_grads = scaling.value_grad_and_stats(
-        loss_fn, microbatches=micro_batches, axis_name=axis, has_aux=True
+        loss_fn,
+        microbatches=micro_batches,
+        axis_name=axis if num_devices > 1 else None,  # an average over one device still copies
+        has_aux=True,
     )
 
     def noise_metrics(grads: Any, stats: scaling.MicrobatchStats | None) -> dict[str, jax.Array]:

@@ -1,0 +1,75 @@
+"""The trainer's own compiled programs for a network and an image size, on made-up images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bs_jax.data import pipeline
+from bs_jax.data.image_data import ArraySplit
+
+CLASSES = 10
+
+
+def make_images(count: int, image_size: int, channels: int = 3) -> ArraySplit:
+    """Noise, the same every time."""
+    draw = np.random.default_rng(0)
+    shape = (count, image_size, image_size, channels)
+    images = draw.integers(0, 256, shape, dtype=np.uint8)
+    return ArraySplit(images, draw.integers(0, CLASSES, count, dtype=np.int32))
+
+
+def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) -> dict[str, Any]:
+    """The resolved config of a run by the default recipe, plain AdamW at its own batch size."""
+    from bs_jax.experiments.points import resolve
+    from configs.fashion_mnist import get_config
+
+    settings = {
+        "model.name": model,
+        "batch_size": batch_size,
+        "base_batch_size": batch_size,
+        "micro_batch_size": batch_size,
+        "ghost_batch_size": 0,
+        "scaling.rule": "none",
+        "train_examples": max(1_000_000, batch_size),
+        "data.image_size": image_size,
+        "data.mean": (0.5,),
+        "data.std": (0.25,),
+    }
+    return resolve(json.loads(get_config().to_json()), settings | overrides).config
+
+
+def train_chunks(
+    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1
+) -> Callable[[], Any]:
+    """A call that takes `steps` updates by the compiled chunk that the trainer runs.
+
+    Args:
+        config: a resolved run's config.
+        data: held on the device.
+        steps: updates a call.
+        devices: how many to spread a batch over.
+
+    Returns:
+        A function that advances the run and returns the last chunk's metrics.
+    """
+    from bs_jax.training import parallel, plan, step
+
+    used = jax.devices()[:devices]
+    programs = step.make_programs(config, CLASSES, data.image_shape, used)
+    inputs = parallel.replicate(step.run_inputs(config), used)
+    resident = parallel.replicate(pipeline.device_arrays(data), used)
+    state = parallel.replicate(programs.init(step.run_inputs(config)), used)
+    order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data.labels)
+    batches = plan.per_device(order.reshape(steps, -1), devices)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = programs.train_chunk(state, inputs, resident, batches)
+        return metrics
+
+    return run

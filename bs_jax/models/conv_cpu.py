@@ -1,0 +1,468 @@
+"""Convolution for CPUs: matrix products and plain convolutions, its derivative written out.
+
+XLA on CPU has a quick convolution and a plain loop nest, up to a hundred times slower. What takes
+the loop nest: autodiff's gradients inside a `lax.scan`, which permute the axes in a way that only
+the outermost computation is cleared of; maps of 2x2; strided gradients; groups and vmapped kernels.
+So every one of forward pass, gradient of the images and gradient of the kernel is written here as
+what is quick: a convolution with channels last and no dilation, or matrix products.
+
+`benchmarks/conv_forms.py` measures the forms and whether the choice between them is right.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+_BLOCK = 32  # channels that small groups are joined to: narrower products run at a tenth of speed
+
+
+class Settings(NamedTuple):
+    """What a convolution does beside its operands.
+
+    Attributes:
+        strides: of the two spatial axes.
+        padding: (before, after) zeros of the two spatial axes; negative crops.
+    """
+
+    strides: Pair
+    padding: Padding
+
+
+class Form(NamedTuple):
+    """One way to compute a convolution and its kernel's gradient.
+
+    Attributes:
+        forward: (images, kernel, settings) -> outputs.
+        kernel_gradient: (images, slopes of the outputs, kernel's spatial shape, settings) ->
+            slopes of the kernel.
+    """
+
+    forward: Callable[..., jax.Array]
+    kernel_gradient: Callable[..., jax.Array]
+
+
+def convolve(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Pair = (1, 1),
+    padding: Padding = ((0, 0), (0, 0)),
+    groups: int = 1,
+) -> jax.Array:
+    """Convolve in the forms that are quickest on a CPU.
+
+    Args:
+        images: [examples, height, width, channels].
+        kernel: [kernel height, kernel width, channels / groups, features].
+        strides: of the two spatial axes.
+        padding: (before, after) zeros of the two spatial axes.
+        groups: of channels, each feeding its own share of the features.
+
+    Returns:
+        [examples, output height, output width, features].
+
+    Example:
+        >>> images, kernel = jnp.ones((1, 3, 3, 2)), jnp.ones((3, 3, 2, 1))
+        >>> convolve(images, kernel, (2, 2), ((1, 1), (1, 1)))[0, :, :, 0]
+        Array([[8., 8.],
+               [8., 8.]], dtype=float32)
+    """
+    settings = Settings(tuple(strides), tuple((low, high) for low, high in padding))  # pyright: ignore[reportArgumentType]
+    if groups == 1:
+        return _convolve(settings, images, kernel)
+    return _grouped(settings, images, kernel, groups)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _forward(settings, images, kernel)
+
+
+def _convolve_forward(settings, images, kernel):
+    return _forward(settings, images, kernel), (images, kernel)
+
+
+def _convolve_backward(settings, kept, slopes):
+    images, kernel = kept
+    return (
+        image_gradient(settings, images.shape[1:3], kernel, slopes),
+        kernel_gradient(settings, images, kernel.shape[:2], slopes),
+    )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    name = choose_forward(images.shape, kernel.shape, settings)
+    return FORMS[name].forward(settings, images, kernel)
+
+
+def kernel_gradient(
+    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
+) -> jax.Array:
+    """Slopes of the kernel, from those of the outputs."""
+    name = choose_kernel_gradient(images.shape, (*kernel_size, slopes.shape[-1]), settings)
+    return FORMS[name].kernel_gradient(settings, images, kernel_size, slopes)
+
+
+def image_gradient(
+    settings: Settings, size: Pair, kernel: jax.Array, slopes: jax.Array
+) -> jax.Array:
+    """Slopes of the images, from those of the outputs.
+
+    Every position u of an axis is reached by the taps i with u + pad - i divisible by the stride:
+    positions of one residue are a convolution of the slopes with every stride-th tap, reversed.
+
+    Args:
+        settings: of the convolution.
+        size: height and width of the images.
+        kernel: of the convolution.
+        slopes: of its outputs.
+
+    Returns:
+        [examples, *size, channels].
+    """
+    kernel = jnp.swapaxes(kernel, 2, 3)
+    axes = [
+        _residues(size[axis], kernel.shape[axis], slopes.shape[1 + axis], settings, axis)
+        for axis in (0, 1)
+    ]
+    rows = []
+    for row in axes[0]:
+        parts = []
+        for column in axes[1]:
+            shape = (slopes.shape[0], row.length, column.length, kernel.shape[-1])
+            taps = kernel[row.taps, column.taps][::-1, ::-1]
+            if 0 in (*shape, *taps.shape):
+                parts.append(jnp.zeros(shape, slopes.dtype))
+                continue
+            plain = Settings((1, 1), (row.padding, column.padding))
+            parts.append(_forward(plain, slopes, taps))
+        rows.append(_interleave(parts, 2, size[1]))
+    return _interleave(rows, 1, size[0])
+
+
+class _Residue(NamedTuple):
+    taps: slice
+    padding: Pair
+    length: int
+
+
+def _residues(
+    size: int, taps: int, outputs: int, settings: Settings, axis: int
+) -> Iterator[_Residue]:
+    """For each residue of the position: the taps that reach it and the slopes' padding."""
+    stride, before = settings.strides[axis], settings.padding[axis][0]
+    found = []
+    for start in range(stride):
+        first = (start + before) % stride  # the first tap that reaches these positions
+        shift = (start + before - first) // stride  # of the slope that it takes
+        count = max(0, -(-(taps - first) // stride))
+        length = max(0, -(-(size - start) // stride))
+        padding = (count - 1 - shift, shift + length - outputs)
+        found.append(_Residue(slice(first, None, stride), padding, length))
+    return found
+
+
+def _interleave(parts: list[jax.Array], axis: int, size: int) -> jax.Array:
+    """Put parts[r][q] at position q * len(parts) + r of the axis."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = parts[0].shape[axis]
+    widths = [[(0, 0)] * part.ndim for part in parts]
+    for part, width in zip(parts, widths, strict=True):
+        width[axis] = (0, longest - part.shape[axis])
+    together = jnp.stack([jnp.pad(p, w) for p, w in zip(parts, widths, strict=True)], axis + 1)
+    shape = list(parts[0].shape)
+    shape[axis] = longest * len(parts)
+    return lax.slice_in_dim(together.reshape(shape), 0, size, axis=axis)
+
+
+def choose_forward(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> str:
+    """The quickest form of the forward pass, as measured; a key of `FORMS`."""
+    if kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0)):
+        return "taps"  # one matrix product
+    if kernel[2] < 16:
+        return "patches"
+    height, width = _output_size(images, kernel, settings)
+    return "taps" if height * width <= 4 else "xla"
+
+
+def choose_kernel_gradient(
+    images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings
+) -> str:
+    """The quickest form of the kernel's gradient, as measured; a key of `FORMS`."""
+    if kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0)):
+        return "taps"
+    if images[-1] < 16:
+        return "patches"
+    height, width = _output_size(images, kernel, settings)
+    return "taps" if height * width <= 4 else "xla"
+
+
+def _output_size(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> Pair:
+    height, width = (
+        (images[1 + axis] + sum(settings.padding[axis]) - kernel[axis]) // settings.strides[axis]
+        + 1
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+# One matrix product a tap, over the positions where the tap meets no padding. ------------------
+
+
+class _Tap(NamedTuple):
+    place: Pair  # in the kernel
+    inputs: tuple[slice, slice]  # positions of the images
+    outputs: tuple[slice, slice]  # positions of the outputs, as many
+
+
+def _taps(size: Pair, outputs: Pair, kernel_size: Pair, settings: Settings) -> Iterator[_Tap]:
+    for place in itertools.product(range(kernel_size[0]), range(kernel_size[1])):
+        found: list[tuple[slice, slice]] = []
+        for axis in (0, 1):
+            stride, shift = settings.strides[axis], place[axis] - settings.padding[axis][0]
+            first = max(0, -(shift // stride))
+            last = min(outputs[axis] - 1, (size[axis] - 1 - shift) // stride)
+            start = first * stride + shift
+            found.append(
+                (
+                    slice(start, start + (last - first) * stride + 1, stride),
+                    slice(first, last + 1),
+                )
+            )
+            if last < first:
+                break
+        else:
+            yield _Tap(place, (found[0][0], found[1][0]), (found[0][1], found[1][1]))
+
+
+def taps_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Sum over the taps of (images at the tap) @ (kernel at the tap)."""
+    outputs = _output_size(images.shape, kernel.shape, settings)
+    total: Any = None
+    for tap in _taps(images.shape[1:3], outputs, kernel.shape[:2], settings):
+        part = jnp.einsum(
+            "nhwc,cf->nhwf",
+            images[:, *tap.inputs],
+            kernel[tap.place],
+            preferred_element_type=_accumulator(images.dtype),
+        )
+        around = [
+            (taken.start, count - taken.stop)
+            for taken, count in zip(tap.outputs, outputs, strict=True)
+        ]
+        part = jnp.pad(part, ((0, 0), *around, (0, 0)))
+        total = part if total is None else total + part
+    if total is None:
+        return jnp.zeros((images.shape[0], *outputs, kernel.shape[-1]), images.dtype)
+    return total.astype(images.dtype)
+
+
+def taps_kernel_gradient(
+    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
+) -> jax.Array:
+    """At each tap, (images at the tap)^T @ slopes."""
+    channels, features = images.shape[-1], slopes.shape[-1]
+    found = {
+        tap.place: _transposed_product(
+            images[:, *tap.inputs].reshape(-1, channels),
+            slopes[:, *tap.outputs].reshape(-1, features),
+        )
+        for tap in _taps(images.shape[1:3], slopes.shape[1:3], kernel_size, settings)
+    }
+    zeros = jnp.zeros((channels, features), images.dtype)
+    places = itertools.product(range(kernel_size[0]), range(kernel_size[1]))
+    return jnp.stack([found.get(place, zeros) for place in places]).reshape(
+        *kernel_size, channels, features
+    )
+
+
+def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a^T @ b for tall a and b: quicker if the narrower one is transposed in memory before."""
+    wide = _accumulator(a.dtype)
+    if a.shape[1] <= b.shape[1]:
+        product = jnp.matmul(lax.optimization_barrier(a.T), b, preferred_element_type=wide)
+    else:
+        product = jnp.matmul(lax.optimization_barrier(b.T), a, preferred_element_type=wide).T
+    return product.astype(a.dtype)
+
+
+def _accumulator(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# Every output's receptive field gathered as a row, then one matrix product ("im2col"). ---------
+
+
+def _patches(settings: Settings, images: jax.Array, kernel_size: Pair) -> jax.Array:
+    outputs = _output_size(images.shape, kernel_size, settings)
+    low_high = [(max(0, low), max(0, high)) for low, high in settings.padding]
+    crop = [(max(0, -low), max(0, -high)) for low, high in settings.padding]
+    images = images[
+        :,
+        crop[0][0] : images.shape[1] - crop[0][1],
+        crop[1][0] : images.shape[2] - crop[1][1],
+    ]
+    images = jnp.pad(images, ((0, 0), *low_high, (0, 0)))
+    steps = settings.strides
+    shifted = [
+        images[
+            :,
+            row : row + (outputs[0] - 1) * steps[0] + 1 : steps[0],
+            column : column + (outputs[1] - 1) * steps[1] + 1 : steps[1],
+        ]
+        for row, column in itertools.product(range(kernel_size[0]), range(kernel_size[1]))
+    ]
+    together = jnp.concatenate(shifted, axis=-1)
+    return together.reshape(-1, together.shape[-1])
+
+
+def patches_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(rows of patches) @ kernel."""
+    rows = _patches(settings, images, kernel.shape[:2])
+    outputs = jnp.matmul(
+        rows,
+        kernel.reshape(-1, kernel.shape[-1]),
+        preferred_element_type=_accumulator(images.dtype),
+    ).astype(images.dtype)
+    size = _output_size(images.shape, kernel.shape, settings)
+    return outputs.reshape(images.shape[0], *size, -1)
+
+
+def patches_kernel_gradient(
+    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
+) -> jax.Array:
+    """(rows of patches)^T @ slopes."""
+    features = slopes.shape[-1]
+    rows = _patches(settings, images, kernel_size)
+    product = _transposed_product(rows, slopes.reshape(-1, features))
+    return product.reshape(*kernel_size, images.shape[-1], features)
+
+
+# XLA's own convolution, channels last. ----------------------------------------------------------
+
+
+def _xla(images: jax.Array, kernel: jax.Array, settings: Settings, dilation: Pair) -> jax.Array:
+    return lax.conv_general_dilated(
+        images,
+        kernel,
+        settings.strides,
+        settings.padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def xla_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """XLA's; where the kernels are vmapped (to a grouped convolution, which is slow) the taps."""
+
+    @jax.custom_batching.custom_vmap
+    def apply(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _xla(images, kernel, settings, (1, 1))
+
+    @apply.def_vmap
+    def _vmapped(axis_size: int, batched: list[bool], images: jax.Array, kernel: jax.Array):
+        del axis_size
+        return _over_runs(
+            batched,
+            partial(taps_forward, settings),
+            lambda images: xla_forward(settings, images, kernel),
+            images,
+            kernel,
+        )
+
+    return apply(images, kernel)
+
+
+def _over_runs(
+    batched: list[bool],
+    each: Callable[..., jax.Array],
+    joined: Callable[..., jax.Array],
+    first: jax.Array,
+    second: jax.Array,
+) -> tuple[jax.Array, bool]:
+    """The vmapped form: runs that share a kernel are more examples of one convolution."""
+    if not batched[1]:
+        runs, examples = first.shape[:2]
+        outputs = joined(first.reshape(runs * examples, *first.shape[2:]))
+        return outputs.reshape(runs, examples, *outputs.shape[1:]), True
+    axes = (0 if batched[0] else None, 0)
+    return jax.vmap(each, in_axes=axes)(first, second), True
+
+
+def xla_kernel_gradient(
+    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
+) -> jax.Array:
+    """XLA's convolution of the images with the slopes, channels and examples changing places."""
+
+    @jax.custom_batching.custom_vmap
+    def apply(images: jax.Array, slopes: jax.Array) -> jax.Array:
+        # Rows and columns that no window reaches would give further, unwanted taps.
+        used = [
+            (count - 1) * stride + taps
+            for count, stride, taps in zip(
+                slopes.shape[1:3], settings.strides, kernel_size, strict=True
+            )
+        ]
+        padding = [
+            (low, used[axis] - images.shape[1 + axis] - low)
+            for axis, (low, _) in enumerate(settings.padding)
+        ]
+        product = _xla(
+            jnp.transpose(images, (3, 1, 2, 0)),
+            jnp.transpose(slopes, (1, 2, 0, 3)),
+            Settings((1, 1), tuple(padding)),  # pyright: ignore[reportArgumentType]
+            settings.strides,
+        )
+        return jnp.transpose(product, (1, 2, 0, 3))
+
+    @apply.def_vmap
+    def _vmapped(axis_size: int, batched: list[bool], images: jax.Array, slopes: jax.Array):
+        del axis_size
+        each = lambda images, slopes: taps_kernel_gradient(settings, images, kernel_size, slopes)  # noqa: E731
+        axes = tuple(0 if is_batched else None for is_batched in batched)
+        return jax.vmap(each, in_axes=axes)(images, slopes), True
+
+    return apply(images, slopes)
+
+
+FORMS: dict[str, Form] = {
+    "taps": Form(taps_forward, taps_kernel_gradient),
+    "patches": Form(patches_forward, patches_kernel_gradient),
+    "xla": Form(xla_forward, xla_kernel_gradient),
+}
+
+
+# Groups: blocks of them side by side, each a dense convolution. --------------------------------
+
+
+def _grouped(settings: Settings, images: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+    """Join groups to blocks of about 32 channels, zeros between them, and vmap over the blocks.
+
+    A block of m groups costs m times the products; those of four channels run so slowly that this
+    is far quicker.
+    """
+    height, width, group_channels, features = kernel.shape
+    joined = next(m for m in range(max(1, _BLOCK // group_channels), 0, -1) if groups % m == 0)
+    blocks, group_features = groups // joined, features // groups
+    apart = kernel.reshape(height, width, group_channels, blocks, joined, group_features)
+    own = jnp.eye(joined, dtype=kernel.dtype)
+    # [blocks, height, width, (group, its channels), (group, its features)], zero across groups.
+    block_kernels = jnp.einsum("hwcbgf,gk->bhwkcgf", apart, own).reshape(
+        blocks, height, width, joined * group_channels, joined * group_features
+    )
+    block_images = images.reshape(*images.shape[:3], blocks, -1)
+    convolve_block = partial(_convolve, settings)
+    outputs = jax.vmap(convolve_block, in_axes=(3, 0), out_axes=3)(block_images, block_kernels)
+    return outputs.reshape(*outputs.shape[:3], features)

@@ -1,0 +1,228 @@
+"""Convolutions: every form against XLA's own, in values and gradients, and under transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from bs_jax.models import conv_cpu
+from bs_jax.models.conv import conv_general_dilated
+from bs_jax.models.conv_cpu import FORMS, Settings, convolve
+
+KEY = jax.random.key(0)
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def reference(images, kernel, strides, padding, groups=1):
+    return lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=NUMBERS, feature_group_count=groups
+    )
+
+
+def operands(size, channels, kernel, features, groups=1, dtype=jnp.float32, examples=2):
+    keys = jax.random.split(KEY)
+    images = jax.random.normal(keys[0], (examples, *size, channels), dtype)
+    weights = jax.random.normal(keys[1], (*kernel, channels // groups, features), dtype)
+    return images, weights
+
+
+def values_and_gradients(function, images, kernel):
+    outputs, pullback = jax.vjp(function, images, kernel)
+    return outputs, *pullback(jnp.sin(outputs))
+
+
+def close(got, want, tolerance=1e-4):
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(
+            np.asarray(g, np.float64),
+            np.asarray(w, np.float64),
+            atol=tolerance * (1 + float(jnp.abs(w).max())),
+        ),
+        tuple(got),
+        tuple(want),
+    )
+
+
+CASES = [
+    # size, kernel, strides, padding, channels, features
+    ((5, 6), (3, 3), (1, 1), ((1, 1), (1, 1)), 16, 6),
+    ((2, 2), (3, 3), (1, 1), ((1, 1), (1, 1)), 20, 4),
+    ((1, 3), (3, 3), (1, 1), ((1, 1), (1, 1)), 16, 4),
+    ((8, 8), (3, 3), (2, 2), ((1, 1), (1, 1)), 16, 5),
+    ((7, 6), (3, 2), (2, 1), ((1, 0), (0, 2)), 17, 4),
+    ((7, 9), (2, 3), (3, 2), ((0, 0), (2, 2)), 16, 3),
+    ((8, 8), (1, 1), (1, 1), ((0, 0), (0, 0)), 5, 7),
+    ((7, 7), (1, 1), (2, 2), ((0, 0), (0, 0)), 5, 7),
+    ((6, 6), (1, 1), (1, 1), ((1, 1), (0, 0)), 16, 3),
+    ((12, 12), (7, 7), (2, 2), ((3, 3), (3, 3)), 3, 8),
+    ((12, 12), (4, 4), (4, 4), ((0, 0), (0, 0)), 1, 8),
+    ((6, 7), (3, 3), (1, 1), ((-1, 0), (0, -2)), 16, 4),
+    ((6, 7), (2, 2), (1, 1), ((3, 3), (2, 3)), 16, 4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_chosen_forms_equal_xlas_in_values_and_gradients(case):
+    size, kernel, strides, padding, channels, features = case
+    images, weights = operands(size, channels, kernel, features)
+
+    @jax.jit
+    def both(images, weights):
+        return tuple(
+            values_and_gradients(lambda i, w: form(i, w, strides, padding), images, weights)
+            for form in (convolve, reference)
+        )
+
+    close(*both(images, weights))
+
+
+@pytest.mark.parametrize("case", CASES[:6] + CASES[9:], ids=str)
+def test_every_form_is_right_wherever_it_might_be_chosen(case):
+    size, kernel, strides, padding, channels, features = case
+    images, weights = operands(size, channels, kernel, features)
+    settings = Settings(strides, padding)
+
+    @jax.jit
+    def all_forms(images, weights):
+        outputs, _, slopes = values_and_gradients(
+            lambda i, w: reference(i, w, strides, padding), images, weights
+        )
+        found = {
+            name: (
+                form.forward(settings, images, weights),
+                form.kernel_gradient(settings, images, kernel, jnp.sin(outputs)),
+            )
+            for name, form in FORMS.items()
+        }
+        return (outputs, slopes), found
+
+    want, found = all_forms(images, weights)
+    for got in found.values():
+        close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("groups", "channels", "features", "size"),
+    [(2, 4, 6, 5), (4, 64, 32, 4), (32, 64, 64, 3), (3, 3, 6, 4)],
+)
+def test_groups(groups, channels, features, size):
+    images, weights = operands((size, size), channels, (3, 3), features, groups)
+    for strides in ((1, 1), (2, 2)):
+        pair = [
+            jax.jit(
+                lambda i, w, f=form, s=strides: values_and_gradients(
+                    lambda i, w: f(i, w, s, ((1, 1), (1, 1)), groups), i, w
+                )
+            )(images, weights)
+            for form in (convolve, reference)
+        ]
+        close(*pair)
+
+
+def test_gradients_are_those_of_float64():
+    images, weights = operands((8, 8), 32, (3, 3), 16, examples=4)
+    passes = jax.jit(
+        lambda f, i, w: values_and_gradients(lambda i, w: f(i, w, (1, 1), ((1, 1), (1, 1))), i, w),
+        static_argnums=0,
+    )
+    got = passes(convolve, images, weights)
+    with jax.enable_x64():
+        want = passes(
+            reference, *(jnp.asarray(np.asarray(a), jnp.float64) for a in (images, weights))
+        )
+        want = [np.asarray(w) for w in want]
+    for g, w in zip(got, want, strict=True):
+        assert np.abs(g - w).max() < 1e-5 * np.abs(w).max()
+
+
+def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
+    images, weights = operands((2, 2), 64, (3, 3), 4, dtype=jnp.bfloat16)
+    got = values_and_gradients(
+        lambda i, w: convolve(i, w, (1, 1), ((1, 1), (1, 1))), images, weights
+    )
+    assert {g.dtype for g in got} == {jnp.dtype("bfloat16")}
+    wide = reference(
+        images.astype(jnp.float32), weights.astype(jnp.float32), (1, 1), ((1, 1), (1, 1))
+    )
+    close([got[0]], [wide], tolerance=4e-3)
+
+
+@pytest.mark.parametrize("size", [2, 6])  # taps; XLA's own
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_vmapped_runs_equal_single_ones(size, axes):
+    images, weights = operands((size, size), 16, (3, 3), 4, examples=6)
+    images = images.reshape(3, 2, *images.shape[1:]) if axes[0] == 0 else images
+    weights = jnp.stack([weights, 2 * weights, -weights]) if axes[1] == 0 else weights
+    single = functools.partial(
+        values_and_gradients, lambda i, w: convolve(i, w, (1, 1), ((1, 1), (1, 1)))
+    )
+    together = jax.jit(jax.vmap(single, in_axes=axes))(images, weights)
+    one = jax.jit(single)
+    for run in range(3):
+        pair = [a[run] if axis == 0 else a for a, axis in zip((images, weights), axes, strict=True)]
+        close([t[run] for t in together], one(*pair))
+
+
+def test_inside_scan_and_pmap():
+    images, weights = operands((6, 6), 16, (3, 3), 16, examples=4)
+    padding = ((1, 1), (1, 1))
+
+    def loss(form, weights, images):
+        def layer(x, _):
+            return jnp.tanh(0.1 * form(x, weights, (1, 1), padding)), None
+
+        return jnp.sum(lax.scan(layer, images, None, length=2)[0] ** 2)
+
+    want = jax.grad(functools.partial(loss, reference))(weights, images)
+    devices = jax.local_device_count()
+    shared = images.reshape(devices, -1, *images.shape[1:])
+    gradient = jax.grad(functools.partial(loss, convolve))
+    got = jax.pmap(
+        lambda w, i: lax.psum(gradient(w, i), "batch"), axis_name="batch", in_axes=(None, 0)
+    )(weights, shared)
+    close([got[0]], [want])
+
+
+def test_what_is_not_channels_last_goes_to_xla():
+    images, weights = operands((6, 6), 4, (3, 3), 4)
+    for numbers, options in (
+        (("NCHW", "OIHW", "NCHW"), {}),
+        (NUMBERS, {"rhs_dilation": (2, 2)}),
+        (NUMBERS, {"lhs_dilation": (2, 2)}),
+    ):
+        moved = numbers[0] == "NCHW"
+        args = (
+            jnp.moveaxis(images, -1, 1) if moved else images,
+            jnp.transpose(weights, (3, 2, 0, 1)) if moved else weights,
+            (1, 1),
+            "SAME" if not options.get("lhs_dilation") else ((1, 1), (1, 1)),
+        )
+        np.testing.assert_array_equal(
+            conv_general_dilated(*args, dimension_numbers=numbers, **options),
+            lax.conv_general_dilated(*args, dimension_numbers=numbers, **options),
+        )
+
+
+def test_gradients_inside_a_loop_avoid_the_plain_loop_nest():
+    """XLA clears permuted convolutions in its outermost computation only; ours have none."""
+    images, weights = operands((8, 8), 16, (3, 3), 16)
+
+    def step(carry, _):
+        images, weights = carry
+        outputs, slopes, changes = values_and_gradients(
+            lambda i, w: convolve(i, w, (1, 1), ((1, 1), (1, 1))), images, weights
+        )
+        del outputs
+        return (images - slopes, weights - changes), None
+
+    text = jax.jit(lambda c: lax.scan(step, c, None, length=2)).lower((images, weights)).as_text()
+    found = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert len(found) == 3
+    assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for line in found)
+    assert (
+        conv_cpu.choose_forward((2, 8, 8, 16), (3, 3, 16, 16), Settings((1, 1), ((1, 1), (1, 1))))
+        == "xla"
+    )
