@@ -11,7 +11,7 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
-from bs_jax.training import distributed, parallel, plan, step, validate
+from bs_jax.training import distributed, memory, parallel, plan, step, validate
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.records import RunFolder
 from bs_jax.training.session import Event, Session
@@ -105,7 +105,36 @@ class Trainer:
         by_step: dict[int, list[Session]] = {}
         for session in sessions:
             by_step.setdefault(session.start_step, []).append(session)
-        return list(by_step.values())
+        groups = []
+        for together in by_step.values():
+            size = self._runs_at_once(together)
+            groups += [together[at : at + size] for at in range(0, len(together), size)]
+        return groups
+
+    def _runs_at_once(self, sessions: list[Session]) -> int:
+        """How many of these runs fit on a device side by side."""
+        if len(sessions) == 1:
+            return 1
+        session, chunk = sessions[0], Chunk(0, 1, evaluate=False, checkpoint=False)
+        order = self._per_device(self._order(session, chunk))
+        read = (self._data.train.image_shape, (np.uint8, np.int32, np.float32))
+        batches = order
+        if self._streamed:
+            shapes = [(*order.shape, *read[0]), order.shape, order.shape]
+            batches = tuple(map(jax.ShapeDtypeStruct, shapes, read[1]))
+        one = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype),
+            (session.state, step.run_inputs(session.config)),
+        )
+        batches = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], 1, *leaf.shape[1:]), leaf.dtype),
+            batches,
+        )
+        peak = memory.peak_bytes(self._programs.train_chunk, *one, self._train_data, batches)
+        shared = sum(leaf.nbytes for leaf in (*self._train_data, *self._eval_data))
+        budget = pipeline.device_budget_bytes(self._local[0], 1.0)
+        own = peak - sum(leaf.nbytes for leaf in self._train_data)
+        return memory.runs_at_once(own, shared, budget, len(sessions))
 
     def _train_group(self, group: list[Session], should_stop: Callable[[], bool]) -> None:
         for session in group:
