@@ -53,10 +53,10 @@ def request_devices(count: int) -> int:
     return min(count, jax.local_device_count())
 
 
-def train_chunks(
+def chunk_and_arguments(
     config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
-) -> Callable[[], Any]:
-    """A call that takes `steps` updates by the compiled chunk that the trainer runs.
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The compiled chunk that the trainer runs, and what it is called with at the start of a run.
 
     Args:
         config: a resolved run's config.
@@ -64,9 +64,6 @@ def train_chunks(
         steps: updates a call.
         devices: how many to spread a batch over.
         runs: how many to advance side by side in one program; 0: one, not vmapped.
-
-    Returns:
-        A function that advances the run and returns the last chunk's metrics.
     """
     from bs_jax.training import parallel, plan, step
 
@@ -81,10 +78,18 @@ def train_chunks(
     state = parallel.replicate(programs.init(inputs), used)
     inputs = parallel.replicate(inputs, used)
     resident = parallel.replicate(pipeline.device_arrays(data), used)
+    return programs.train_chunk, (state, inputs, resident, batches)
+
+
+def train_chunks(
+    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+) -> Callable[[], Any]:
+    """A call that takes `steps` updates and returns their metrics; see `chunk_and_arguments`."""
+    chunk, (state, *others) = chunk_and_arguments(config, data, steps, devices, runs)
 
     def run() -> Any:
         nonlocal state
-        state, metrics = programs.train_chunk(state, inputs, resident, batches)
+        state, metrics = chunk(state, *others)
         return metrics
 
     return run
