@@ -63,6 +63,17 @@ class Schedule:
         return taken
 
 
+def with_cohorts(pending: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """What is pending and the finished runs of the same cohorts, which are vmapped with it.
+
+    Args:
+        pending: what is to be trained.
+        runs: all runs of the sweep.
+    """
+    keys = {optimizers.cohort_key(run.config) for run in pending}
+    return [run for run in runs if optimizers.cohort_key(run.config) in keys]
+
+
 def _cost(runs: Sequence[Run]) -> float:
     # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
     return sum(
@@ -106,13 +117,20 @@ def run_inline(
     return []
 
 
-def run_one(folder: RunFolder, display: Display, *, grace_seconds: float = GRACE_SECONDS) -> None:
+def run_one(
+    folder: RunFolder,
+    display: Display,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    other_run: Any = None,
+) -> None:
     """Train one run in this process, in a folder of its own.
 
     Args:
         folder: where it is recorded.
         display: shows progress.
         grace_seconds: from a signal to the end of the process, come what may.
+        other_run: an `OtherRun` to begin with.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; the state is saved.
@@ -121,15 +139,17 @@ def run_one(folder: RunFolder, display: Display, *, grace_seconds: float = GRACE
     from bs_jax.experiments.worker import CohortTrainer
 
     with StopRequest(grace_seconds) as stop:
-        _train_here(CohortTrainer("loop"), [folder], display, stop)
+        _train_here(CohortTrainer("loop"), [folder], display, stop, other_run)
 
 
-def _train_here(trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest):
+def _train_here(
+    trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest, other: Any = None
+) -> None:
     from bs_jax.training.loop import Interrupted
 
     display.starting(0, folders[0].run)
     try:
-        trainer.train(folders, lambda event: display.event(0, event), stop)
+        trainer.train(folders, lambda event: display.event(0, event), stop, other)
     except Interrupted:
         raise Stopped(stop.number or signal.SIGTERM) from None  # another process may have got it
     if distributed.any_process(stop()):

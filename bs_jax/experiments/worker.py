@@ -35,8 +35,10 @@ class CohortTrainer:
         self._trainer: Any = None
         self._data: dict[str, Any] = {}
 
-    def train(self, folders: list[RunFolder], on_event: Any, should_stop: Any) -> None:
-        """Train runs of one cohort to their ends."""
+    def train(
+        self, folders: list[RunFolder], on_event: Any, should_stop: Any, other_run: Any = None
+    ) -> None:
+        """Train runs of one cohort to their ends; see `Trainer.train`."""
         from bs_jax.training import inputs, loop, optimizers, parallel
 
         config = folders[0].run.config
@@ -57,7 +59,7 @@ class CohortTrainer:
                     stack.enter_context(folder.locked())
 
             distributed.on_first(lock)
-            self._trainer.train(folders, on_event, should_stop)
+            self._trainer.train(folders, on_event, should_stop, other_run)
 
 
 def main() -> int:
