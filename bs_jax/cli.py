@@ -333,8 +333,8 @@ def _write_report(workdir: Path) -> None:
     from bs_jax.experiments import analysis, report, results
 
     found = results.load_results(workdir)
-    path = report.write_report(workdir)
     analysed = analysis.analyse(found)
+    path = report.write_report(workdir, found, analysed)
     console = Console()
     console.print(report.terminal_table(analysed))
     if (answers := report.terminal_findings(analysed)) is not None:

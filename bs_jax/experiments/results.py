@@ -4,6 +4,7 @@ Nothing read is executed, and nothing read is trusted: a run folder may be missi
 damaged or somebody else's. Such a run is named and left out; it never stops the report.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +15,13 @@ from typing import Any
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.experiments._report_files import Unreadable, number, read_lines, read_object
+from bs_jax.experiments._report_files import (
+    Unreadable,
+    number,
+    read_bytes,
+    read_lines,
+    read_object,
+)
 
 DONE = "done"
 DIVERGED = "diverged"
@@ -22,6 +29,7 @@ UNFINISHED = "unfinished"
 MISSING = "missing"
 DAMAGED = "damaged"
 
+_MARKED = ("config.json", "hparams.json", "metrics.jsonl", "summary.json")
 _MAX_EXAMPLES = 1 << 53
 
 
@@ -270,6 +278,7 @@ def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[s
         if "hparams.json" in files:
             hparams = _checked_hparams(folder / "hparams.json", point)
         if "DONE" in files:
+            _check_marks(folder)
             summary = read_object(folder / "summary.json")
             status, metrics = _final(summary, sweep)
     except Unreadable as error:
@@ -289,6 +298,16 @@ def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[s
         curves=curves,
         summary=summary,
     )
+
+
+def _check_marks(folder: Path) -> None:
+    """Hold the files against the checksums in DONE, where it has any."""
+    content = read_bytes(folder / "DONE")
+    if not content:
+        return
+    for name, digest in read_object(folder / "DONE").items():
+        if name in _MARKED and hashlib.sha256(read_bytes(folder / name)).hexdigest() != digest:
+            raise Unreadable(f"{name}: changed since the run was done; give the command again")
 
 
 def _checked_hparams(path: Path, point: _Point) -> dict[str, Any]:
