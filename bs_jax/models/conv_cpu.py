@@ -96,8 +96,8 @@ def _convolve_forward(settings, images, kernel):
 def _convolve_backward(settings, kept, slopes):
     images, kernel = kept
     return (
-        image_gradient(settings, images.shape[1:3], kernel, slopes),
-        kernel_gradient(settings, images, kernel.shape[:2], slopes),
+        image_gradient(settings, _map(images), kernel, slopes),
+        kernel_gradient(settings, images, _window(kernel), slopes),
     )
 
 
@@ -137,7 +137,7 @@ def columns_image_gradient(
         preferred_element_type=_accumulator(slopes.dtype),
     ).reshape(*slopes.shape[:3], height, width, channels)
     total: Any = None
-    for tap in _taps(size, slopes.shape[1:3], (height, width), settings):
+    for tap in _taps(size, _map(slopes), (height, width), settings):
         part = shares[:, *tap.outputs, *tap.place]
         around = [
             (taken.start, count - taken.stop, stride - 1)
@@ -196,7 +196,7 @@ class _Residue(NamedTuple):
 
 def _residues(
     size: int, taps: int, outputs: int, settings: Settings, axis: int
-) -> Iterator[_Residue]:
+) -> list[_Residue]:
     """For each residue of the position: the taps that reach it and the slopes' padding."""
     stride, before = settings.strides[axis], settings.padding[axis][0]
     found = []
@@ -250,6 +250,14 @@ def choose_kernel_gradient(
     return "taps" if height * width <= _TINY_MAP else "xla"
 
 
+def _map(images: jax.Array) -> Pair:
+    return images.shape[1], images.shape[2]
+
+
+def _window(kernel: jax.Array) -> Pair:
+    return kernel.shape[0], kernel.shape[1]
+
+
 def _pointwise(kernel: tuple[int, ...], settings: Settings) -> bool:
     return kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0))
 
@@ -296,7 +304,7 @@ def taps_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> ja
     """Sum over the taps of (images at the tap) @ (kernel at the tap)."""
     outputs = _output_size(images.shape, kernel.shape, settings)
     total: Any = None
-    for tap in _taps(images.shape[1:3], outputs, kernel.shape[:2], settings):
+    for tap in _taps(_map(images), outputs, _window(kernel), settings):
         part = jnp.einsum(
             "nhwc,cf->nhwf",
             images[:, *tap.inputs],
@@ -324,7 +332,7 @@ def taps_kernel_gradient(
             images[:, *tap.inputs].reshape(-1, channels),
             slopes[:, *tap.outputs].reshape(-1, features),
         )
-        for tap in _taps(images.shape[1:3], slopes.shape[1:3], kernel_size, settings)
+        for tap in _taps(_map(images), _map(slopes), kernel_size, settings)
     }
     zeros = jnp.zeros((channels, features), images.dtype)
     places = itertools.product(range(kernel_size[0]), range(kernel_size[1]))
@@ -377,7 +385,7 @@ def _patches(settings: Settings, images: jax.Array, kernel_size: Pair) -> jax.Ar
 
 def patches_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
     """(rows of patches) @ kernel."""
-    rows = _patches(settings, images, kernel.shape[:2])
+    rows = _patches(settings, images, _window(kernel))
     outputs = jnp.matmul(
         rows,
         kernel.reshape(-1, kernel.shape[-1]),
