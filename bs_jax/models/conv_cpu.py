@@ -194,9 +194,7 @@ class _Residue(NamedTuple):
     length: int
 
 
-def _residues(
-    size: int, taps: int, outputs: int, settings: Settings, axis: int
-) -> list[_Residue]:
+def _residues(size: int, taps: int, outputs: int, settings: Settings, axis: int) -> list[_Residue]:
     """For each residue of the position: the taps that reach it and the slopes' padding."""
     stride, before = settings.strides[axis], settings.padding[axis][0]
     found = []
