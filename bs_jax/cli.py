@@ -17,6 +17,7 @@ from absl import flags
 
 from bs_jax.errors import UserError
 from bs_jax.flags import define_run_flags, join_processes, print_commands, train_runs
+from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
@@ -97,11 +98,13 @@ def one_line(error: Exception) -> str:
 
 
 def _config() -> dict[str, Any]:
-    """The config as plain nested data."""
+    """The config as plain nested data, of the right form."""
     try:
-        return json.loads(FLAGS.config.to_json())
+        config = json.loads(FLAGS.config.to_json())
     except OSError as error:  # config_flags keeps its failure to load until the first use
         raise UserError(f"--config: {one_line(error)}") from error
+    check_form(config)
+    return config
 
 
 def _config_module() -> ModuleType:

@@ -68,6 +68,7 @@ def run_ray(
             "core": None,
             "run_axis": run_axis,
             "grace_seconds": grace_seconds,
+            "dies_with_parent": True,  # where its node is lost but the machine is not
         }
         shares = shares_of(runs, _slots(ray.cluster_resources(), cpus, gpus), run_axis)
         with StopRequest(grace_seconds + 10) as stop:

@@ -140,9 +140,9 @@ class RunFolder:
         try:
             content = (self.path / "config.json").read_bytes()
             found = json.loads(content)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return  # absent or damaged: it will be written again
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             hparams = json.loads((self.path / "hparams.json").read_bytes())
             if hparams["config_sha256"] != hashlib.sha256(content).hexdigest():
                 return  # damaged as well, though it can be read
@@ -179,7 +179,7 @@ def damaged_files(folder: Path) -> list[str]:
     try:
         wanted = json.loads(content)
         wanted = {name: str(wanted[name]) for name in _RECORDS if name in wanted}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ["DONE"]
     wrong = []
     for name, digest in wanted.items():
@@ -227,7 +227,7 @@ class MetricsFile:
         with disk_errors(path):
             self.kept, text = _kept(path, examples)
             self._digest = hashlib.sha256(text.encode())
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 _write_atomically(path, text)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
@@ -270,7 +270,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or not isinstance(row.get("examples"), int):
             break
