@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.data import pipeline
@@ -43,33 +45,70 @@ def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) 
     return resolve(json.loads(get_config().to_json()), settings | overrides).config
 
 
-def train_chunks(
-    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1
-) -> Callable[[], Any]:
-    """A call that takes `steps` updates by the compiled chunk that the trainer runs.
+def request_devices(count: int) -> int:
+    """Ask for so many devices before JAX has started; on a CPU they are made. Those there are."""
+    if jax.config.values["jax_platforms"] in (None, "cpu"):
+        with contextlib.suppress(RuntimeError):  # JAX has started: it keeps those it has
+            jax.config.update("jax_num_cpu_devices", count)
+    return min(count, jax.local_device_count())
+
+
+def chunk_and_arguments(
+    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The compiled chunk that the trainer runs, and what it is called with at the start of a run.
 
     Args:
         config: a resolved run's config.
         data: held on the device.
         steps: updates a call.
         devices: how many to spread a batch over.
-
-    Returns:
-        A function that advances the run and returns the last chunk's metrics.
+        runs: how many to advance side by side in one program; 0: one, not vmapped.
     """
     from bs_jax.training import parallel, plan, step
 
-    used = jax.devices()[:devices]
-    programs = step.make_programs(config, CLASSES, data.image_shape, used)
-    inputs = parallel.replicate(step.run_inputs(config), used)
-    resident = parallel.replicate(pipeline.device_arrays(data), used)
-    state = parallel.replicate(programs.init(step.run_inputs(config)), used)
-    order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data.labels)
+    used = jax.local_devices()[:devices]
+    programs = step.make_programs(config, CLASSES, data.image_shape, used, vmapped=bool(runs))
+    inputs = step.run_inputs(config)
+    order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data)
     batches = plan.per_device(order.reshape(steps, -1), devices)
+    if runs:
+        inputs = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), inputs)
+        batches = np.stack([batches] * runs, axis=1)
+    state = parallel.replicate(programs.init(inputs), used)
+    inputs = parallel.replicate(inputs, used)
+    resident = parallel.replicate(pipeline.device_arrays(data), used)
+    return programs.train_chunk, (state, inputs, resident, batches)
+
+
+def train_chunks(
+    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+) -> Callable[[], Any]:
+    """A call that takes `steps` updates and returns their metrics; see `chunk_and_arguments`."""
+    chunk, (state, *others) = chunk_and_arguments(config, data, steps, devices, runs)
 
     def run() -> Any:
         nonlocal state
-        state, metrics = programs.train_chunk(state, inputs, resident, batches)
+        state, metrics = chunk(state, *others)
+        return metrics
+
+    return run
+
+
+def streamed_chunks(config: Mapping[str, Any], data: ArraySplit) -> Callable[[Any], Any]:
+    """A call that takes the updates of one streamed chunk: (images, labels, aspects)."""
+    from bs_jax.training import parallel, plan, step
+
+    used = jax.local_devices()[:1]
+    programs = step.make_programs(config, CLASSES, data.image_shape, used)
+    inputs = step.run_inputs(config)
+    state = parallel.replicate(programs.init(inputs), used)
+    inputs = parallel.replicate(inputs, used)
+
+    def run(chunk: Any) -> Any:
+        nonlocal state
+        batches = tuple(plan.per_device(leaf, 1) for leaf in chunk)
+        state, metrics = programs.train_chunk(state, inputs, (), batches)
         return metrics
 
     return run

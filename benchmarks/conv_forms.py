@@ -2,7 +2,7 @@
 
 python -m benchmarks.conv_forms --cases=large --json=F
 
-Each of forward pass and kernel gradient in each form, in a `lax.scan` as a training loop runs it;
+Forward pass and both gradients in each form, in a `lax.scan` as a training loop runs it;
 the forms take turns. `chosen_over_best` is 1 where the library's choice is the quickest form.
 `--library=default` compiles as XLA does by itself, not as the trainer has it compile
 (`bs_jax.training.compilation.compiler_options`).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax import lax
 
 from benchmarks import _measure
 from bs_jax.models import conv_cpu
-from bs_jax.models.conv_cpu import FORMS, Settings
+from bs_jax.models.conv_cpu import FORMS, IMAGE_GRADIENTS, Settings
 from bs_jax.training import compilation
 
 
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             times = "  ".join(f"{n} {us:8.0f}" for n, us in row["microseconds"].items())
             shape = " ".join(f"{name[0]}{value}" for name, value in case._asdict().items())
             print(
-                f"{shape:28s} {row['pass']:15s} {times}  chosen {row['chosen']:8s} "
+                f"{shape:28s} {row['pass']:15s} {times}  chosen {row['chosen']} "
                 f"{row['chosen_over_best']:.2f}",
                 flush=True,
             )
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def measure(case: Case, rounds: int, library: str) -> list[dict[str, Any]]:
-    """Times of all forms of both passes."""
+    """Times of all forms of the three passes."""
     draw = np.random.default_rng(0)
 
     def array(*shape: int) -> jax.Array:
@@ -110,31 +111,37 @@ def measure(case: Case, rounds: int, library: str) -> list[dict[str, Any]]:
 
     images = array(case.examples, case.size, case.size, case.channels)
     kernel = 0.1 * array(case.kernel_size, case.kernel_size, case.channels, case.features)
-    slopes = FORMS["taps"].forward(case.settings, images, kernel)
-    sizes = (images.shape, kernel.shape, case.settings)
-    options = compilation.compiler_options("cpu") if library == "trainer" else {}
-    passes: dict[str, tuple[str, Callable[..., Any], jax.Array]] = {
+    settings, size = case.settings, kernel.shape[:2]
+    slopes = FORMS["taps"].forward(settings, images, kernel)
+    passes: dict[str, tuple[str, dict[str, Callable[..., jax.Array]], tuple[jax.Array, ...]]] = {
         "forward": (
-            conv_cpu.choose_forward(*sizes),
-            lambda form, images, kernel: form.forward(case.settings, images, kernel),
-            kernel,
+            conv_cpu.choose_forward(images.shape, kernel.shape, settings),
+            {name: partial(form.forward, settings) for name, form in FORMS.items()},
+            (images, kernel),
+        ),
+        "image gradient": (
+            conv_cpu.choose_image_gradient(slopes.shape, kernel.shape),
+            {
+                name: lambda slopes, kernel, f=form: f(settings, images.shape[1:3], kernel, slopes)
+                for name, form in IMAGE_GRADIENTS.items()
+            },
+            (slopes, kernel),
         ),
         "kernel gradient": (
-            conv_cpu.choose_kernel_gradient(
-                images.shape, (*kernel.shape[:2], case.features), case.settings
-            ),
-            lambda form, images, slopes: form.kernel_gradient(
-                case.settings, images, kernel.shape[:2], slopes
-            ),
-            slopes,
+            conv_cpu.choose_kernel_gradient(images.shape, (*size, case.features), settings),
+            {
+                name: lambda images, slopes, f=form: f.kernel_gradient(
+                    settings, images, size, slopes
+                )
+                for name, form in FORMS.items()
+            },
+            (images, slopes),
         ),
     }
+    options = compilation.compiler_options("cpu") if library == "trainer" else {}
     rows = []
-    for name, (chosen, apply, other) in passes.items():
-        programs = {
-            form_name: _program(lambda a, b, f=form, g=apply: g(f, a, b), images, other, options)
-            for form_name, form in FORMS.items()
-        }
+    for name, (chosen, forms, operands) in passes.items():
+        programs = {form: _program(apply, *operands, options) for form, apply in forms.items()}
         times = _measure.interleave(programs, rounds=rounds)
         # The least of a form's times: what else runs on the machine can only add to them.
         best = {form: 1e6 * min(turns) / _REPEATS for form, turns in times.items()}

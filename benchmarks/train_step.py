@@ -3,9 +3,9 @@
 python -m benchmarks.train_step --model=xresnet50 --image_size=64 --batch_size=32 --against=torch
 
 Ours is the compiled chunk that the trainer runs, with its gather, normalisation, schedule and
-metrics; PyTorch's the same network, loss and AdamW (fused) on the same images. Both keep the images
-on the device and use the same number of threads; they take turns. `ratio_torch_over_ours` is above 1 where ours is
-quicker than PyTorch's quickest eager form (of the two memory formats).
+metrics; PyTorch's the same network, loss and AdamW (fused) on the same images. Both keep the
+images on the device and use as many threads; they take turns. `ratio_torch_over_ours` is above 1
+where ours is quicker than PyTorch's quickest eager form (of the two memory formats).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--matmul", type=int, default=2048, help="size of the peak's product")
     parser.add_argument("--json", help="file to write the result to")
     flags = parser.parse_args(arguments)
     result = measure(flags)
@@ -63,7 +64,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     times = {name: [t / flags.steps for t in turns] for name, turns in times.items()}
     rows = _measure.summary(times, against="ours")
     flops = 2 * multiply_adds(flags.model, flags.image_size, flags.batch_size)
-    peak = matmul_peak()
+    peak = matmul_peak(flags.matmul, flags.dtype)
     seconds = rows["ours"]["seconds"]
     result = {
         **{k: getattr(flags, k) for k in ("model", "image_size", "batch_size", "dtype", "steps")},
@@ -100,9 +101,9 @@ def multiply_adds(model: str, image_size: int, batch_size: int) -> int:
     return 3 * batch_size * forward
 
 
-def matmul_peak(size: int = 2048) -> float:
-    """Multiplications and additions a second in a large float32 matrix product, at best."""
-    a = jnp.ones((size, size))
+def matmul_peak(size: int, dtype: str) -> float:
+    """Multiplications and additions a second in a large matrix product, at best."""
+    a = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(a, a))
     times = []

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @jax.custom_vjp
 def mish(x: jax.Array) -> jax.Array:
     r"""Mish: ``x tanh(log(1 + e^x))``.
 
-    With w = e^x and n = w (w + 2), tanh(log(1 + w)) = n / (n + 2): one exponential, and the
-    backward pass keeps x alone:
+    With w = e^x and n = w (w + 2), tanh(log(1 + w)) = n / (n + 2). The backward pass keeps x alone
+    and has one exponential and one division too, so that each is one pass over memory:
 
-        d mish/dx = t + x (1 - t^2) w / (1 + w),   t = n / (n + 2)
+        d mish/dx = w (4 (x + 1) + w (4 x + 6 + w (4 + w))) / (n + 2)^2
 
     Args:
         x: float array of any shape; computed in float32.
@@ -47,10 +48,13 @@ def _mish_forward(x):
 
 
 def _mish_backward(x, dy):
-    wide = x.astype(jnp.float32)
+    # The barrier keeps XLA from holding the forward pass's exponential until here: computing it
+    # again is quicker than fetching it.
+    wide = lax.optimization_barrier(x).astype(jnp.float32)
     w = _exp(wide)
-    t = _tanh_softplus(w)
-    slope = t + wide * (1.0 - t * t) * (w / (1.0 + w))
+    numerator = w * (4.0 * (wide + 1.0) + w * (4.0 * wide + 6.0 + w * (4.0 + w)))
+    denominator = w * (w + 2.0) + 2.0
+    slope = numerator / (denominator * denominator)
     return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
 
 

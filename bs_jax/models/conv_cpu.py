@@ -23,6 +23,9 @@ from jax import lax
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 _BLOCK = 32  # channels that small groups are joined to: narrower products run at a tenth of speed
+_NARROW = 16  # channels below which a window's taps make one matrix product
+_TINY_MAP = 4  # positions of the outputs up to which XLA's convolution takes its loop nest
+_TALL = 512  # rows from which a matrix is transposed in memory before it is multiplied
 
 
 class Settings(NamedTuple):
@@ -93,8 +96,8 @@ def _convolve_forward(settings, images, kernel):
 def _convolve_backward(settings, kept, slopes):
     images, kernel = kept
     return (
-        image_gradient(settings, images.shape[1:3], kernel, slopes),
-        kernel_gradient(settings, images, kernel.shape[:2], slopes),
+        image_gradient(settings, _map(images), kernel, slopes),
+        kernel_gradient(settings, images, _window(kernel), slopes),
     )
 
 
@@ -117,7 +120,41 @@ def kernel_gradient(
 def image_gradient(
     settings: Settings, size: Pair, kernel: jax.Array, slopes: jax.Array
 ) -> jax.Array:
-    """Slopes of the images, from those of the outputs.
+    """Slopes of the images, from those of the outputs."""
+    name = choose_image_gradient(slopes.shape, kernel.shape)
+    return IMAGE_GRADIENTS[name](settings, size, kernel, slopes)
+
+
+def columns_image_gradient(
+    settings: Settings, size: Pair, kernel: jax.Array, slopes: jax.Array
+) -> jax.Array:
+    """Add every tap's share, of slopes @ kernel^T, where the tap was ("col2im")."""
+    height, width, channels, features = kernel.shape
+    shares = lax.dot_general(
+        slopes,
+        kernel.reshape(-1, features),
+        (((3,), (1,)), ((), ())),
+        preferred_element_type=_accumulator(slopes.dtype),
+    ).reshape(*slopes.shape[:3], height, width, channels)
+    total: Any = None
+    for tap in _taps(size, _map(slopes), (height, width), settings):
+        part = shares[:, *tap.outputs, *tap.place]
+        around = [
+            (taken.start, count - taken.stop, stride - 1)
+            for taken, count, stride in zip(tap.inputs, size, settings.strides, strict=True)
+        ]
+        zero = jnp.zeros((), part.dtype)
+        part = lax.pad(part, zero, [(0, 0, 0), *around, (0, 0, 0)])
+        total = part if total is None else total + part
+    if total is None:
+        return jnp.zeros((slopes.shape[0], *size, channels), slopes.dtype)
+    return total.astype(slopes.dtype)
+
+
+def residues_image_gradient(
+    settings: Settings, size: Pair, kernel: jax.Array, slopes: jax.Array
+) -> jax.Array:
+    """Convolutions of the slopes, one for every residue of the position by the stride.
 
     Every position u of an axis is reached by the taps i with u + pad - i divisible by the stride:
     positions of one residue are a convolution of the slopes with every stride-th tap, reversed.
@@ -157,9 +194,7 @@ class _Residue(NamedTuple):
     length: int
 
 
-def _residues(
-    size: int, taps: int, outputs: int, settings: Settings, axis: int
-) -> Iterator[_Residue]:
+def _residues(size: int, taps: int, outputs: int, settings: Settings, axis: int) -> list[_Residue]:
     """For each residue of the position: the taps that reach it and the slopes' padding."""
     stride, before = settings.strides[axis], settings.padding[axis][0]
     found = []
@@ -189,24 +224,40 @@ def _interleave(parts: list[jax.Array], axis: int, size: int) -> jax.Array:
 
 def choose_forward(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> str:
     """The quickest form of the forward pass, as measured; a key of `FORMS`."""
-    if kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0)):
+    if _pointwise(kernel, settings):
         return "taps"  # one matrix product
-    if kernel[2] < 16:
-        return "patches"
     height, width = _output_size(images, kernel, settings)
-    return "taps" if height * width <= 4 else "xla"
+    return "patches" if kernel[2] < _NARROW or height * width <= _TINY_MAP else "xla"
+
+
+def choose_image_gradient(slopes: tuple[int, ...], kernel: tuple[int, ...]) -> str:
+    """The quickest form of the images' gradient, as measured; a key of `IMAGE_GRADIENTS`."""
+    tiny = kernel[:2] == (1, 1) or slopes[1] * slopes[2] <= _TINY_MAP
+    return "columns" if tiny or kernel[2] < _NARROW else "residues"
 
 
 def choose_kernel_gradient(
     images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings
 ) -> str:
     """The quickest form of the kernel's gradient, as measured; a key of `FORMS`."""
-    if kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0)):
+    if _pointwise(kernel, settings):
         return "taps"
-    if images[-1] < 16:
+    if images[-1] < _NARROW:
         return "patches"
     height, width = _output_size(images, kernel, settings)
-    return "taps" if height * width <= 4 else "xla"
+    return "taps" if height * width <= _TINY_MAP else "xla"
+
+
+def _map(images: jax.Array) -> Pair:
+    return images.shape[1], images.shape[2]
+
+
+def _window(kernel: jax.Array) -> Pair:
+    return kernel.shape[0], kernel.shape[1]
+
+
+def _pointwise(kernel: tuple[int, ...], settings: Settings) -> bool:
+    return kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0))
 
 
 def _output_size(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> Pair:
@@ -251,7 +302,7 @@ def taps_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> ja
     """Sum over the taps of (images at the tap) @ (kernel at the tap)."""
     outputs = _output_size(images.shape, kernel.shape, settings)
     total: Any = None
-    for tap in _taps(images.shape[1:3], outputs, kernel.shape[:2], settings):
+    for tap in _taps(_map(images), outputs, _window(kernel), settings):
         part = jnp.einsum(
             "nhwc,cf->nhwf",
             images[:, *tap.inputs],
@@ -279,7 +330,7 @@ def taps_kernel_gradient(
             images[:, *tap.inputs].reshape(-1, channels),
             slopes[:, *tap.outputs].reshape(-1, features),
         )
-        for tap in _taps(images.shape[1:3], slopes.shape[1:3], kernel_size, settings)
+        for tap in _taps(_map(images), _map(slopes), kernel_size, settings)
     }
     zeros = jnp.zeros((channels, features), images.dtype)
     places = itertools.product(range(kernel_size[0]), range(kernel_size[1]))
@@ -289,9 +340,11 @@ def taps_kernel_gradient(
 
 
 def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T @ b for tall a and b: quicker if the narrower one is transposed in memory before."""
+    """a^T @ b; for tall ones quicker if the narrower is transposed in memory before."""
     wide = _accumulator(a.dtype)
-    if a.shape[1] <= b.shape[1]:
+    if a.shape[0] < _TALL:
+        product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+    elif a.shape[1] <= b.shape[1]:
         product = jnp.matmul(lax.optimization_barrier(a.T), b, preferred_element_type=wide)
     else:
         product = jnp.matmul(lax.optimization_barrier(b.T), a, preferred_element_type=wide).T
@@ -330,7 +383,7 @@ def _patches(settings: Settings, images: jax.Array, kernel_size: Pair) -> jax.Ar
 
 def patches_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
     """(rows of patches) @ kernel."""
-    rows = _patches(settings, images, kernel.shape[:2])
+    rows = _patches(settings, images, _window(kernel))
     outputs = jnp.matmul(
         rows,
         kernel.reshape(-1, kernel.shape[-1]),
@@ -441,6 +494,12 @@ FORMS: dict[str, Form] = {
     "taps": Form(taps_forward, taps_kernel_gradient),
     "patches": Form(patches_forward, patches_kernel_gradient),
     "xla": Form(xla_forward, xla_kernel_gradient),
+}
+
+
+IMAGE_GRADIENTS: dict[str, Callable[..., jax.Array]] = {
+    "columns": columns_image_gradient,
+    "residues": residues_image_gradient,
 }
 
 

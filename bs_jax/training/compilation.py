@@ -8,7 +8,7 @@ from pathlib import Path
 
 # XLA hands convolutions and matrix products to YNNPACK, which takes about twice as long as its own
 # (`benchmarks/conv_forms.py --library=default`); for large sums YNNPACK is the quicker.
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @functools.cache

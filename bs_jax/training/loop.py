@@ -12,7 +12,7 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
-from bs_jax.training import distributed, parallel, plan, step, validate
+from bs_jax.training import distributed, memory, parallel, plan, step, validate
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.records import RunFolder
@@ -90,26 +90,67 @@ class Trainer:
             Interrupted: `should_stop` said so.
         """
         done = distributed.on_first(lambda: [folder.done for folder in folders])
-        sessions = []
+        sessions: list[Session | None] = []
         try:
             for folder, finished in zip(folders, done, strict=True):
-                if not finished:
-                    fresh = self._initial_state(folder)
-                    session = Session(folder, self._plan, self._devices, on_event)
-                    session.restore(fresh, functools.partial(self._begin, folder, other_run))
-                    sessions.append(session)
-            if self._vmapped and sessions:
-                _meet(sessions)
-                self._train_group(sessions, should_stop, lanes=len(folders))
-            for session in () if self._vmapped else sessions:
-                self._train_group([session], should_stop)
+                sessions.append(None if finished else self._session(folder, on_event, other_run))
+            for group, lanes in self._groups(sessions):
+                if group:
+                    _meet(group)
+                    self._train_group(group, should_stop, lanes)
         finally:
             for session in sessions:
-                session.close()
+                if session:
+                    session.close()
         return distributed.on_first(lambda: [folder.summary() for folder in folders])
 
+    def _session(
+        self, folder: RunFolder, on_event: Callable[[Event], None], other_run: OtherRun | None
+    ) -> Session:
+        """An unfinished run at the state that it goes on from."""
+        fresh = self._initial_state(folder)
+        session = Session(folder, self._plan, self._devices, on_event)
+        session.restore(fresh, functools.partial(self._begin, folder, other_run))
+        return session
+
+    def _groups(self, sessions: Sequence[Session | None]) -> list[tuple[list[Session], int]]:
+        """Runs that advance together, and how many lanes their program has.
+
+        Each on its own; if vmapped, as many as fit in memory. A finished run (None) keeps its
+        place, so that who shares a program does not depend on interruptions.
+        """
+        size = self._runs_at_once(sessions) if self._vmapped else 1
+        parts = [sessions[at : at + size] for at in range(0, len(sessions), size)]
+        return [([session for session in part if session], len(part)) for part in parts]
+
+    def _runs_at_once(self, sessions: Sequence[Session | None]) -> int:
+        """How many of these runs fit on a device side by side."""
+        open_sessions = [session for session in sessions if session is not None]
+        if len(sessions) == 1 or not open_sessions:
+            return 1
+        session, chunk = open_sessions[0], Chunk(0, 1, evaluate=False, checkpoint=False)
+        order = self._per_device(self._order(session, chunk))
+        read = (self._data.train.image_shape, (np.uint8, np.int32, np.float32))
+        batches = order
+        if self._streamed:
+            shapes = [(*order.shape, *read[0]), order.shape, order.shape]
+            batches = tuple(map(jax.ShapeDtypeStruct, shapes, read[1]))
+        one = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype),
+            (session.state, step.run_inputs(session.config)),
+        )
+        batches = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], 1, *leaf.shape[1:]), leaf.dtype),
+            batches,
+        )
+        peak = memory.peak_bytes(self._programs.train_chunk, *one, self._train_data, batches)
+        shared = sum(leaf.nbytes for leaf in (*self._train_data, *self._eval_data))
+        budget = pipeline.device_budget_bytes(self._local[0], 1.0)
+        own = peak - sum(leaf.nbytes for leaf in self._train_data)
+        return memory.runs_at_once(own, shared, budget, len(sessions))
+
     def _train_group(
-        self, group: list[Session], should_stop: Callable[[], bool], lanes: int = 1
+        self, group: list[Session], should_stop: Callable[[], bool], lanes: int
     ) -> None:
         for session in group:
             session.begin()

@@ -17,11 +17,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 
 def main(workdir: Path, remove: bool) -> None:
+    from faults import recipe
     from ray.cluster_utils import Cluster
 
     from bs_jax.experiments import ray_launcher, sweep
     from bs_jax.experiments.progress import Display
-    from faults import recipe
 
     config = json.loads(recipe.get_config().to_json())
     config["train_examples"] = 384

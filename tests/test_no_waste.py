@@ -1,0 +1,178 @@
+"""The loop wastes nothing: compiles once, copies no state, waits for the device once a chunk."""
+
+import contextlib
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_helpers import tiny_config, tiny_data
+
+from bs_jax.experiments.points import resolve
+from bs_jax.training import compilation, loop, memory, parallel, profiling, step
+from bs_jax.training.loop import Trainer
+from bs_jax.training.records import RunFolder
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    found = []
+
+    def listen(event, duration, **_):
+        if event == COMPILED:
+            found.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def folders(path, *overrides):
+    runs = [resolve(tiny_config(**override)) for override in overrides]
+    return [RunFolder(path / str(number), run) for number, run in enumerate(runs)]
+
+
+def test_runs_that_differ_in_values_only_and_further_evaluations_compile_nothing(tmp_path):
+    first, *others = folders(
+        tmp_path,
+        {},
+        {"seed": 1},
+        {"optimizer.hyperparams.learning_rate": 1e-3, "optimizer.hyperparams.weight_decay": 0.2},
+        {"bn_decay": 0.5, "optimizer.hyperparams.b2": 0.9},
+    )
+    trainer = Trainer(first.run.config, tiny_data(), jax.devices()[:1])
+    with counted_compilations() as found:
+        trainer.train([first])  # two chunks of one length, two evaluations
+        assert found, "the counter does not count"
+        again = len(found)
+        trainer.train(others)
+        assert len(found) == again
+
+
+def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
+    (folder,) = folders(
+        tmp_path,
+        {"eval_every_examples": 48, "log_every_examples": 16, "checkpoint_every_examples": 0},
+    )
+    trainer = Trainer(folder.run.config, tiny_data(), jax.devices()[:1])
+    fetches, chunks = [], []
+    get, train_chunk = jax.device_get, trainer._programs.train_chunk
+
+    def counted_get(tree):
+        fetches.append(len(chunks))
+        return get(tree)
+
+    def counted_chunk(*args):
+        chunks.append(1)
+        # All that the chunk reads is on the device, but for the numbers of its examples.
+        with jax.transfer_guard_device_to_host("disallow"):
+            return train_chunk(*args)
+
+    trainer._programs = trainer._programs._replace(train_chunk=counted_chunk)
+    sessions_made = trainer._initial_state
+    monkeypatch.setattr(trainer, "_initial_state", lambda f: (sessions_made(f), fetches.clear())[0])
+    monkeypatch.setattr(loop.jax, "device_get", counted_get)
+    trainer.train([folder])
+    # 192 examples in chunks of 48: the numbers of a chunk are fetched after the next one began.
+    assert len(chunks) == 4
+    assert fetches == [2, 3, 4, 4]
+
+
+def test_the_state_is_donated_and_lives_on_in_the_same_memory():
+    config = resolve(tiny_config()).config
+    devices = jax.devices()[:1]
+    programs = step.make_programs(config, 3, (8, 8, 1), devices)
+    inputs = step.run_inputs(config)
+    state = parallel.replicate(programs.init(inputs), devices)
+    batches = np.zeros((1, 2, 16), np.int32)
+    data = parallel.replicate(
+        (jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4)), devices
+    )
+    new, _ = programs.train_chunk(state, inputs, data, batches)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, inputs, data)))
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("BS_JAX_CACHE", str(tmp_path))
+    before = {
+        name: jax.config.values[name]
+        for name in (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+            "jax_persistent_cache_min_entry_size_bytes",
+        )
+    }
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation.enable_cache()
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_options_for_the_compiler_are_given_on_cpus_only_and_leave_the_users_alone(monkeypatch):
+    compilation.compiler_options.cache_clear()
+    assert compilation.compiler_options("gpu") == {}
+    for name in compilation._CPU_OPTIONS:
+        monkeypatch.setenv("XLA_FLAGS", f"--{name}=")
+        assert compilation.compiler_options("cpu") == {}
+        compilation.compiler_options.cache_clear()
+    monkeypatch.setattr(compilation, "_CPU_OPTIONS", {"xla_of_another_version": "1"})
+    assert compilation.compiler_options("cpu") == {}
+    compilation.compiler_options.cache_clear()
+
+
+def test_a_profile_names_operations_and_opens_in_perfetto(tmp_path):
+    config = resolve(tiny_config()).config
+    found = profiling.profile(config, tiny_data(), jax.devices()[:1], tmp_path, updates=2)
+    assert found.seconds_per_update > 0
+    assert sum(share for _, share in found.operations) == pytest.approx(1)
+    assert len(found.operations) > 10
+    assert str(tmp_path) in found.to_text()
+    (perfetto,) = tmp_path.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(perfetto.read_bytes()))["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert found.operations[0][0] in names
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    assert memory.peak_bytes(lambda x: x + 1, x) == 8000
+    assert memory.peak_bytes(lambda x: jnp.sin(jnp.sin(jnp.sin(x))), x) == 8000  # x is not needed
+    assert memory.peak_bytes(lambda x: jnp.sin(x) + jnp.cos(x), x) == 12000
+
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (c + jnp.sin(c) * 2, None), x, None, length=100)[0]
+
+    assert 12000 <= memory.peak_bytes(loop, x) <= 20000
+
+
+def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
+    runs = folders(tmp_path, *({"seed": seed} for seed in range(5)))
+    trainer = Trainer(runs[0].run.config, tiny_data(), jax.devices()[:1], vmapped=True)
+    one = []
+    decide = memory.runs_at_once
+
+    def little_memory(own, shared, budget, wanted):
+        one.append(own)
+        return decide(own, shared, shared + int(2.1 / 0.7 * own), wanted)
+
+    monkeypatch.setattr(memory, "runs_at_once", little_memory)
+    sizes = []
+    train_group = trainer._train_group
+    monkeypatch.setattr(
+        trainer, "_train_group", lambda g, *rest: (sizes.append(len(g)), train_group(g, *rest))[1]
+    )
+    trainer.train(runs)
+    assert sizes == [2, 2, 1]
+    assert all(folder.done for folder in runs)
+    parameters = 77_000 // 100  # the tiny network has about a thousand, held several times
+    assert one[0] > 4 * 3 * parameters
