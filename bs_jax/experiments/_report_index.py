@@ -39,7 +39,7 @@ class Index:
             stamp: of `stamp_of` now.
             read: turns what was stored into what is wanted; may fail in any way.
         """
-        entry = self._entries.get(run_id)
+        entry: Any = self._entries.get(run_id)
         try:
             return read(entry["found"]) if entry["stamp"] == stamp else None
         except Exception:  # written by another version, damaged, or by somebody else

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import socket
@@ -79,7 +80,7 @@ def run_ray(
 
 def _connect(address: str | None) -> Any:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"--launcher=ray needs Ray ({error}); install it: pip install 'bs_jax[ray]'"
@@ -89,7 +90,7 @@ def _connect(address: str | None) -> Any:
             address=address or os.environ.get("RAY_ADDRESS"),
             log_to_driver=False,
             include_dashboard=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -227,7 +228,9 @@ def _serve(
     stop: StopRequest,
     resources: dict[str, float],
 ) -> list[str]:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
+        NodeAffinitySchedulingStrategy,
+    )
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
