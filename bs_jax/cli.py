@@ -144,6 +144,11 @@ def _refuse_overridden(points: list[Any]) -> None:
 
 
 def _workdir(default: str) -> Path:
+    if "://" in (FLAGS.workdir or ""):
+        raise UserError(
+            f"--workdir={FLAGS.workdir} is no folder: object stores cannot lock a run against a "
+            "second process; mount it (gcsfuse, s3fs) and give the folder"
+        )
     return Path(FLAGS.workdir or default).expanduser()
 
 

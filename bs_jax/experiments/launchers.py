@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bs_jax.errors import UserError
 from bs_jax.experiments import sweep
@@ -24,6 +24,7 @@ from bs_jax.training import distributed, optimizers
 from bs_jax.training.records import Run, RunFolder
 
 _MAX_TRIES = 2  # of a run whose process died under it
+LOG_BYTES = 1 << 20  # of a worker's log, beside the old one
 _PARTING_SECONDS = 10.0  # that a worker gets beyond its grace
 
 
@@ -156,6 +157,14 @@ def _train_here(
         raise Stopped(stop.number or signal.SIGTERM)
 
 
+def open_log(path: Path) -> TextIO:
+    """Open a worker's log to append to; what is over a size becomes the old one first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_name(path.name + ".old"))
+    return open(path, "a", encoding="utf-8")
+
+
 @dataclasses.dataclass
 class _Worker:
     """A worker process and what it was last told to do."""
@@ -222,7 +231,6 @@ class _Pool:
         self._tries: dict[str, int] = {}
         self._failures: list[str] = []
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        (workdir / "logs").mkdir(parents=True, exist_ok=True)
 
     def serve(self, count: int, stopping: Callable[[], bool]) -> list[str]:
         for number in range(count):
@@ -247,7 +255,7 @@ class _Pool:
         return self._failures
 
     def _start(self, number: int) -> _Worker:
-        log = open(self._workdir / "logs" / f"worker-{number}.log", "a", encoding="utf-8")  # noqa: SIM115
+        log = open_log(self._workdir / "logs" / f"worker-{number}.log")
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.experiments.worker"],
             stdin=subprocess.PIPE,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.launchers import Schedule
+from bs_jax.experiments.launchers import Schedule, open_log
 from bs_jax.experiments.progress import Display, describe
 from bs_jax.experiments.stopping import GRACE_SECONDS, Stopped, StopRequest
 from bs_jax.training.records import Run
@@ -171,12 +171,10 @@ def train_share(
     Raises:
         WorkerLost: the process ended early.
     """
-    logs = Path(setup["workdir"]) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     name = f"worker-{socket.gethostname()}-{os.getpid()}.log"
     assignments = [runs] if setup["run_axis"] == "vmap" else [[run] for run in runs]
     failures: list[str] = []
-    with open(logs / name, "a", encoding="utf-8") as log:
+    with open_log(Path(setup["workdir"]) / "logs" / name) as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.experiments.worker"],
             stdin=subprocess.PIPE,
