@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import socket
@@ -89,7 +90,7 @@ def _connect(address: str | None) -> Any:
             address=address or os.environ.get("RAY_ADDRESS"),
             log_to_driver=False,
             include_dashboard=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
