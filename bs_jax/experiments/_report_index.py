@@ -39,8 +39,8 @@ class Index:
             stamp: of `stamp_of` now.
             read: turns what was stored into what is wanted; may fail in any way.
         """
-        entry: Any = self._entries.get(run_id)
         try:
+            entry = self._entries[run_id]
             return read(entry["found"]) if entry["stamp"] == stamp else None
         except Exception:  # written by another version, damaged, or by somebody else
             return None

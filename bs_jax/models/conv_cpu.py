@@ -25,7 +25,7 @@ Padding = tuple[Pair, Pair]
 _BLOCK = 32  # channels that small groups are joined to: narrower products run at a tenth of speed
 _NARROW = 16  # channels below which a window's taps make one matrix product
 _TINY_MAP = 4  # positions of the outputs up to which XLA's convolution takes its loop nest
-_TALL = 512  # rows from which a matrix is transposed in memory before it is multiplied
+_TALL = range(512, 8193)  # rows of a matrix that is better transposed in memory before a product
 
 
 class Settings(NamedTuple):
@@ -130,15 +130,22 @@ def columns_image_gradient(
 ) -> jax.Array:
     """Add every tap's share, of slopes @ kernel^T, where the tap was ("col2im")."""
     height, width, channels, features = kernel.shape
-    shares = lax.dot_general(
-        slopes,
-        kernel.reshape(-1, features),
-        (((3,), (1,)), ((), ())),
-        preferred_element_type=_accumulator(slopes.dtype),
-    ).reshape(*slopes.shape[:3], height, width, channels)
+    wide = _accumulator(slopes.dtype)
+    if (height, width) == (1, 1):
+        rows = slopes.reshape(-1, features)
+        shares = lax.dot_general(
+            rows, kernel[0, 0], (((1,), (1,)), ((), ())), preferred_element_type=wide
+        )
+        shares = shares.reshape(1, 1, *slopes.shape[:3], channels)
+    else:
+        # As kernel @ slopes^T: the kernel is the large one, and is read as it lies in memory.
+        turned = lax.optimization_barrier(slopes.reshape(-1, features).T)
+        shares = jnp.matmul(kernel.reshape(-1, features), turned, preferred_element_type=wide)
+        shares = shares.reshape(height, width, channels, *slopes.shape[:3])
+        shares = jnp.moveaxis(shares, 2, -1)
     total: Any = None
     for tap in _taps(size, _map(slopes), (height, width), settings):
-        part = shares[:, *tap.outputs, *tap.place]
+        part = shares[*tap.place, :, *tap.outputs]
         around = [
             (taken.start, count - taken.stop, stride - 1)
             for taken, count, stride in zip(tap.inputs, size, settings.strides, strict=True)
@@ -342,7 +349,7 @@ def taps_kernel_gradient(
 def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a^T @ b; for tall ones quicker if the narrower is transposed in memory before."""
     wide = _accumulator(a.dtype)
-    if a.shape[0] < _TALL:
+    if a.shape[0] not in _TALL:
         product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=wide)
     elif a.shape[1] <= b.shape[1]:
         product = jnp.matmul(lax.optimization_barrier(a.T), b, preferred_element_type=wide)
