@@ -152,3 +152,29 @@ def test_a_sweep_in_processes_survives_a_killed_worker_and_resumes(tmp_path):
     assert code == 0, again
     assert "All 22 runs are done already" in again
     assert (tmp_path / "report" / "index.html").exists()
+
+
+@pytest.mark.long
+def test_a_sweep_whose_own_process_is_killed_goes_on(tmp_path):
+    """Its workers notice at their next event; the same command waits for them and finishes."""
+    flags = ("--config=tests/faults/recipe.py", "--sweep=tiny", "--workers=2")
+    command = [sys.executable, "main.py", *flags]
+    for name in ("whole", "killed"):
+        workdir = tmp_path / name
+        again = [*command, f"--workdir={workdir}"]
+        if name == "killed":
+            process = subprocess.Popen(again, cwd=ROOT, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not any(
+                path.stat().st_size for path in workdir.glob("runs/*/metrics.jsonl")
+            ):
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            assert len(list(workdir.glob("runs/*/DONE"))) < 3
+        done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    assert len(list(workdir.glob("runs/*/DONE"))) == 3
+    for metrics in (tmp_path / "whole").glob("runs/*/metrics.jsonl"):
+        twin = workdir / metrics.relative_to(tmp_path / "whole")
+        assert twin.read_bytes() == metrics.read_bytes()

@@ -80,7 +80,7 @@ def run_ray(
 
 def _connect(address: str | None) -> Any:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"--launcher=ray needs Ray ({error}); install it: pip install 'bs_jax[ray]'"
@@ -228,7 +228,9 @@ def _serve(
     stop: StopRequest,
     resources: dict[str, float],
 ) -> list[str]:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.scheduling_strategies import (  # pyright: ignore[reportMissingImports]
+        NodeAffinitySchedulingStrategy,
+    )
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -29,9 +29,13 @@ def kill_at_a_change(kind: tuple[str, ...]) -> Fault:
 
     def inject(bench: Bench, workdir: Path, rng: random.Random) -> list[str]:
         bench.undisturbed(kind)
+        places: dict[str, list[int]] = {}
+        for number, what in enumerate(bench.changes[kind], 1):
+            places.setdefault(describe_kill(what), []).append(number)
         done = []
         for _ in range(_CHAIN):
-            at = rng.randint(1, len(bench.changes[kind]))
+            # Every place as often as the next, however few calls it has.
+            at = rng.choice(places[rng.choice(sorted(places))])
             trap = {"root": str(workdir), "at": at, "log": ""}
             code = bench.run(kind, workdir, trap=trap)
             if code != -signal.SIGKILL:
