@@ -16,7 +16,8 @@ from typing import Any
 from absl import flags
 
 from bs_jax.errors import UserError
-from bs_jax.flags import define_run_flags, join_processes
+from bs_jax.flags import define_run_flags, join_processes, print_commands, train_runs
+from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
@@ -41,15 +42,6 @@ def define_flags() -> None:
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
     flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
     flags.DEFINE_bool("dry_run", False, "List the points and their hyperparameters; train nothing.")
-    flags.DEFINE_integer(
-        "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
-    )
-    flags.DEFINE_enum(
-        "run_axis",
-        "loop",
-        ("loop", "vmap"),
-        "Runs that share a compiled program go one after another, or side by side.",
-    )
     flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
     flags.DEFINE_bool(
         "profile",
@@ -106,11 +98,13 @@ def one_line(error: Exception) -> str:
 
 
 def _config() -> dict[str, Any]:
-    """The config as plain nested data."""
+    """The config as plain nested data, of the right form."""
     try:
-        return json.loads(FLAGS.config.to_json())
+        config = json.loads(FLAGS.config.to_json())
     except OSError as error:  # config_flags keeps its failure to load until the first use
         raise UserError(f"--config: {one_line(error)}") from error
+    check_form(config)
+    return config
 
 
 def _config_module() -> ModuleType:
@@ -150,6 +144,11 @@ def _refuse_overridden(points: list[Any]) -> None:
 
 
 def _workdir(default: str) -> Path:
+    if "://" in (FLAGS.workdir or ""):
+        raise UserError(
+            f"--workdir={FLAGS.workdir} is no folder: object stores cannot lock a run against a "
+            "second process; mount it (gcsfuse, s3fs) and give the folder"
+        )
     return Path(FLAGS.workdir or default).expanduser()
 
 
@@ -162,7 +161,8 @@ def _command() -> str:
 
 
 def _sweep() -> int:
-    from bs_jax.experiments import launchers, progress, sweep
+    from bs_jax.experiments import progress, sweep
+    from bs_jax.experiments.stopping import Stopped
     from bs_jax.training import compilation, distributed, plan, records, validate
 
     if FLAGS.workers < 0:
@@ -172,6 +172,9 @@ def _sweep() -> int:
     points = _points()
     _refuse_overridden(points)
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
+    only = [run_id for run_id in FLAGS.only.split(",") if run_id]
+    for run_id in only:
+        validate.choose("run in --only", run_id, [run.run_id for run in planned.runs])
     if FLAGS.dry_run:
         print(sweep.listing(planned))
         return 0
@@ -182,67 +185,41 @@ def _sweep() -> int:
 
     def prepare() -> list[str]:
         folders = [sweep.run_folder(workdir, run) for run in planned.runs]
-        sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
+        if not only or not (workdir / "sweep.json").exists():  # else the whole sweep's stays
+            sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
         return [folder.run.run_id for folder in folders if not folder.done]
 
     open_ids = set(distributed.on_first(prepare))
-    pending = [run for run in planned.runs if run.run_id in open_ids]
+    wanted = [run for run in planned.runs if not only or run.run_id in only]
+    pending = [run for run in wanted if run.run_id in open_ids]
+    if FLAGS.launcher == "print":
+        print_commands(pending, workdir)
+        return 0
     failures: list[str] = []
     if not pending:
-        print(f"All {len(planned.runs)} runs are done already.")
+        print(f"All {len(wanted)} runs are done already.")
     else:
         compilation.enable_cache()
-        workers = _worker_count(len(pending))
         print(
-            f"{len(planned.rows)} points, {len(planned.runs)} runs, {len(pending)} to train, "
-            f"{workers or 1} at a time; records in {workdir}"
+            f"{len(planned.rows)} points, {len(wanted)} runs, {len(pending)} to train, "
+            f"records in {workdir}"
         )
         with progress.Display(
-            planned.runs, len(planned.runs) - len(pending), quiet=not distributed.is_first()
+            wanted, len(wanted) - len(pending), quiet=not distributed.is_first()
         ) as display:
             display.pending(pending)
             try:
-                if workers:
-                    failures = launchers.run_processes(
-                        pending,
-                        workdir,
-                        display,
-                        workers=workers,
-                        run_axis=FLAGS.run_axis,
-                        grace_seconds=FLAGS.grace_seconds,
-                    )
-                else:
-                    failures = launchers.run_inline(
-                        pending,
-                        workdir,
-                        display,
-                        run_axis=FLAGS.run_axis,
-                        grace_seconds=FLAGS.grace_seconds,
-                    )
-            except launchers.Stopped as stopped:
+                failures = train_runs(pending, planned.runs, workdir, display)
+            except Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
     writes = distributed.is_first()
     distributed.shutdown()
-    if writes:
+    if writes and not only:
         _write_report(workdir)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _worker_count(pending: int) -> int:
-    """How many worker processes; 0 for this process alone."""
-    import jax
-
-    if jax.process_count() > 1:
-        return 0
-    if FLAGS.workers:
-        return min(FLAGS.workers, pending)
-    if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, pending)
 
 
 def _load_data(runs: list[Any]) -> str:
@@ -266,8 +243,19 @@ def _train() -> int:
     from bs_jax.experiments.points import resolve
 
     run = resolve(_config())
-    workdir = _workdir(f"runs/{FLAGS.config.name}-train/{run.run_id}")
-    return _profile(run, workdir) if FLAGS.profile else _train_run(run, workdir)
+    default = f"runs/{FLAGS.config.name}-train/{run.run_id}"
+    if FLAGS.profile:
+        return _profile(run, _workdir(default))
+    if FLAGS.restore_from is None:
+        return _train_run(run, _workdir(default))
+    from bs_jax.training import distributed
+    from bs_jax.training.carry_over import OtherRun
+    from bs_jax.training.plan import with_length
+
+    path = Path(FLAGS.restore_from).expanduser()
+    other = OtherRun(path, with_length(_config())) if distributed.is_first() else None
+    run.hparams["restored_from"] = str(path)
+    return _train_run(run, _workdir(f"{default}-from-{path.name}"), other)
 
 
 def _profile(run: Any, workdir: Path) -> int:
@@ -298,7 +286,7 @@ def _noise_scale() -> int:
     return 0
 
 
-def _train_run(run: Any, workdir: Path) -> int:
+def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
     import jax
 
     from bs_jax.experiments import launchers, progress
@@ -316,14 +304,20 @@ def _train_run(run: Any, workdir: Path) -> int:
         return 0
     distributed.on_first(lambda: records.check_writable(workdir))
     _load_data([run])
-    if not distributed.on_first(lambda: RunFolder(workdir, run).done):
+
+    def open_folder(writes: bool = True) -> RunFolder:
+        return RunFolder(workdir, run, writes=writes, allow_change=FLAGS.allow_config_change)
+
+    if not distributed.on_first(lambda: open_folder().done):
         compilation.enable_cache()
         validate.check_devices(run.config, jax.device_count())
-        folder = RunFolder(workdir, run, writes=distributed.is_first())
+        folder = open_folder(distributed.is_first())
         with progress.Display([run], 0, quiet=not distributed.is_first()) as display:
             display.pending([run])
             try:
-                launchers.run_one(folder, display, grace_seconds=FLAGS.grace_seconds)
+                launchers.run_one(
+                    folder, display, grace_seconds=FLAGS.grace_seconds, other_run=other_run
+                )
             except launchers.Stopped as stopped:
                 display.note("stopped; give the same command again to go on")
                 return 128 + stopped.signal_number
@@ -347,8 +341,8 @@ def _write_report(workdir: Path) -> None:
     from bs_jax.experiments import analysis, report, results
 
     found = results.load_results(workdir)
-    path = report.write_report(workdir)
     analysed = analysis.analyse(found)
+    path = report.write_report(workdir, found, analysed)
     console = Console()
     console.print(report.terminal_table(analysed))
     if (answers := report.terminal_findings(analysed)) is not None:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ import pytest
 from helpers.commands import finish, joined, lines, run, wait_for
 from training_helpers import rows, tiny_config, tiny_data
 
+from bs_jax.data import pipeline
 from bs_jax.errors import UserError
 from bs_jax.experiments.points import resolve
-from bs_jax.training import distributed, parallel, step
+from bs_jax.training import compilation, distributed, parallel, step
 
 TRAIN = "--mode=train"
 
@@ -123,10 +125,11 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 def test_shard_map_and_pmap_are_the_same_to_the_bit():
     config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"})).config
     data, devices = tiny_data(), jax.devices()[:2]
-    images = parallel.replicate((data.train.read(np.arange(96)), data.train.labels), devices)
+    images = parallel.replicate(pipeline.device_arrays(data.train), devices)
     batches = np.arange(3 * 32, dtype=np.int32).reshape(2, 3, 16)
     found = []
-    for wrapper in (parallel.data_parallel, parallel.shard_mapped):
+    options = compilation.compiler_options("cpu")
+    for wrapper in (parallel.data_parallel, partial(parallel.shard_mapped, options=options)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(parallel, "data_parallel", wrapper)
             programs = step.make_programs(config, 3, (8, 8, 1), devices)

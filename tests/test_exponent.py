@@ -44,10 +44,10 @@ def test_without_noise_to_speak_of_the_exponent_is_exact(exponent):
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    found = [learning_rate_exponent(sweep_of(0.8, seed=seed)) for seed in range(60)]
+    found = [learning_rate_exponent(sweep_of(0.8, seed=seed)) for seed in range(40)]
     assert all(f is not None for f in found)
     held = sum(f.low <= 0.8 <= f.high for f in found if f is not None)
-    assert held >= 53  # P(fewer of 60 at 95 %) is 1 %
+    assert held >= 35  # P(fewer of 40 at 95 %) is 1 %
     assert all(f.low < f.value < f.high for f in found if f is not None)
 
 

@@ -1,6 +1,7 @@
 """The published recipe and its sweeps: every point, every hyperparameter, without data."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bs_jax.errors import UserError
 from bs_jax.experiments.points import resolve
@@ -227,3 +229,42 @@ def test_a_dry_run_needs_no_data_and_lists_300_points():
         timeout=120,
     )
     assert wrong.stderr.startswith("error: configs/imagenette.py has no form 'quik'")
+
+
+@pytest.mark.long
+def test_the_controls_run_from_a_folder_of_images_and_answer_the_findings(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 130), ("val", 20)):
+        for number, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(100 * number, 100 * number + 90, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    flags = {
+        "config": "configs/imagenette.py:quick",
+        "sweep": "controls",
+        "workers": "1",
+        "workdir": str(tmp_path / "work"),
+        "config.data.name": f"folder:{tmp_path / 'images'}",
+        "config.data.train_size": "260",
+        "config.data.image_size": "16",
+        "config.data.train_storage_size": "20",
+        "config.data.eval_storage_size": "19",
+        "config.train_epochs": "1",
+        "config.model.name": "resnet4_patch",
+    }
+    done = subprocess.run(
+        [sys.executable, "main.py", *(f"--{name}={value}" for name, value in flags.items())],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The published findings" in done.stdout
+    page = (tmp_path / "work/report/index.html").read_text()
+    assert "2 weight decay" in page
+    assert "Weight decay alone at the base batch size 64" in page
+    assert (tmp_path / "work/report/findings.csv").exists()

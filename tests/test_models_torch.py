@@ -42,13 +42,16 @@ def random_variables(model, rng):
     return jax.tree.map_with_path(draw, shapes)
 
 
+# Not the deep blurred one: two values within a rounding of each other swap as a window's maximum
+# there, and PyTorch's own float32 gradients are off by .63 from its float64 ones.
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         ("xresnet10_small", {"shortcut_pool": "max_blur"}),
         ("xresnet18", {}),
-        ("xresnet50", {}),
-        ("xse_resnext50", {}),
+        ("xse_resnext50", {"stage_sizes": (2, 1, 1, 1)}),
+        pytest.param("xresnet50", {}, marks=pytest.mark.long),
+        pytest.param("xse_resnext50", {}, marks=pytest.mark.long),
     ],
 )
 def test_logits_gradients_and_statistics_are_pytorchs(name, changes):

@@ -169,7 +169,7 @@ def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
     sizes = []
     train_group = trainer._train_group
     monkeypatch.setattr(
-        trainer, "_train_group", lambda g, stop: (sizes.append(len(g)), train_group(g, stop))[1]
+        trainer, "_train_group", lambda g, *rest: (sizes.append(len(g)), train_group(g, *rest))[1]
     )
     trainer.train(runs)
     assert sizes == [2, 2, 1]

@@ -15,6 +15,7 @@ from bs_jax.scaling import (
     value_grad_and_stats,
 )
 from bs_jax.scaling import noise_scale as lib
+from bs_jax.scaling.microbatch import signal_and_noise
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.3]]), "b": jnp.array([0.1, -0.2])}
 
@@ -123,7 +124,7 @@ def test_signal_and_noise_are_unbiased():
     """Over many draws, c averages to g^2 and w to the variance of one part."""
     mean, deviation, n = 0.3, 2.0, 3
     draws = mean + deviation * jax.random.normal(jax.random.key(1), (200_000, n))
-    c, w = lib.signal_and_noise(draws.mean(1), (draws**2).mean(1), n)
+    c, w = signal_and_noise(draws.mean(1), (draws**2).mean(1), n)
     assert float(c.mean()) == pytest.approx(mean**2, abs=0.02)
     assert float(w.mean()) == pytest.approx(deviation**2, rel=0.01)
     assert float(w.min()) >= 0

@@ -1,6 +1,7 @@
 """The trainer: one golden step, equal results however the work is cut, resume, divergence."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +225,27 @@ def test_another_number_of_examples_than_the_config_says_is_refused():
     config = resolve(tiny_config(**{"data.train_size": 100})).config
     with pytest.raises(UserError, match=r"train_size is 100 but .* has 96 training examples"):
         Trainer(config, tiny_data(), jax.devices()[:1])
+
+
+def test_vmapped_runs_meet_at_a_step_that_all_have_and_keep_their_lanes(tmp_path):
+    """One run is ahead by a checkpoint, one has finished: what is left has the same bits."""
+    shape = {"checkpoint_every_examples": 48, "optimizer.hyperparams.learning_rate": 1e-2}
+    runs = [resolve(tiny_config(**shape, seed=seed)) for seed in (0, 1, 2)]
+    trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1], vmapped=True)
+    whole = [RunFolder(tmp_path / f"whole{n}", run) for n, run in enumerate(runs)]
+    trainer.train(whole)
+    parts = [RunFolder(tmp_path / f"parts{n}", run) for n, run in enumerate(runs)]
+    with pytest.raises(Interrupted):
+        trainer.train(parts, should_stop=stop_after(2))
+    newest = max(int(path.name) for path in (parts[0].path / "checkpoints").iterdir())
+    shutil.rmtree(parts[1].path / "checkpoints" / str(newest))
+    shutil.rmtree(parts[2].path)
+    shutil.copytree(whole[2].path, parts[2].path)
+    assert parts[2].done
+    trainer.train(parts)
+    assert parts[0].summary()["resumed_at_step"] == parts[1].summary()["resumed_at_step"] == 3
+    for part, intact in zip(parts, whole, strict=True):
+        assert rows(part.path) == rows(intact.path)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):

@@ -13,7 +13,7 @@ _MAX_WINDOWS = 40
 def window_edges(curves: Sequence[Curve]) -> np.ndarray:
     """Edges, in examples seen, of windows of one width that suit every curve.
 
-    At most 40, and no more than the shortest curve has rows, so that none is empty by design. They
+    At most 40, and no more than the shortest curve has rows: finer ones would show its steps. They
     end where most curves end; a curve that stops well before (a damaged file) has no say.
 
     Returns:
@@ -33,19 +33,21 @@ def window_edges(curves: Sequence[Curve]) -> np.ndarray:
 
 
 def window_means(curve: Curve, edges: np.ndarray) -> np.ndarray:
-    """Mean of a curve in each window (low, high]; NaN in one without a finite row.
+    """Mean of a curve in each window (low, high]; NaN in one that no finite row reaches into.
 
-    A row stands for the examples that lead up to it, so it belongs to the window that it ends.
+    A row is the mean over the examples since the row before, so it counts in every window that
+    these lie in, by their number there: rows need not end where windows do.
 
-    >>> window_means(Curve(np.array([5, 10, 20]), np.array([1.0, 3.0, 7.0])), np.array([0, 10, 20]))
-    array([2., 7.])
+    >>> window_means(Curve(np.array([5, 15, 20]), np.array([1.0, 3.0, 7.0])), np.array([0, 10, 20]))
+    array([2., 5.])
     """
-    count = len(edges) - 1
-    index = np.searchsorted(edges, curve.examples, side="left") - 1
-    keep = (index >= 0) & (index < count) & np.isfinite(curve.values)
-    sums = np.bincount(index[keep], curve.values[keep], minlength=count)
-    sizes = np.bincount(index[keep], minlength=count)
-    return np.divide(sums, sizes, out=np.full(count, math.nan), where=sizes > 0)
+    ends = curve.examples.astype(np.float64)
+    starts = np.concatenate([[0.0], ends[:-1]])
+    low, high = edges[:-1, None], edges[1:, None]
+    shared = np.clip(np.minimum(high, ends) - np.maximum(low, starts), 0, None)
+    shared[:, ~np.isfinite(curve.values)] = 0
+    sums, sizes = shared @ np.nan_to_num(curve.values), shared.sum(axis=1)
+    return np.divide(sums, sizes, out=np.full(len(low), math.nan), where=sizes > 0)
 
 
 def noise_variance(groups: Sequence[np.ndarray]) -> np.ndarray | None:

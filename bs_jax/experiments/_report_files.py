@@ -1,6 +1,7 @@
 """Reads records nobody vouches for, writes report files whole or not at all; executes nothing."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _MAX_BYTES = 1 << 28
+_MARKED = ("config.json", "hparams.json", "metrics.jsonl", "summary.json")
 
 
 class Unreadable(Exception):
@@ -79,6 +81,20 @@ def _object_or_none(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def check_marks(folder: Path) -> None:
+    """Holds a run's files against the checksums in its DONE, where that has any.
+
+    Raises:
+      Unreadable: a file has changed since.
+    """
+    content = read_bytes(folder / "DONE")
+    if not content:
+        return
+    for name, digest in read_object(folder / "DONE").items():
+        if name in _MARKED and hashlib.sha256(read_bytes(folder / name)).hexdigest() != digest:
+            raise Unreadable(f"{name}: changed since the run was done; give the command again")
 
 
 def number(value: Any) -> float | None:

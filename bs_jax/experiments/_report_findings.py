@@ -237,13 +237,17 @@ def _controls(results: Results, analysis: Analysis) -> Html:
         cells = []
         for size in sorted({*sizes, base}):
             group = analysis.base if size == base else groups.get((arm, size, 1.0))
-            cells.append(_cell(group, kept.get((arm, size, 1.0)), units))
+            source = "no" if size == base else arm  # the base is one run, whatever arm names it
+            cells.append(_cell(group, kept.get((source, size, 1.0)), units))
         rows.append([_BESIDE[arm], *cells])
     factors = {o: g for (arm, size, o), g in groups.items() if (arm, size) == ("wd_lin", base)}
     if factors and analysis.base is not None:
         factors[1.0] = analysis.base
     alone = [
-        [fraction(factor), _cell(group, kept.get(("wd_lin", base, factor)), units)]
+        [
+            fraction(factor),
+            _cell(group, kept.get(("no" if factor == 1 else "wd_lin", base, factor)), units),
+        ]
         for factor, group in sorted(factors.items())
     ]
     parts = [

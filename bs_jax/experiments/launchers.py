@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bs_jax.errors import UserError
 from bs_jax.experiments import sweep
@@ -24,6 +24,7 @@ from bs_jax.training import distributed, optimizers
 from bs_jax.training.records import Run, RunFolder
 
 _MAX_TRIES = 2  # of a run whose process died under it
+LOG_BYTES = 1 << 20  # of a worker's log, beside the old one
 _PARTING_SECONDS = 10.0  # that a worker gets beyond its grace
 
 
@@ -61,6 +62,17 @@ class Schedule:
         taken = self._cohorts[key][: self._at_once]
         del self._cohorts[key][: self._at_once]
         return taken
+
+
+def with_cohorts(pending: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """What is pending and the finished runs of the same cohorts, which are vmapped with it.
+
+    Args:
+        pending: what is to be trained.
+        runs: all runs of the sweep.
+    """
+    keys = {optimizers.cohort_key(run.config) for run in pending}
+    return [run for run in runs if optimizers.cohort_key(run.config) in keys]
 
 
 def _cost(runs: Sequence[Run]) -> float:
@@ -106,13 +118,20 @@ def run_inline(
     return []
 
 
-def run_one(folder: RunFolder, display: Display, *, grace_seconds: float = GRACE_SECONDS) -> None:
+def run_one(
+    folder: RunFolder,
+    display: Display,
+    *,
+    grace_seconds: float = GRACE_SECONDS,
+    other_run: Any = None,
+) -> None:
     """Train one run in this process, in a folder of its own.
 
     Args:
         folder: where it is recorded.
         display: shows progress.
         grace_seconds: from a signal to the end of the process, come what may.
+        other_run: an `OtherRun` to begin with.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; the state is saved.
@@ -121,19 +140,29 @@ def run_one(folder: RunFolder, display: Display, *, grace_seconds: float = GRACE
     from bs_jax.experiments.worker import CohortTrainer
 
     with StopRequest(grace_seconds) as stop:
-        _train_here(CohortTrainer("loop"), [folder], display, stop)
+        _train_here(CohortTrainer("loop"), [folder], display, stop, other_run)
 
 
-def _train_here(trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest):
+def _train_here(
+    trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest, other: Any = None
+) -> None:
     from bs_jax.training.loop import Interrupted
 
     display.starting(0, folders[0].run)
     try:
-        trainer.train(folders, lambda event: display.event(0, event), stop)
+        trainer.train(folders, lambda event: display.event(0, event), stop, other)
     except Interrupted:
         raise Stopped(stop.number or signal.SIGTERM) from None  # another process may have got it
     if distributed.any_process(stop()):
         raise Stopped(stop.number or signal.SIGTERM)
+
+
+def open_log(path: Path) -> TextIO:
+    """Open a worker's log to append to; what is over a size becomes the old one first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_name(path.name + ".old"))
+    return open(path, "a", encoding="utf-8")
 
 
 @dataclasses.dataclass
@@ -202,7 +231,6 @@ class _Pool:
         self._tries: dict[str, int] = {}
         self._failures: list[str] = []
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        (workdir / "logs").mkdir(parents=True, exist_ok=True)
 
     def serve(self, count: int, stopping: Callable[[], bool]) -> list[str]:
         for number in range(count):
@@ -227,7 +255,7 @@ class _Pool:
         return self._failures
 
     def _start(self, number: int) -> _Worker:
-        log = open(self._workdir / "logs" / f"worker-{number}.log", "a", encoding="utf-8")  # noqa: SIM115
+        log = open_log(self._workdir / "logs" / f"worker-{number}.log")
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.experiments.worker"],
             stdin=subprocess.PIPE,

@@ -120,16 +120,7 @@ def plan(config: Mapping[str, Any]) -> Run:
     batch, micro = run.config["batch_size"], run.config["micro_batch_size"]
     if not config["micro_batch_size"] and batch > 1:
         micro = min(micro, default_micro_batch_size(batch, config["base_batch_size"]))
-    if batch // micro < 2:
-        how = (
-            f"set config.micro_batch_size to {batch // 2} or less"
-            if batch > 1
-            else "use a config.batch_size of at least 2"
-        )
-        raise UserError(
-            "--mode=noise_scale compares gradients within a batch and needs at least two "
-            f"micro-batches, but batch_size is {batch} and micro_batch_size {micro}; {how}"
-        )
+    validate.check_two_micro_batches("--mode=noise_scale", batch, micro)
     if run.config["bn_cross_device"]:
         raise UserError(
             "config.bn_cross_device couples the gradients of all devices, which hides the noise "

@@ -89,9 +89,12 @@ def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     """
     # Imported here, since config files import this module and `--mode=report` needs no JAX.
     from bs_jax.training import optimizers, validate
+    from bs_jax.training.form import check_form
     from bs_jax.training.plan import with_length
 
-    full = with_length(apply_overrides(config, overrides or {}))
+    full = apply_overrides(config, overrides or {})
+    check_form(full)
+    full = with_length(full)
     validate.check_config(full)
     scaled = optimizers.scale_recipe(full)
     trained = json.loads(json.dumps(full))

@@ -22,7 +22,7 @@ from bs_jax.experiments.analysis import (
     analyse,
 )
 from bs_jax.experiments.findings import answer
-from bs_jax.experiments.results import load_results
+from bs_jax.experiments.results import Results, load_results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,11 +33,15 @@ __all__ = ["terminal_findings", "terminal_table", "write_report"]
 _SIGNS = {INVARIANT: ("✓", "green"), NOT_INVARIANT: ("✗", "red"), UNDECIDED: ("?", "yellow")}
 
 
-def write_report(workdir: str | Path) -> Path:
+def write_report(
+    workdir: str | Path, results: Results | None = None, analysis: Analysis | None = None
+) -> Path:
     """Writes `<workdir>/report/`: index.html, figures as PNG, rows and findings as CSV, Parquet.
 
     Args:
       workdir: a sweep's work folder; only its records are read.
+      results: of `load_results` on it, where they are there already.
+      analysis: of `analyse` on those.
 
     Returns:
       The path of the page, which needs no other file and no network.
@@ -45,8 +49,8 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
       UserError: there is no sweep in the folder, or the report cannot be written there.
     """
-    results = load_results(workdir)
-    analysis = analyse(results)
+    results = results or load_results(workdir)
+    analysis = analysis or analyse(results)
     folder = results.workdir / "report"
     try:
         folder.mkdir(exist_ok=True)

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.experiments._report_files import Unreadable, number, read_lines, read_object
+from bs_jax.experiments._report_files import (
+    Unreadable,
+    check_marks,
+    number,
+    read_lines,
+    read_object,
+)
+from bs_jax.experiments._report_index import Index, stamp_of
 
 DONE = "done"
 DIVERGED = "diverged"
@@ -147,11 +154,13 @@ def load_results(workdir: str | Path) -> Results:
     folder = workdir / "runs"
     present = _names(folder)
     runs: dict[str, Run] = {}
+    index = Index(workdir, sweep.accuracy_metric)
     for point in points:
         if point.run_id not in runs:
             # Only names found in the folder are opened, so no run_id can point outside it.
             found = folder / point.run_id if point.run_id in present else None
-            runs[point.run_id] = _load_run(point, found, sweep, problems)
+            runs[point.run_id] = _load_indexed(point, found, sweep, problems, index)
+    index.save(runs)
     rows = tuple(
         Row(
             **vars(point),
@@ -257,6 +266,36 @@ def _parse_point(item: Any, sweep: Sweep) -> _Point | None:
     return _Point(arm, batch_size, k, offset, seed, run_id)
 
 
+def _load_indexed(
+    point: _Point, folder: Path | None, sweep: Sweep, problems: list[str], index: Index
+) -> Run:
+    """`_load_run`, or what it found when the folder's files were the same."""
+    if folder is None:
+        return _load_run(point, None, sweep, problems)
+    stamp = [*stamp_of(folder), [point.batch_size]]
+    known = index.get(point.run_id, stamp, _from_index)
+    if known is not None:
+        run, lines = known
+    else:
+        lines = []
+        run = _load_run(point, folder, sweep, lines)
+        if run.status in (DONE, DIVERGED):  # the others are about to change
+            curves = {n: [c.examples.tolist(), c.values.tolist()] for n, c in run.curves.items()}
+            index.put(point.run_id, stamp, [{**vars(run), "curves": curves}, lines])
+    problems.extend(lines)
+    return run
+
+
+def _from_index(found: Any) -> tuple[Run, list[str]]:
+    content, lines = found
+    curves = {
+        name: Curve(np.asarray(examples, np.int64), np.asarray(values, np.float64))
+        for name, (examples, values) in content["curves"].items()
+    }
+    warnings = tuple(content["warnings"])
+    return Run(**{**content, "curves": curves, "warnings": warnings}), list(lines)
+
+
 def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[str]) -> Run:
     run_id = point.run_id
     files = _names(folder) if folder else set()
@@ -270,6 +309,7 @@ def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[s
         if "hparams.json" in files:
             hparams = _checked_hparams(folder / "hparams.json", point)
         if "DONE" in files:
+            check_marks(folder)
             summary = read_object(folder / "summary.json")
             status, metrics = _final(summary, sweep)
     except Unreadable as error:

@@ -8,6 +8,7 @@ process. Nothing but events is written to standard output.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from bs_jax.errors import UserError
 from bs_jax.experiments.stopping import StopRequest
 from bs_jax.training import distributed
 from bs_jax.training.records import Run, RunFolder
+
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class CohortTrainer:
@@ -35,8 +38,10 @@ class CohortTrainer:
         self._trainer: Any = None
         self._data: dict[str, Any] = {}
 
-    def train(self, folders: list[RunFolder], on_event: Any, should_stop: Any) -> None:
-        """Train runs of one cohort to their ends."""
+    def train(
+        self, folders: list[RunFolder], on_event: Any, should_stop: Any, other_run: Any = None
+    ) -> None:
+        """Train runs of one cohort to their ends; see `Trainer.train`."""
         from bs_jax.training import inputs, loop, optimizers, parallel
 
         config = folders[0].run.config
@@ -57,7 +62,7 @@ class CohortTrainer:
                     stack.enter_context(folder.locked())
 
             distributed.on_first(lock)
-            self._trainer.train(folders, on_event, should_stop)
+            self._trainer.train(folders, on_event, should_stop, other_run)
 
 
 def main() -> int:
@@ -68,9 +73,17 @@ def main() -> int:
     setup = json.loads(sys.stdin.readline())
     if setup["core"] is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {setup["core"]})  # before JAX counts the cores
+    if setup.get("dies_with_parent"):
+        _die_with_parent()
     with StopRequest(setup["grace_seconds"]) as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher's to answer
         return _serve(setup, events, stop)
+
+
+def _die_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, so that no lock is left."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:

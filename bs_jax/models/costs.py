@@ -6,17 +6,20 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from bs_jax.errors import UserError
+from bs_jax.models.conv import conv_general_dilated
 
 
 def count_multiply_adds(function: Callable[..., Any], *args: Any) -> int:
     """Multiply-adds of the convolutions and matrix products in one call of a function.
 
-    Traces, but neither compiles nor runs. A convolution counts the same whichever form it takes
-    (`bs_jax.models.conv`): its products with the padding's zeros count too. Everything else
-    (activations, pools, sums) counts nothing, as is the custom.
+    Traces, but neither compiles nor runs. A convolution counts as it is written down, products with
+    the padding's zeros included, and not in the form that the back end takes
+    (`bs_jax.models.conv`). Everything else (activations, maxima, sums) counts nothing, as is the
+    custom.
 
     Args:
         function: of arrays.
@@ -37,7 +40,26 @@ def count_multiply_adds(function: Callable[..., Any], *args: Any) -> int:
         >>> count_multiply_adds(lambda v: model.apply(v, image, False), variables)
         670438400
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    with nn.intercept_methods(_plain_convolution):
+        return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _plain_convolution(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Put XLA's own convolution in the place of ours."""
+    module = context.module
+    ours = getattr(module, "conv_general_dilated", None) is conv_general_dilated
+    if not ours or context.method_name != "__call__" or module.is_initializing():
+        return call(*args, **kwargs)
+    kernel = module.get_variable("params", "kernel")
+    outputs = jax.lax.conv_general_dilated(
+        args[0].astype(module.dtype),
+        kernel.astype(module.dtype),
+        module.strides,
+        module.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=module.feature_group_count,
+    )
+    return outputs + module.get_variable("params", "bias") if module.use_bias else outputs
 
 
 def _count(jaxpr: Any) -> int:

@@ -1,4 +1,4 @@
-"""Pools as maxima and means of shifted slices, at PyTorch's sizes."""
+"""Pools in the forms that XLA is quickest at on CPU, at PyTorch's sizes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
@@ -26,34 +27,34 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 3, 2, padding=1)[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _max_pool(size, stride, padding, x)
+    # Columns, then rows: the first of equal values is still the first of the window.
+    for axis in (2, 1):
+        x = _max_along(axis, size, stride, padding, x)
+    return x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _max_pool(size: int, stride: int, padding: int, x: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.maximum, _windows(_pad_lowest(x, padding), size, stride))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _max_along(axis: int, size: int, stride: int, padding: int, x: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, _windows(axis, size, stride, padding, x))
 
 
-def _max_pool_forward(size, stride, padding, x):
-    y = _max_pool(size, stride, padding, x)
+def _max_along_forward(axis, size, stride, padding, x):
+    y = _max_along(axis, size, stride, padding, x)
     return y, (x, y)
 
 
-def _max_pool_backward(size, stride, padding, kept, dy):
+def _max_along_backward(axis, size, stride, padding, kept, dy):
     x, y = kept
-    padded = _pad_lowest(x, padding)
-    _, pull_back = jax.vjp(lambda p: _windows(p, size, stride), padded)
-    free, shares = jnp.ones(y.shape, bool), []
-    for window in _windows(padded, size, stride):
+    windows, pull_back = jax.vjp(functools.partial(_windows, axis, size, stride, padding), x)
+    free, shares = True, []
+    for window in windows:
         wins = free & (window == y)
         free &= ~wins
         shares.append(jnp.where(wins, dy, 0))
-    (dx,) = pull_back(shares)
-    _, height, width, _ = x.shape
-    return (dx[:, padding : padding + height, padding : padding + width],)
+    return pull_back(shares)
 
 
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+_max_along.defvjp(_max_along_forward, _max_along_backward)
 
 
 def halving_max_pool(x: jax.Array) -> jax.Array:
@@ -79,12 +80,9 @@ def average_pool(x: jax.Array) -> jax.Array:
         >>> average_pool(jnp.arange(9.0).reshape(1, 3, 3, 1))[0, :, :, 0].tolist()
         [[2.0, 3.5], [6.5, 8.0]]
     """
-    return _mean_of_pairs(_mean_of_pairs(x, 1), 2)
-
-
-def _mean_of_pairs(x: jax.Array, axis: int) -> jax.Array:
-    x = _pad_edge(x, axis)
-    return 0.5 * (_every_second(x, axis, 0) + _every_second(x, axis, 1))
+    x = _pad_edge(_pad_edge(x, 1), 2)
+    examples, height, width, channels = x.shape
+    return jnp.mean(x.reshape(examples, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
 
 
 def max_blur_pool(x: jax.Array) -> jax.Array:
@@ -106,23 +104,21 @@ def max_blur_pool(x: jax.Array) -> jax.Array:
     Reference:
         Zhang, Making Convolutional Networks Shift-Invariant Again, 2019.
     """
-    return _blur(_blur(max_pool(x, 3, 1, padding=1), 1), 2)
+    x = max_pool(x, 3, 1, padding=1)
+    rows, columns = (_blur_matrix(size).astype(x.dtype) for size in x.shape[1:3])
+    # Products with small matrices: four times as quick on CPU as sums of shifted slices.
+    x = jnp.einsum("pw,bhwc->bhpc", columns, x, precision="highest")
+    return jnp.einsum("ph,bhwc->bpwc", rows, x, precision="highest")
 
 
-def _blur(x: jax.Array, axis: int) -> jax.Array:
-    size = x.shape[axis]
-    widths = [(2, 2 + size % 2) if a == axis else (0, 0) for a in range(4)]
+def _blur_matrix(size: int) -> np.ndarray:
+    """What each of `size` positions adds to each blurred one, [ceil(size / 2), size]."""
     # A mirror needs two positions; one alone is repeated.
-    x = jnp.pad(x, widths, mode="reflect" if size > 1 else "edge")
-    length = (size + 1) // 2
-    tap = [_every_second(x, axis, start, length) for start in range(6)]
-    outer, middle, inner = tap[0] + tap[5], tap[1] + tap[4], tap[2] + tap[3]
-    return outer * (1 / 32) + middle * (5 / 32) + inner * (10 / 32)
-
-
-def _every_second(x: jax.Array, axis: int, start: int, length: int | None = None) -> jax.Array:
-    length = x.shape[axis] // 2 if length is None else length
-    return jax.lax.slice_in_dim(x, start, start + 2 * (length - 1) + 1, 2, axis)
+    mirrored = np.pad(np.arange(size), (2, 2 + size % 2), "reflect" if size > 1 else "edge")
+    matrix = np.zeros(((size + 1) // 2, size), np.float32)
+    for row, weights in enumerate(matrix):
+        np.add.at(weights, mirrored[2 * row : 2 * row + 6], np.array([1, 5, 10, 10, 5, 1]) / 32)
+    return matrix
 
 
 def _pad_edge(x: jax.Array, axis: int) -> jax.Array:
@@ -132,19 +128,10 @@ def _pad_edge(x: jax.Array, axis: int) -> jax.Array:
     return jnp.concatenate([x, jax.lax.slice_in_dim(x, x.shape[axis] - 1, None, 1, axis)], axis)
 
 
-def _pad_lowest(x: jax.Array, padding: int) -> jax.Array:
-    if not padding:
-        return x
-    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jnp.pad(x, around, constant_values=-jnp.inf)
-
-
-def _windows(x: jax.Array, size: int, stride: int) -> list[jax.Array]:
-    """Slice out every window's value at each place of the window, row by row."""
-    _, height, width, _ = x.shape
-    bottom, right = height - size + 1, width - size + 1
-    return [
-        x[:, row : row + bottom : stride, column : column + right : stride]
-        for row in range(size)
-        for column in range(size)
-    ]
+def _windows(axis: int, size: int, stride: int, padding: int, x: jax.Array) -> list[jax.Array]:
+    """Slice out every window's value at each place of the window along an axis."""
+    if padding:
+        widths = [(padding, padding) if a == axis else (0, 0) for a in range(4)]
+        x = jnp.pad(x, widths, constant_values=-jnp.inf)
+    length = (x.shape[axis] - size) // stride * stride + 1
+    return [jax.lax.slice_in_dim(x, start, start + length, stride, axis) for start in range(size)]

@@ -4,12 +4,8 @@ from bs_jax.scaling.cautions import ScalingWarning
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.formulas import scale_hyperparams
-from bs_jax.scaling.noise_scale import (
-    MicrobatchStats,
-    NoiseScale,
-    noise_scale_estimate,
-    value_grad_and_stats,
-)
+from bs_jax.scaling.microbatch import MicrobatchStats, value_grad_and_stats
+from bs_jax.scaling.noise_scale import NoiseScale, noise_scale_estimate
 from bs_jax.scaling.noise_scale import sample as noise_sample
 from bs_jax.scaling.optimizer import ScaleByBatchState
 from bs_jax.scaling.ranger import ranger

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax.scaling.formulas import Scaler
-from bs_jax.scaling.noise_scale import tree_map
+from bs_jax.scaling.microbatch import tree_map
 
 _MOMENTS = ("mu", "nu", "nu_max", "ema", "trace", "sum_of_squares", "v_row")
 

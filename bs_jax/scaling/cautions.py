@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.formulas import Scaler, is_number
+from bs_jax.scaling.formulas import Scaler
 from bs_jax.scaling.roles import Spec, factory_name
+from bs_jax.scaling.values import is_number
 
 # Updates per half-life below which a moving average is hardly one.
 MIN_HALF_LIFE_UPDATES = 0.5

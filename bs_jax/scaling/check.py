@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.formulas import check_batch_sizes
-from bs_jax.scaling.noise_scale import value_grad_and_stats
+from bs_jax.scaling.microbatch import value_grad_and_stats
+from bs_jax.scaling.values import check_batch_sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,17 +11,10 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.cautions import DECAYS, find_warnings
-from bs_jax.scaling.formulas import (
-    Noise,
-    NoiseScaleNeeded,
-    Scaler,
-    check_batch_sizes,
-    check_value,
-    is_number,
-    named_values,
-)
+from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler, named_values
 from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number
 
 COLUMNS = ("hyperparameter", "role", "base", "new", "kept", "formula", "source")
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.roles import (
-    ROLES,
     UNSCALED,
     Spec,
     factory_name,
@@ -23,63 +20,11 @@ from bs_jax.scaling.roles import (
     resolve_factory,
 )
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule, sqrt
-
-MAX_EXAMPLES = np.iinfo(np.int32).max
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number, is_numeric, shown
 
 
 class NoiseScaleNeeded(Exception):
     """A formula asked for q while the noise scale is not known."""
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a plain number: not a bool, an array or a tracer."""
-    return isinstance(value, (numbers.Real, np.number)) and not isinstance(value, (bool, np.bool_))
-
-
-def is_numeric(value: Any) -> bool:
-    """Whether a value can be a hyperparameter: a plain number or a scalar array or tracer."""
-    return is_number(value) or (hasattr(value, "dtype") and getattr(value, "shape", None) == ())
-
-
-def _shown(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return repr(value) if not shape else f"an array of shape {shape}"
-
-
-def check_batch_sizes(batch_size: Any, base_batch_size: Any) -> None:
-    """Raise a ``UserError`` unless both are positive integers."""
-    for name, value in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise UserError(
-                f"{name} is {value!r}, which is no integer; give the global number of examples in"
-                " one update, e.g. 256 (a traced one goes to update(..., batch_size=))"
-            )
-        if not 1 <= value <= MAX_EXAMPLES:
-            raise UserError(
-                f"{name} is {value}; give at least 1 example per update, and at most"
-                f" {MAX_EXAMPLES:,}, which the int32 clock of examples counts to"
-            )
-
-
-def check_value(name: str, role_name: str, value: Any) -> None:
-    """Raise a ``UserError`` for what is no hyperparameter, or a number its role does not allow."""
-    switched_off = value is None and role_name != "learning_rate"
-    if callable(value) or switched_off:
-        return
-    if not is_numeric(value) or np.issubdtype(getattr(value, "dtype", float), np.complexfloating):
-        raise UserError(
-            f"{name} is {_shown(value)}, but as {role_name} it must be a real number, a scalar"
-            f" array or a schedule; change {name}"
-        )
-    if not is_number(value):
-        return
-    role, number = ROLES[role_name], cast("float", value)
-    if math.isfinite(number) and role.low <= number < role.high:
-        return
-    bounds = f"at least {role.low:g}" + (f" and below {role.high:g}" if role.high < 2 else "")
-    if role.low == -math.inf:
-        bounds = "finite"
-    raise UserError(f"{name} is {value}, but as {role_name} it must be {bounds}; change {name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +42,7 @@ class Noise:
             known = noise_scale >= 0 and math.isfinite(noise_scale)
         if not known:
             raise UserError(
-                f"noise_scale is {_shown(noise_scale)}; give a finite number of examples, e.g."
+                f"noise_scale is {shown(noise_scale)}; give a finite number of examples, e.g."
                 " 1000.0"
             )
         return cls(1.0, noise_scale / base_batch_size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bs_jax.scaling.noise_scale import (
+from bs_jax.scaling.microbatch import (
     MicrobatchStats,
     PyTree,
     abs_square,

@@ -12,20 +12,12 @@ import optax
 from bs_jax.scaling import cautions, invariant, rebuild
 from bs_jax.scaling import noise_scale as noise_lib
 from bs_jax.scaling.carry import carry_moments, with_effective_counts
-from bs_jax.scaling.formulas import (
-    MAX_EXAMPLES,
-    Noise,
-    NoiseScaleNeeded,
-    Scaler,
-    check_batch_sizes,
-    is_number,
-    is_numeric,
-    missing_noise,
-    scale_one,
-)
-from bs_jax.scaling.noise_scale import MicrobatchStats, NoiseScaleState
+from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler, missing_noise, scale_one
+from bs_jax.scaling.microbatch import MicrobatchStats, check_microbatch
+from bs_jax.scaling.noise_scale import NoiseScaleState
 from bs_jax.scaling.roles import Spec
 from bs_jax.scaling.rules import ScalingRule
+from bs_jax.scaling.values import MAX_EXAMPLES, check_batch_sizes, is_number, is_numeric
 
 # Roles whose values optax itself accepts as schedules.
 _SCHEDULED_ROLES = ("learning_rate", "weight_decay", "weight_decay_independent")
@@ -198,7 +190,7 @@ class ScaledOptimizer:
             check_batch_sizes(batch_size, self.base_batch_size)
         k = batch_size / self.base_batch_size
         if microbatch is not None:
-            noise_lib.check_microbatch(microbatch, updates)
+            check_microbatch(microbatch, updates)
         online, noise = self._noise_now(updates, state, k, batch_size, microbatch)
         changing = given_batch_size is not None
         base = self._base_values(state.examples, changing)

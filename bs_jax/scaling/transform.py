@@ -15,17 +15,11 @@ from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
 from bs_jax.scaling import noise_scale as noise_scale_lib
 from bs_jax.scaling.cautions import ScalingWarning, check_float32
-from bs_jax.scaling.formulas import (
-    Noise,
-    Scaler,
-    check_batch_sizes,
-    check_value,
-    is_number,
-    is_numeric,
-)
+from bs_jax.scaling.formulas import Noise, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
+from bs_jax.scaling.values import check_batch_sizes, check_value, is_number, is_numeric
 
 
 def scale_by_batch(

@@ -60,11 +60,12 @@ class Checkpoints:
         with _system_errors():
             self._open().save(int(state.step), args=ocp.args.StandardSave(content))
 
-    def restore(self, template: TrainState) -> TrainState | None:
+    def restore(self, template: TrainState, *, set_aside: bool = True) -> TrainState | None:
         """The newest checkpoint that can be read, or None.
 
         Args:
             template: a state of numpy arrays of the same shapes and dtypes.
+            set_aside: rename what cannot be read; False in a folder that is somebody else's.
 
         Returns:
             The state. A damaged checkpoint, or one whose metrics are, is named in the log and
@@ -93,9 +94,17 @@ class Checkpoints:
                     self._path / str(step),
                     " ".join(reason.split())[:200],
                 )
-                self._set_aside(step)
-                manager.reload()
+                if set_aside:
+                    self._set_aside(step)
+                    manager.reload()
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints beyond a step."""
+        if self._path.is_dir():
+            manager = self._open()
+            for later in [found for found in manager.all_steps() if found > step]:
+                manager.delete(later)
 
     def _set_aside(self, step: int) -> None:
         # Kept under another name, not deleted: what cannot be read here may be readable elsewhere.

@@ -185,13 +185,14 @@ def _process_index() -> int:
 
 def shutdown() -> None:
     """Part from the other processes once all have come here; each goes on alone."""
-    if _count_processes() > 1:
+    if process_count() > 1:
         import jax
 
         jax.distributed.shutdown()
 
 
-def _count_processes() -> int:
+def process_count() -> int:
+    """How many processes train together."""
     import jax
 
     # Asked in this order, a process that leaves training to others claims no accelerator.
@@ -200,7 +201,7 @@ def _count_processes() -> int:
 
 def is_first() -> bool:
     """Whether this process reads and writes the records."""
-    return _count_processes() == 1 or _process_index() == 0
+    return process_count() == 1 or _process_index() == 0
 
 
 def on_first(action: Callable[[], Any]) -> Any:
@@ -212,7 +213,7 @@ def on_first(action: Callable[[], Any]) -> Any:
     >>> on_first(lambda: [1, 2])
     [1, 2]
     """
-    if _count_processes() == 1:
+    if process_count() == 1:
         return action()
     told: dict[str, Any] = {}
     if is_first():
@@ -235,7 +236,7 @@ def arrays_of_first(tree: Tree) -> Tree:
     Returns:
         The tree of process 0.
     """
-    if _count_processes() == 1:
+    if process_count() == 1:
         return tree
     import jax
 
@@ -256,7 +257,7 @@ def any_process(flag: bool) -> bool:
     >>> any_process(True)
     True
     """
-    if _count_processes() == 1:
+    if process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
 from bs_jax.training import distributed, memory, parallel, plan, step, validate
+from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.records import RunFolder
 from bs_jax.training.session import Event, Session
@@ -70,13 +72,16 @@ class Trainer:
         folders: Sequence[RunFolder],
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
+        other_run: OtherRun | None = None,
     ) -> list[dict[str, Any]]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
         Args:
-            folders: the runs and where they are recorded; finished ones are passed over.
+            folders: the runs and where they are recorded; finished ones are passed over. If
+                vmapped, give all that belong together even so: their number decides the numbers.
             on_event: called with ``{"event": "progress" | "run_finished", "run_id": ..., ...}``.
             should_stop: asked between chunks; where it says so, all state is saved.
+            other_run: a run without checkpoints of its own begins with the state of that one.
 
         Returns:
             The summaries, in the order of `folders`.
@@ -85,37 +90,45 @@ class Trainer:
             Interrupted: `should_stop` said so.
         """
         done = distributed.on_first(lambda: [folder.done for folder in folders])
-        sessions = []
+        sessions: list[Session | None] = []
         try:
             for folder, finished in zip(folders, done, strict=True):
-                if not finished:
-                    fresh = self._initial_state(folder)
-                    sessions.append(Session(folder, self._plan, fresh, self._devices, on_event))
-            for group in self._groups(sessions):
-                self._train_group(group, should_stop)
+                sessions.append(None if finished else self._session(folder, on_event, other_run))
+            for group, lanes in self._groups(sessions):
+                if group:
+                    _meet(group)
+                    self._train_group(group, should_stop, lanes)
         finally:
             for session in sessions:
-                session.close()
+                if session:
+                    session.close()
         return distributed.on_first(lambda: [folder.summary() for folder in folders])
 
-    def _groups(self, sessions: list[Session]) -> list[list[Session]]:
-        """Runs that advance together: all at the same step if vmapped, else each on its own."""
-        if not self._vmapped:
-            return [[session] for session in sessions]
-        by_step: dict[int, list[Session]] = {}
-        for session in sessions:
-            by_step.setdefault(session.start_step, []).append(session)
-        groups = []
-        for together in by_step.values():
-            size = self._runs_at_once(together)
-            groups += [together[at : at + size] for at in range(0, len(together), size)]
-        return groups
+    def _session(
+        self, folder: RunFolder, on_event: Callable[[Event], None], other_run: OtherRun | None
+    ) -> Session:
+        """An unfinished run at the state that it goes on from."""
+        fresh = self._initial_state(folder)
+        session = Session(folder, self._plan, self._devices, on_event)
+        session.restore(fresh, functools.partial(self._begin, folder, other_run))
+        return session
 
-    def _runs_at_once(self, sessions: list[Session]) -> int:
+    def _groups(self, sessions: Sequence[Session | None]) -> list[tuple[list[Session], int]]:
+        """Runs that advance together, and how many lanes their program has.
+
+        Each on its own; if vmapped, as many as fit in memory. A finished run (None) keeps its
+        place, so that who shares a program does not depend on interruptions.
+        """
+        size = self._runs_at_once(sessions) if self._vmapped else 1
+        parts = [sessions[at : at + size] for at in range(0, len(sessions), size)]
+        return [([session for session in part if session], len(part)) for part in parts]
+
+    def _runs_at_once(self, sessions: Sequence[Session | None]) -> int:
         """How many of these runs fit on a device side by side."""
-        if len(sessions) == 1:
+        open_sessions = [session for session in sessions if session is not None]
+        if len(sessions) == 1 or not open_sessions:
             return 1
-        session, chunk = sessions[0], Chunk(0, 1, evaluate=False, checkpoint=False)
+        session, chunk = open_sessions[0], Chunk(0, 1, evaluate=False, checkpoint=False)
         order = self._per_device(self._order(session, chunk))
         read = (self._data.train.image_shape, (np.uint8, np.int32, np.float32))
         batches = order
@@ -136,14 +149,18 @@ class Trainer:
         own = peak - sum(leaf.nbytes for leaf in self._train_data)
         return memory.runs_at_once(own, shared, budget, len(sessions))
 
-    def _train_group(self, group: list[Session], should_stop: Callable[[], bool]) -> None:
+    def _train_group(
+        self, group: list[Session], should_stop: Callable[[], bool], lanes: int
+    ) -> None:
         for session in group:
             session.begin()
-        state = self._join([session.state for session in group])
-        inputs = self._join([step.run_inputs(session.config) for session in group])
+        # A program for fewer runs would round otherwise: finished ones leave their lanes occupied.
+        members = [*group, *[group[-1]] * (lanes - len(group))]
+        state = self._join([session.state for session in members])
+        inputs = self._join([step.run_inputs(session.config) for session in members])
         state, inputs = parallel.replicate((state, inputs), self._devices)
         late: Callable[[], None] | None = None
-        for chunk, batches in self._chunks(group):
+        for chunk, batches in self._chunks(members):
             state, metrics = self._programs.train_chunk(state, inputs, self._train_data, batches)
             sums = None
             if chunk.evaluate:
@@ -168,7 +185,7 @@ class Trainer:
         if late is not None:
             late()
         for session in group:
-            session.finish("diverged" if session.diverged_at is not None else "done")
+            session.finish("done")
 
     def _reporter(
         self, group: list[Session], chunk: Chunk, metrics: Any, sums: Any
@@ -235,6 +252,16 @@ class Trainer:
             inputs = jax.tree.map(lambda leaf: leaf[None], inputs)
         return self._split(jax.device_get(self._programs.init(inputs)), 1)[0]
 
+    def _begin(
+        self, folder: RunFolder, other_run: OtherRun | None, fresh: TrainState
+    ) -> TrainState:
+        """The state of a run that has none yet."""
+        if other_run is None:
+            return fresh
+        return other_run.state_for(
+            folder.run.config, fresh, self._data.num_classes, self._data.train.image_shape
+        )
+
     def _join(self, trees: list[Any]) -> Any:
         if not self._vmapped:
             return trees[0]
@@ -258,3 +285,14 @@ class Trainer:
         indices, mask = pipeline.eval_batches(len(self._data.eval), size)
         own = (self._per_device(self._own(indices)), self._per_device(self._own(mask)))
         return parallel.spread(own, self._devices)
+
+
+def _meet(sessions: list[Session]) -> None:
+    """Let runs that advance together begin at the newest step that all of them have."""
+    while True:
+        first = min(session.start_step for session in sessions)
+        ahead = [session for session in sessions if session.start_step > first]
+        if not ahead:
+            return
+        for session in ahead:
+            session.go_back(first)

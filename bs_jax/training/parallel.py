@@ -1,7 +1,7 @@
 """The one place that knows how a step is spread over devices (the axis "batch").
 
-In one process by pmap; over the devices of many processes, and where the compiler is given options
-(on CPUs), by jit and shard_map, which is what pmap is made of. Both give the same numbers.
+In one process by pmap; over the devices of many processes by jit and shard_map, which is what pmap
+is made of. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -53,17 +53,23 @@ def data_parallel(
         The compiled function.
     """
     options = compilation.compiler_options(devices[0].platform)
-    if _one_process(devices) and not options:
-        return jax.pmap(
-            function,
-            axis_name=BATCH_AXIS,
-            in_axes=(None,) * replicated + (0,),
-            out_axes=None,
-            devices=list(devices),
-            donate_argnums=tuple(donate),
+    if not _one_process(devices):
+        return shard_mapped(
+            function, replicated=replicated, devices=devices, donate=donate, options=options
         )
-    return shard_mapped(
-        function, replicated=replicated, devices=devices, donate=donate, options=options
+    mapped = jax.pmap(
+        function,
+        axis_name=BATCH_AXIS,
+        in_axes=(None,) * replicated + (0,),
+        out_axes=None,
+        devices=list(devices),
+        donate_argnums=tuple(donate),
+    )
+    # pmap takes no compiler options; jit around it does.
+    return (
+        jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
+        if options
+        else mapped
     )
 
 

@@ -111,5 +111,5 @@ def operations(folder: Path) -> list[tuple[str, float]]:
 
 def _resident(split: Any, count: int, devices: parallel.Devices) -> Any:
     chosen = np.arange(min(count, len(split)))
-    part = ArraySplit(split.read(chosen), split.labels[chosen])
+    part = ArraySplit(split.read(chosen), split.labels[chosen], split.aspects[chosen])
     return parallel.replicate(pipeline.device_arrays(part), devices)

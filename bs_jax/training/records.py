@@ -25,6 +25,8 @@ from bs_jax.errors import UserError
 
 _PACKAGES = ("bs_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _LOCK_PATIENCE_SECONDS = 60.0
+# What a saved state has no meaning without.
+_FIXED = ("batch_size", "data.", "ema_decay", "model.", "optimizer.name", "scaling.rule", "seed")
 _RECORDS = ("config.json", "hparams.json", "metrics.jsonl", "summary.json")
 
 
@@ -55,14 +57,19 @@ class RunFolder:
         path: the folder; made if missing.
         run: what is to be trained in it.
         writes: False in a process that leaves reading and writing to another: nothing is touched.
+        allow_change: go on with a run of another config, where its state has a meaning under this
+            one too.
 
     Raises:
         UserError: the folder cannot be written, or holds a run of another config.
     """
 
-    def __init__(self, path: Path, run: Run, *, writes: bool = True) -> None:
+    def __init__(
+        self, path: Path, run: Run, *, writes: bool = True, allow_change: bool = False
+    ) -> None:
         self.path = path
         self.run = run
+        self._allow_change, self._changed = allow_change, False
         if not writes:
             return
         with disk_errors(path):
@@ -72,6 +79,8 @@ class RunFolder:
     @property
     def done(self) -> bool:
         """Whether the run is complete; where its records were damaged since, that is logged."""
+        if self._changed:
+            return False
         try:
             wrong = damaged_files(self.path)
         except FileNotFoundError:
@@ -104,7 +113,10 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write what is known before training."""
+        if self._changed:  # what was done is no longer all
+            (self.path / "DONE").unlink(missing_ok=True)
         config = write_json(self.path / "config.json", self.run.config)
+        self._changed = False
         write_json(self.path / "hparams.json", {**self.run.hparams, "config_sha256": config})
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -128,19 +140,28 @@ class RunFolder:
         try:
             content = (self.path / "config.json").read_bytes()
             found = json.loads(content)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return  # absent or damaged: it will be written again
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             hparams = json.loads((self.path / "hparams.json").read_bytes())
             if hparams["config_sha256"] != hashlib.sha256(content).hexdigest():
                 return  # damaged as well, though it can be read
         different = differences(found, self.run.config)
-        if different:
-            shown = "; ".join(different[:4]) + ("; …" if len(different) > 4 else "")
+        if not different:
+            return
+        shown = "; ".join(different[:4]) + ("; …" if len(different) > 4 else "")
+        fixed = [line for line in different if line.split(" ")[0].startswith(_FIXED)]
+        if not self._allow_change:
             raise UserError(
                 f"{self.path} holds a run of another config ({shown}); use another --workdir, "
-                "or delete that folder"
+                "delete that folder, or go on with the new config by --allow_config_change"
             )
+        if fixed:
+            raise UserError(
+                f"{self.path} holds a run that cannot go on with this config ({fixed[0]}); use "
+                f"another --workdir, with --restore_from={self.path} to begin with its state"
+            )
+        self._changed = True
 
 
 def damaged_files(folder: Path) -> list[str]:
@@ -158,7 +179,7 @@ def damaged_files(folder: Path) -> list[str]:
     try:
         wanted = json.loads(content)
         wanted = {name: str(wanted[name]) for name in _RECORDS if name in wanted}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ["DONE"]
     wrong = []
     for name, digest in wanted.items():
@@ -206,7 +227,7 @@ class MetricsFile:
         with disk_errors(path):
             self.kept, text = _kept(path, examples)
             self._digest = hashlib.sha256(text.encode())
-            if not path.exists() or path.read_text(encoding="utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 _write_atomically(path, text)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
 
@@ -249,7 +270,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or not isinstance(row.get("examples"), int):
             break

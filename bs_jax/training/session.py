@@ -24,7 +24,6 @@ class Session:
     Args:
         folder: where it is recorded.
         plan: when what is due.
-        fresh: the state to begin with if there is no checkpoint, as numpy arrays.
         devices: that it is trained on.
         on_event: told of progress.
 
@@ -38,7 +37,6 @@ class Session:
         self,
         folder: RunFolder,
         plan: Plan,
-        fresh: TrainState,
         devices: parallel.Devices,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -51,15 +49,44 @@ class Session:
             folder.path / "checkpoints",
             lambda examples: records.metrics_digest(self._metrics_path, examples),
         )
-        self.state = fresh
-        if self._writes:
-            self.state = self._checkpoints.restore(fresh) or fresh
-        self.state = distributed.arrays_of_first(self.state)
-        self.start_step = int(self.state.step)
+        self._restored = False
         self._metrics_file: MetricsFile | None = None
         self._tensorboard: Any = None
         self._final: dict[str, float] = {}
-        self._last = (self.start_step, self.start_step * plan.batch_size)
+
+    def restore(
+        self, fresh: TrainState, begin: Callable[[TrainState], TrainState] = lambda fresh: fresh
+    ) -> None:
+        """Take the newest whole checkpoint, or begin.
+
+        Args:
+            fresh: a state of the run, of numpy arrays.
+            begin: makes of it the state to begin with where there is no checkpoint.
+        """
+        self._fresh = fresh
+
+        def read() -> None:
+            found = self._checkpoints.restore(fresh)
+            self._restored = found is not None
+            self.state = begin(fresh) if found is None else found
+
+        self._take(read)
+
+    def go_back(self, step: int) -> None:
+        """Take the newest whole checkpoint at or before a step, or begin; forget later ones."""
+
+        def read() -> None:
+            self._checkpoints.forget_after(step)
+            self.state = self._checkpoints.restore(self._fresh) or self._fresh
+
+        self._take(read)
+
+    def _take(self, read: Callable[[], None]) -> None:
+        self.state = self._fresh
+        distributed.on_first(read)
+        self.state = distributed.arrays_of_first(self.state)
+        self.start_step = int(self.state.step)
+        self._last = (self.start_step, self.start_step * self.plan.batch_size)
 
     def begin(self) -> None:
         """Open the files, cut back to what the state has seen."""
@@ -70,6 +97,8 @@ class Session:
         self._metrics_file = MetricsFile(self._metrics_path, self.start_step * self.plan.batch_size)
         for row in self._metrics_file.kept:
             self._keep_final(row)
+        if self.start_step and not self._restored:
+            self.checkpoint(self.state)  # the other run may have gone on by the next start
         if self.config["tensorboard"]:
             from tensorboardX import SummaryWriter
 
@@ -100,6 +129,8 @@ class Session:
                 if name != "count"
             }
         self._write(rows)
+        if self.diverged_at is not None:
+            self.finish("diverged")
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._metrics_file is not None:
@@ -131,7 +162,9 @@ class Session:
                 self._checkpoints.save(state, self._metrics_file.digest)
 
     def finish(self, status: str) -> None:
-        """Write the summary: "done", "diverged" or "interrupted"."""
+        """Write the summary: "done", "diverged" or "interrupted"; a run that diverged has it."""
+        if self.diverged_at is not None and status != "diverged":
+            return
         step_now, examples = self._last
         device = self.devices[0]
         summary = {

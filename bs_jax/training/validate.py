@@ -149,12 +149,8 @@ def check_run(config: Mapping[str, Any]) -> None:
             f"batch_size {batch} is not divisible by micro_batch_size {micro}; "
             f"use {_nearest(batch, micro)} for the batch, or a divisor of {batch}"
         )
-    if config["scaling"]["rule"] != "fixed" and batch // micro < 2:
-        raise UserError(
-            f"rule {config['scaling']['rule']!r} compares gradients within a batch and needs at "
-            f"least two micro-batches, but batch_size is {batch} and micro_batch_size {micro}; "
-            f"set config.micro_batch_size to {max(batch // 2, 1)} or less"
-        )
+    if config["scaling"]["rule"] != "fixed":
+        check_two_micro_batches(f"rule {config['scaling']['rule']!r}", batch, micro)
     if ghost and config["bn_cross_device"]:
         raise UserError(
             f"ghost_batch_size {ghost} and bn_cross_device exclude each other; set one of them to "
@@ -164,6 +160,17 @@ def check_run(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"ghost_batch_size {ghost} does not divide the micro-batch of {micro} examples "
             f"(batch_size {batch}); use a divisor of {micro}, or 0"
+        )
+
+
+def check_two_micro_batches(what: str, batch: int, micro: int) -> None:
+    """Raise a UserError unless the batch holds two micro-batches, which `what` compares."""
+    if batch // micro < 2:
+        fix = f"set config.micro_batch_size to {batch // 2} or less"
+        raise UserError(
+            f"{what} compares gradients within a batch and needs at least two micro-batches, but "
+            f"batch_size is {batch} and micro_batch_size {micro}; "
+            + (fix if batch > 1 else "use a config.batch_size of at least 2")
         )
 
 

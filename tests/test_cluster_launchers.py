@@ -1,0 +1,107 @@
+"""Runs on other machines: shares, Ray with a node that is lost, printed commands."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_launchers import fake_run
+
+from bs_jax.errors import UserError
+from bs_jax.experiments import ray_launcher
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
+
+
+def test_a_share_is_of_one_cohort_and_there_are_as_many_as_run_at_once():
+    runs = [fake_run(f"a{n}", 8) for n in range(5)] + [fake_run(f"b{n}", 9) for n in range(2)]
+    for slots, sizes in ((1, [5, 2]), (2, [5, 2]), (4, [2, 2, 1, 2]), (99, [1] * 7)):
+        shares = ray_launcher.shares_of(runs, slots, "loop")
+        assert [len(share) for share in shares] == sizes
+        assert all(len({run.run_id[0] for run in share}) == 1 for share in shares)
+        assert sorted(run.run_id for share in shares for run in share) == [r.run_id for r in runs]
+    assert [len(share) for share in ray_launcher.shares_of(runs, 99, "vmap")] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("resources", "cpus", "gpus", "slots"),
+    [({"CPU": 8.0}, 1, 0, 8), ({"CPU": 8.0, "GPU": 2.0}, 2, 1, 2), ({"CPU": 1.0}, 4, 0, 1)],
+)
+def test_tasks_at_once_are_what_the_cluster_can_hold(resources, cpus, gpus, slots):
+    assert ray_launcher._slots(resources, cpus, gpus) == slots
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'bs_jax\[ray\]'"):
+        ray_launcher._connect(None)
+
+
+def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch):
+    setup = {"workdir": str(tmp_path), "core": None, "run_axis": "loop", "grace_seconds": 5.0}
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    run = fake_run("a0", 8)
+    fields = {"run_id": run.run_id, "config": run.config, "hparams": run.hparams}
+    with pytest.raises(ray_launcher.WorkerLost, match="code -9"):
+        ray_launcher.train_share([fields], setup, lambda event: None)
+    crashed = '{"event": "crashed", "message": "ValueError: no"}'
+    script.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{crashed}'\n")
+    (failure,) = ray_launcher.train_share([fields], setup, lambda event: None)
+    assert failure == "base recipe, batch size 16 (k = 1), seed 0: ValueError: no"
+
+
+@needs_ray
+def test_on_ray_every_run_finishes_once_though_a_node_is_lost(tmp_path):
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "tests/helpers/ray_sweep.py"), str(tmp_path), "remove"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    result = json.loads(found.stdout.strip().splitlines()[-1])
+    assert result["failures"] == []
+    assert sorted(result["finished"]) == sorted(result["planned"])  # each once
+    done = [path.parent.name for path in tmp_path.glob("runs/*/DONE")]
+    assert sorted(done) == sorted(result["planned"])
+
+
+def main(*flags):
+    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", "--sweep=tiny", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_ray
+@pytest.mark.long
+def test_main_on_a_ray_of_its_own(tmp_path):
+    assert "Report:" in main("--launcher=ray", f"--workdir={tmp_path}")
+    assert len(list(tmp_path.glob("runs/*/DONE"))) == 3
+
+
+def test_printed_commands_train_each_run_and_the_report_follows(tmp_path):
+    lines = main("--launcher=print", f"--workdir={tmp_path}").splitlines()
+    assert len(lines) == 3
+    assert all("--only=" in line and "--launcher" not in line for line in lines)
+    ids = [line.rsplit("--only=", 1)[1] for line in lines]
+    done = subprocess.run(lines[0], shell=True, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert [path.parent.name for path in tmp_path.glob("runs/*/DONE")] == [ids[0]]
+    assert not (tmp_path / "report").exists()
+    # What is done is not printed again.
+    assert len(main("--launcher=print", f"--workdir={tmp_path}").splitlines()) == 2
+
+
+def test_an_unknown_run_is_refused(tmp_path):
+    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", "--sweep=tiny"]
+    command += ["--only=b16-s0-nothing", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "unknown run in --only 'b16-s0-nothing'" in done.stderr

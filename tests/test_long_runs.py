@@ -1,0 +1,61 @@
+"""Long runs stay healthy: memory, file handles and logs do not grow."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from training_helpers import rows, tiny_config, tiny_data
+
+from bs_jax.experiments import launchers
+from bs_jax.experiments.points import resolve
+from bs_jax.training.loop import Trainer
+from bs_jax.training.records import RunFolder
+
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+
+
+def resident_mib():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@linux
+def test_run_after_run_leaves_no_file_open(tmp_path):
+    runs = [resolve(tiny_config(seed=seed, tensorboard=True)) for seed in range(5)]
+    trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1])
+    counts = []
+    for number, run in enumerate(runs):
+        trainer.train([RunFolder(tmp_path / str(number), run)])
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[-1] <= counts[1], counts
+
+
+@linux
+@pytest.mark.long
+@pytest.mark.parametrize("streamed", [False, True])
+def test_memory_does_not_grow_over_ten_thousand_updates(tmp_path, streamed):
+    cadence = {f"{name}_every_examples": 1600 for name in ("eval", "log", "checkpoint")}
+    run = resolve(tiny_config(**{"train_examples": 160_000, "data.streamed": streamed, **cadence}))
+    seen = []
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer.train(
+        [RunFolder(tmp_path, run)],
+        lambda event: seen.append((event.get("examples"), resident_mib())),
+    )
+    memory = dict(item for item in seen if item[0])
+    early, late = memory[32_000], memory[160_000]  # after 2,000 and 10,000 updates
+    print(f"resident: {early:.1f} MiB after 2,000 updates, {late:.1f} MiB after 10,000")
+    assert rows(tmp_path)[-1]["step"] == 10_000
+    assert late - early < 10, memory
+
+
+def test_the_log_of_a_worker_is_bounded(tmp_path):
+    path = tmp_path / "logs" / "worker-0.log"
+    path.parent.mkdir()
+    path.write_bytes(b"x" * (launchers.LOG_BYTES + 1))
+    for _ in range(2):
+        with launchers.open_log(path) as log:
+            log.write("more\n")
+    assert path.read_text() == "more\nmore\n"
+    assert path.with_suffix(".log.old").stat().st_size == launchers.LOG_BYTES + 1

@@ -1,0 +1,153 @@
+"""A run restored elsewhere: on other devices, at another batch size, with a changed config."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from training_helpers import rows, tiny_config, tiny_data, train
+
+from bs_jax.errors import UserError
+from bs_jax.experiments.points import resolve
+from bs_jax.scaling.optimizer import ScaleByBatchState
+from bs_jax.training import step
+from bs_jax.training.carry_over import OtherRun
+from bs_jax.training.loop import Interrupted, Trainer
+from bs_jax.training.records import RunFolder
+
+
+def losses(found):
+    return np.array([row["train/loss"] for row in found])
+
+
+def interrupted(path, devices=1, chunks=1, **overrides):
+    """A run that was stopped after so many chunks, of 96 examples each."""
+    run = resolve(tiny_config(**overrides))
+    folder = RunFolder(path, run)
+    calls = iter(range(chunks))
+    with pytest.raises(Interrupted):
+        Trainer(run.config, tiny_data(), jax.devices()[:devices]).train(
+            [folder], should_stop=lambda: next(calls, None) == chunks - 1
+        )
+    return folder
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_on_another_number_of_devices(tmp_path):
+    whole = train(tmp_path / "whole")
+    folder = interrupted(tmp_path / "parts", devices=1)
+    found = train(tmp_path / "parts", devices=2)
+    assert folder.summary()["resumed_at_step"] == 6
+    np.testing.assert_allclose(losses(found), losses(whole), rtol=2e-3)
+
+
+def other_run(tmp_path, recipe, source=None):
+    source = interrupted(tmp_path / "source", **(source or {}))
+    return OtherRun(source.path, recipe)
+
+
+def state_at(recipe, other):
+    run, data = resolve(recipe), tiny_data()
+    programs = step.make_programs(run.config, 3, data.train.image_shape, jax.devices()[:1])
+    fresh = jax.device_get(programs.init(step.run_inputs(run.config)))
+    return other.state_for(run.config, fresh, 3, data.train.image_shape), other._newest(
+        3, (8, 8, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch_size", "second"),
+    # (d'/d)^2 of what Adam divides by, from k = 1 to k: 1/k, 1, and q^2 with noise scale 16.
+    [("sqrt", 32, 1 / 2), ("linear", 8, 1.0), ("invariant", 32, 1.0), ("noise_aware", 32, 3 / 4)],
+)
+def test_at_another_batch_size_the_moments_are_carried_over(tmp_path, rule, batch_size, second):
+    recipe = tiny_config(
+        **{"batch_size": batch_size, "scaling.rule": rule, "scaling.noise_scale": 16.0}
+    )
+    state, source = state_at(recipe, other_run(tmp_path, recipe))
+    assert (int(state.step), int(state.examples)) == (96 // batch_size, 96)
+    jax.tree.map(np.testing.assert_array_equal, state.params, source.params)
+    inner = state.opt_state
+    inner = inner.inner_state if isinstance(inner, ScaleByBatchState) else inner
+    assert int(inner[0].count) == 96 // batch_size
+    jax.tree.map(np.testing.assert_array_equal, inner[0].mu, source.opt_state[0].mu)
+    jax.tree.map(
+        lambda new, old: np.testing.assert_allclose(new, second * old, rtol=1e-6),
+        inner[0].nu,
+        source.opt_state[0].nu,
+    )
+
+
+def test_at_the_same_batch_size_a_restored_run_is_the_rest_of_the_other(tmp_path):
+    whole = train(tmp_path / "whole")
+    other = other_run(tmp_path, tiny_config())
+    folder = RunFolder(tmp_path / "rest", resolve(tiny_config()))
+    Trainer(folder.run.config, tiny_data(), jax.devices()[:1]).train([folder], other_run=other)
+    assert rows(folder.path) == [row for row in whole if row["examples"] > 96]
+
+
+def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
+    recipe = tiny_config(**{"batch_size": 32, "scaling.rule": "sqrt", "eval_every_examples": 32})
+    other, run = other_run(tmp_path, recipe), resolve(recipe)
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    whole, parts = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "parts", run)
+    trainer.train([whole], other_run=other)
+    assert [row["examples"] for row in rows(whole.path)] == [128, 160, 192]
+    with pytest.raises(Interrupted):
+        trainer.train([parts], should_stop=lambda: True, other_run=other)
+    shutil.rmtree(tmp_path / "source")
+    trainer.train([parts], other_run=other)
+    assert parts.summary()["resumed_at_step"] == 4
+    assert rows(parts.path) == rows(whole.path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source", "message"),
+    [
+        ({"batch_size": 64, "train_examples": 256}, {}, "seen 96 examples; going on needs a mult"),
+        ({"train_examples": 96}, {}, "below train_examples 96"),
+        ({"optimizer.name": "sgd", "optimizer.hyperparams": {"learning_rate": 0.1}}, {},
+         "another model or optimizer"),
+        ({"batch_size": 32, "scaling.rule": "noise_aware", "micro_batch_size": 8}, {},
+         "give --config.scaling.noise_scale=EXAMPLES"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_carried_over_is_refused(tmp_path, overrides, source, message):
+    recipe = tiny_config(**overrides)
+    other = other_run(tmp_path, recipe, source)
+    with pytest.raises(UserError, match=message):
+        state_at(recipe, other)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no run with a readable config\.json"):
+        OtherRun(tmp_path, tiny_config())
+    train(tmp_path / "bare", {"checkpoint_every_examples": 0})
+    with pytest.raises(UserError, match="no checkpoint that can be read"):
+        state_at(tiny_config(batch_size=32), OtherRun(tmp_path / "bare", tiny_config()))
+
+
+def test_a_changed_config_is_refused_with_what_changed_and_the_flag_that_permits_it(tmp_path):
+    folder = interrupted(tmp_path)
+    longer = resolve(tiny_config(train_examples=288, label_smoothing=0.2))
+    with pytest.raises(UserError) as refused:
+        RunFolder(tmp_path, longer)
+    assert "train_examples is 192 there and 288 here" in str(refused.value)
+    assert "label_smoothing is" in str(refused.value)
+    assert "--allow_config_change" in str(refused.value)
+    folder = RunFolder(tmp_path, longer, allow_change=True)
+    Trainer(longer.config, tiny_data(), jax.devices()[:1]).train([folder])
+    assert rows(tmp_path)[-1]["examples"] == 288
+    assert folder.done
+    assert json.loads((tmp_path / "config.json").read_text())["train_examples"] == 288
+    # A finished run is gone on from as well.
+    again = RunFolder(tmp_path, resolve(tiny_config(train_examples=384)), allow_change=True)
+    assert not again.done
+
+
+@pytest.mark.parametrize("override", [{"batch_size": 32}, {"seed": 5}, {"model.name": "resnet8"}])
+def test_what_a_state_means_nothing_without_cannot_be_changed_in_place(tmp_path, override):
+    interrupted(tmp_path)
+    with pytest.raises(UserError, match="with --restore_from="):
+        RunFolder(tmp_path, resolve(tiny_config(**override)), allow_change=True)

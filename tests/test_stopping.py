@@ -1,0 +1,82 @@
+"""SIGTERM while Python code does not run: the grace ends it with the documented code."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bs_jax.experiments.stopping import StopRequest
+
+# What is prepared, and what then runs without Python.
+BUSY = {
+    # A device that is at it for minutes, as in a long evaluation.
+    "evaluation": (
+        "loop = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] < 1e9, "
+        "lambda x: x + 1e-3 * jnp.sin(x), x)).lower(jnp.ones(1000)).compile()",
+        "loop(jnp.ones(1000)).block_until_ready()",
+    ),
+    # Four and more seconds of compilation.
+    "compilation": (
+        "lowered = jax.jit(lambda x: [functools.reduce(lambda y, n: jnp.sin(jnp.cumsum(jnp.sort("
+        "y @ y)).reshape(4, 4) + n), range(100), x + c) for c in range(12)])"
+        ".lower(jnp.ones((4, 4)))",
+        "lowered.compile()",
+    ),
+}
+SCRIPT = """
+import functools, sys
+import jax, jax.numpy as jnp
+from bs_jax.experiments.stopping import StopRequest
+{prepare}
+with StopRequest({grace}) as stop:
+    print("ready", flush=True)
+    {busy}
+    print("through", flush=True)
+"""
+
+
+@pytest.mark.parametrize("what", sorted(BUSY))
+def test_a_signal_while_native_code_runs_ends_the_process_in_time(what):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(grace=0.5, prepare=BUSY[what][0], busy=BUSY[what][1])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.terminate()
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "through" not in out
+    assert "give the same command again to go on" in said
+    assert 0.4 < time.monotonic() - began < 20
+
+
+def test_a_signal_is_noted_and_the_context_left_in_peace():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(grace_seconds=30) as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.number == signal.SIGTERM
+        # The second signal would have its usual effect.
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_no_thread_and_no_file_is_left():
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with StopRequest():
+            pass
+    assert len(os.listdir("/proc/self/fd")) == files
