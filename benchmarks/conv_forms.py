@@ -128,7 +128,7 @@ def measure(case: Case, rounds: int, library: str) -> list[dict[str, Any]]:
             (slopes, kernel),
         ),
         "kernel gradient": (
-            conv_cpu.choose_kernel_gradient(images.shape, (*size, case.features), settings),
+            conv_cpu.choose_kernel_gradient(images.shape, kernel.shape, settings),
             {
                 name: lambda images, slopes, f=form: f.kernel_gradient(
                     settings, images, size, slopes

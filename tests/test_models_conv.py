@@ -157,10 +157,10 @@ def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
     close([got[0]], [wide], tolerance=4e-3)
 
 
-@pytest.mark.parametrize("size", [2, 6])  # taps; XLA's own
+@pytest.mark.parametrize("size", [2, 16])  # patches and taps; XLA's own
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 def test_vmapped_runs_equal_single_ones(size, axes):
-    images, weights = operands((size, size), 16, (3, 3), 4, examples=6)
+    images, weights = operands((size, size), 32, (3, 3), 4, examples=6)
     images = images.reshape(3, 2, *images.shape[1:]) if axes[0] == 0 else images
     weights = jnp.stack([weights, 2 * weights, -weights]) if axes[1] == 0 else weights
     single = functools.partial(
@@ -215,7 +215,7 @@ def test_what_is_not_channels_last_goes_to_xla():
 
 def test_gradients_inside_a_loop_avoid_the_plain_loop_nest():
     """XLA clears permuted convolutions in its outermost computation only; ours have none."""
-    images, weights = operands((8, 8), 16, (3, 3), 16)
+    images, weights = operands((16, 16), 16, (3, 3), 16, examples=8)
 
     def step(carry, _):
         images, weights = carry
@@ -229,7 +229,24 @@ def test_gradients_inside_a_loop_avoid_the_plain_loop_nest():
     found = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     assert len(found) == 3
     assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for line in found)
-    assert (
-        conv_cpu.choose_forward((2, 8, 8, 16), (3, 3, 16, 16), Settings((1, 1), ((1, 1), (1, 1))))
-        == "xla"
-    )
+
+
+def test_forms_are_chosen_by_shape():
+    def chosen(examples, size, channels, kernel=3, stride=1):
+        pad = (kernel - 1) // 2
+        images = (examples, size, size, channels)
+        window = (kernel, kernel, channels, channels)
+        settings = Settings((stride, stride), ((pad, pad), (pad, pad)))
+        slopes = (examples, -(-size // stride), -(-size // stride), channels)
+        return (
+            conv_cpu.choose_forward(images, window, settings),
+            conv_cpu.choose_image_gradient(slopes, window),
+            conv_cpu.choose_kernel_gradient(images, window, settings),
+        )
+
+    assert chosen(32, 16, 64) == ("xla", "residues", "xla")
+    assert chosen(32, 64, 3, kernel=7, stride=2) == ("xla", "columns", "xla")
+    assert chosen(32, 64, 3, stride=2) == ("patches", "columns", "patches")
+    assert chosen(32, 2, 512) == ("patches", "columns", "taps")
+    assert chosen(32, 8, 512, kernel=1) == ("taps", "columns", "taps")
+    assert chosen(8, 7, 16) == ("patches", "columns", "patches")

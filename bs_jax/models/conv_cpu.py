@@ -12,6 +12,7 @@ what is quick: a convolution with channels last and no dilation, or matrix produ
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from jax import lax
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 _BLOCK = 32  # channels that small groups are joined to: narrower products run at a tenth of speed
-_NARROW = 16  # channels below which a window's taps make one matrix product
+_NARROW = 16  # channels below which XLA's convolution is slower a product
+_NEAR_FLOATS, _NARROW_FLOATS = 2**17, 2**20  # of patches, up to which they are the quickest
 _TINY_MAP = 4  # positions of the outputs up to which XLA's convolution takes its loop nest
 _TALL = range(512, 8193)  # rows of a matrix that is better transposed in memory before a product
 
@@ -113,7 +115,9 @@ def kernel_gradient(
     settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
 ) -> jax.Array:
     """Slopes of the kernel, from those of the outputs."""
-    name = choose_kernel_gradient(images.shape, (*kernel_size, slopes.shape[-1]), settings)
+    name = choose_kernel_gradient(
+        images.shape, (*kernel_size, images.shape[-1], slopes.shape[-1]), settings
+    )
     return FORMS[name].kernel_gradient(settings, images, kernel_size, slopes)
 
 
@@ -234,13 +238,14 @@ def choose_forward(images: tuple[int, ...], kernel: tuple[int, ...], settings: S
     if _pointwise(kernel, settings):
         return "taps"  # one matrix product
     height, width = _output_size(images, kernel, settings)
-    return "patches" if kernel[2] < _NARROW or height * width <= _TINY_MAP else "xla"
+    outputs = (images[0], height, width)
+    return "patches" if _is_tiny(outputs) or _patches_fit(outputs, kernel) else "xla"
 
 
 def choose_image_gradient(slopes: tuple[int, ...], kernel: tuple[int, ...]) -> str:
     """The quickest form of the images' gradient, as measured; a key of `IMAGE_GRADIENTS`."""
-    tiny = kernel[:2] == (1, 1) or slopes[1] * slopes[2] <= _TINY_MAP
-    return "columns" if tiny or kernel[2] < _NARROW else "residues"
+    few = kernel[:2] == (1, 1) or kernel[2] < _NARROW
+    return "columns" if few or _is_tiny(slopes) or _patches_fit(slopes, kernel) else "residues"
 
 
 def choose_kernel_gradient(
@@ -249,10 +254,21 @@ def choose_kernel_gradient(
     """The quickest form of the kernel's gradient, as measured; a key of `FORMS`."""
     if _pointwise(kernel, settings):
         return "taps"
-    if images[-1] < _NARROW:
-        return "patches"
     height, width = _output_size(images, kernel, settings)
-    return "taps" if height * width <= _TINY_MAP else "xla"
+    outputs = (images[0], height, width)
+    if _is_tiny(outputs):
+        return "taps"
+    return "patches" if _patches_fit(outputs, kernel) else "xla"
+
+
+def _is_tiny(outputs: tuple[int, ...]) -> bool:
+    return outputs[1] * outputs[2] <= _TINY_MAP
+
+
+def _patches_fit(outputs: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """Whether the patches, as many as outputs and as large as a window, stay in a near cache."""
+    floats = math.prod(outputs[:3]) * math.prod(kernel[:3])
+    return floats <= (_NARROW_FLOATS if kernel[2] < _NARROW else _NEAR_FLOATS)
 
 
 def _map(images: jax.Array) -> Pair:
