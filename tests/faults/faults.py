@@ -203,7 +203,7 @@ def describe_kill(line: str) -> str:
         ("metrics.jsonl", "the metrics"),
         ("summary.json", "the summary"),
         ("DONE", "the mark DONE"),
-        ("report/results", "the table"),
+        ("results.", "the table"),
         ("report", "the report"),
     ):
         if part in what:
