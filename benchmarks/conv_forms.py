@@ -22,7 +22,8 @@ from jax import lax
 
 from benchmarks import _measure
 from bs_jax.models import conv_cpu
-from bs_jax.models.conv_cpu import FORMS, IMAGE_GRADIENTS, Settings
+from bs_jax.models.conv_cpu import IMAGE_GRADIENTS
+from bs_jax.models.conv_forms import FORMS, Settings
 from bs_jax.training import compilation
 
 

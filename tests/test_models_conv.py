@@ -10,7 +10,8 @@ from jax import lax
 
 from bs_jax.models import conv_cpu
 from bs_jax.models.conv import conv_general_dilated
-from bs_jax.models.conv_cpu import FORMS, IMAGE_GRADIENTS, Settings, convolve
+from bs_jax.models.conv_cpu import IMAGE_GRADIENTS, convolve
+from bs_jax.models.conv_forms import FORMS, Settings
 
 KEY = jax.random.key(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")

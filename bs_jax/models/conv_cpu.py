@@ -11,9 +11,8 @@ what is quick: a convolution with channels last and no dilation, or matrix produ
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,38 +20,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pair = tuple[int, int]
-Padding = tuple[Pair, Pair]
+from bs_jax.models.conv_forms import (
+    FORMS,
+    Padding,
+    Pair,
+    Settings,
+    accumulator,
+    each_tap,
+    is_pointwise,
+    map_size,
+    output_size,
+    window_size,
+)
+
 _BLOCK = 32  # channels that small groups are joined to: narrower products run at a tenth of speed
 _NARROW = 16  # channels below which XLA's convolution is slower a product
 _NEAR_FLOATS, _NARROW_FLOATS = 2**17, 2**20  # of patches, up to which they are the quickest
 _TINY_MAP = 4  # positions of the outputs up to which XLA's convolution takes its loop nest
-_TALL = range(512, 8193)  # rows of a matrix that is better transposed in memory before a product
-
-
-class Settings(NamedTuple):
-    """What a convolution does beside its operands.
-
-    Attributes:
-        strides: of the two spatial axes.
-        padding: (before, after) zeros of the two spatial axes; negative crops.
-    """
-
-    strides: Pair
-    padding: Padding
-
-
-class Form(NamedTuple):
-    """One way to compute a convolution and its kernel's gradient.
-
-    Attributes:
-        forward: (images, kernel, settings) -> outputs.
-        kernel_gradient: (images, slopes of the outputs, kernel's spatial shape, settings) ->
-            slopes of the kernel.
-    """
-
-    forward: Callable[..., jax.Array]
-    kernel_gradient: Callable[..., jax.Array]
 
 
 def convolve(
@@ -98,8 +82,8 @@ def _convolve_forward(settings, images, kernel):
 def _convolve_backward(settings, kept, slopes):
     images, kernel = kept
     return (
-        image_gradient(settings, _map(images), kernel, slopes),
-        kernel_gradient(settings, images, _window(kernel), slopes),
+        image_gradient(settings, map_size(images), kernel, slopes),
+        kernel_gradient(settings, images, window_size(kernel), slopes),
     )
 
 
@@ -134,7 +118,7 @@ def columns_image_gradient(
 ) -> jax.Array:
     """Add every tap's share, of slopes @ kernel^T, where the tap was ("col2im")."""
     height, width, channels, features = kernel.shape
-    wide = _accumulator(slopes.dtype)
+    wide = accumulator(slopes.dtype)
     if (height, width) == (1, 1):
         rows = slopes.reshape(-1, features)
         shares = lax.dot_general(
@@ -148,7 +132,7 @@ def columns_image_gradient(
         shares = shares.reshape(height, width, channels, *slopes.shape[:3])
         shares = jnp.moveaxis(shares, 2, -1)
     total: Any = None
-    for tap in _taps(size, _map(slopes), (height, width), settings):
+    for tap in each_tap(size, map_size(slopes), (height, width), settings):
         part = shares[*tap.place, :, *tap.outputs]
         around = [
             (taken.start, count - taken.stop, stride - 1)
@@ -235,9 +219,9 @@ def _interleave(parts: list[jax.Array], axis: int, size: int) -> jax.Array:
 
 def choose_forward(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> str:
     """The quickest form of the forward pass, as measured; a key of `FORMS`."""
-    if _pointwise(kernel, settings):
+    if is_pointwise(kernel, settings):
         return "taps"  # one matrix product
-    height, width = _output_size(images, kernel, settings)
+    height, width = output_size(images, kernel, settings)
     outputs = (images[0], height, width)
     return "patches" if _is_tiny(outputs) or _patches_fit(outputs, kernel) else "xla"
 
@@ -252,9 +236,9 @@ def choose_kernel_gradient(
     images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings
 ) -> str:
     """The quickest form of the kernel's gradient, as measured; a key of `FORMS`."""
-    if _pointwise(kernel, settings):
+    if is_pointwise(kernel, settings):
         return "taps"
-    height, width = _output_size(images, kernel, settings)
+    height, width = output_size(images, kernel, settings)
     outputs = (images[0], height, width)
     if _is_tiny(outputs):
         return "taps"
@@ -269,255 +253,6 @@ def _patches_fit(outputs: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
     """Whether the patches, as many as outputs and as large as a window, stay in a near cache."""
     floats = math.prod(outputs[:3]) * math.prod(kernel[:3])
     return floats <= (_NARROW_FLOATS if kernel[2] < _NARROW else _NEAR_FLOATS)
-
-
-def _map(images: jax.Array) -> Pair:
-    return images.shape[1], images.shape[2]
-
-
-def _window(kernel: jax.Array) -> Pair:
-    return kernel.shape[0], kernel.shape[1]
-
-
-def _pointwise(kernel: tuple[int, ...], settings: Settings) -> bool:
-    return kernel[:2] == (1, 1) and settings.padding == ((0, 0), (0, 0))
-
-
-def _output_size(images: tuple[int, ...], kernel: tuple[int, ...], settings: Settings) -> Pair:
-    height, width = (
-        (images[1 + axis] + sum(settings.padding[axis]) - kernel[axis]) // settings.strides[axis]
-        + 1
-        for axis in (0, 1)
-    )
-    return height, width
-
-
-# One matrix product a tap, over the positions where the tap meets no padding. ------------------
-
-
-class _Tap(NamedTuple):
-    place: Pair  # in the kernel
-    inputs: tuple[slice, slice]  # positions of the images
-    outputs: tuple[slice, slice]  # positions of the outputs, as many
-
-
-def _taps(size: Pair, outputs: Pair, kernel_size: Pair, settings: Settings) -> Iterator[_Tap]:
-    for place in itertools.product(range(kernel_size[0]), range(kernel_size[1])):
-        found: list[tuple[slice, slice]] = []
-        for axis in (0, 1):
-            stride, shift = settings.strides[axis], place[axis] - settings.padding[axis][0]
-            first = max(0, -(shift // stride))
-            last = min(outputs[axis] - 1, (size[axis] - 1 - shift) // stride)
-            start = first * stride + shift
-            found.append(
-                (
-                    slice(start, start + (last - first) * stride + 1, stride),
-                    slice(first, last + 1),
-                )
-            )
-            if last < first:
-                break
-        else:
-            yield _Tap(place, (found[0][0], found[1][0]), (found[0][1], found[1][1]))
-
-
-def taps_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Sum over the taps of (images at the tap) @ (kernel at the tap)."""
-    outputs = _output_size(images.shape, kernel.shape, settings)
-    total: Any = None
-    for tap in _taps(_map(images), outputs, _window(kernel), settings):
-        part = jnp.einsum(
-            "nhwc,cf->nhwf",
-            images[:, *tap.inputs],
-            kernel[tap.place],
-            preferred_element_type=_accumulator(images.dtype),
-        )
-        around = [
-            (taken.start, count - taken.stop)
-            for taken, count in zip(tap.outputs, outputs, strict=True)
-        ]
-        part = jnp.pad(part, ((0, 0), *around, (0, 0)))
-        total = part if total is None else total + part
-    if total is None:
-        return jnp.zeros((images.shape[0], *outputs, kernel.shape[-1]), images.dtype)
-    return total.astype(images.dtype)
-
-
-def taps_kernel_gradient(
-    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
-) -> jax.Array:
-    """At each tap, (images at the tap)^T @ slopes."""
-    channels, features = images.shape[-1], slopes.shape[-1]
-    found = {
-        tap.place: _transposed_product(
-            images[:, *tap.inputs].reshape(-1, channels),
-            slopes[:, *tap.outputs].reshape(-1, features),
-        )
-        for tap in _taps(_map(images), _map(slopes), kernel_size, settings)
-    }
-    zeros = jnp.zeros((channels, features), images.dtype)
-    places = itertools.product(range(kernel_size[0]), range(kernel_size[1]))
-    return jnp.stack([found.get(place, zeros) for place in places]).reshape(
-        *kernel_size, channels, features
-    )
-
-
-def _transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^T @ b; for tall ones quicker if the narrower is transposed in memory before."""
-    wide = _accumulator(a.dtype)
-    if a.shape[0] not in _TALL:
-        product = lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-    elif a.shape[1] <= b.shape[1]:
-        product = jnp.matmul(lax.optimization_barrier(a.T), b, preferred_element_type=wide)
-    else:
-        product = jnp.matmul(lax.optimization_barrier(b.T), a, preferred_element_type=wide).T
-    return product.astype(a.dtype)
-
-
-def _accumulator(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-# Every output's receptive field gathered as a row, then one matrix product ("im2col"). ---------
-
-
-def _patches(settings: Settings, images: jax.Array, kernel_size: Pair) -> jax.Array:
-    outputs = _output_size(images.shape, kernel_size, settings)
-    low_high = [(max(0, low), max(0, high)) for low, high in settings.padding]
-    crop = [(max(0, -low), max(0, -high)) for low, high in settings.padding]
-    images = images[
-        :,
-        crop[0][0] : images.shape[1] - crop[0][1],
-        crop[1][0] : images.shape[2] - crop[1][1],
-    ]
-    images = jnp.pad(images, ((0, 0), *low_high, (0, 0)))
-    steps = settings.strides
-    shifted = [
-        images[
-            :,
-            row : row + (outputs[0] - 1) * steps[0] + 1 : steps[0],
-            column : column + (outputs[1] - 1) * steps[1] + 1 : steps[1],
-        ]
-        for row, column in itertools.product(range(kernel_size[0]), range(kernel_size[1]))
-    ]
-    together = jnp.concatenate(shifted, axis=-1)
-    return together.reshape(-1, together.shape[-1])
-
-
-def patches_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(rows of patches) @ kernel."""
-    rows = _patches(settings, images, _window(kernel))
-    outputs = jnp.matmul(
-        rows,
-        kernel.reshape(-1, kernel.shape[-1]),
-        preferred_element_type=_accumulator(images.dtype),
-    ).astype(images.dtype)
-    size = _output_size(images.shape, kernel.shape, settings)
-    return outputs.reshape(images.shape[0], *size, -1)
-
-
-def patches_kernel_gradient(
-    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
-) -> jax.Array:
-    """(rows of patches)^T @ slopes."""
-    features = slopes.shape[-1]
-    rows = _patches(settings, images, kernel_size)
-    product = _transposed_product(rows, slopes.reshape(-1, features))
-    return product.reshape(*kernel_size, images.shape[-1], features)
-
-
-# XLA's own convolution, channels last. ----------------------------------------------------------
-
-
-def _xla(images: jax.Array, kernel: jax.Array, settings: Settings, dilation: Pair) -> jax.Array:
-    return lax.conv_general_dilated(
-        images,
-        kernel,
-        settings.strides,
-        settings.padding,
-        rhs_dilation=dilation,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def xla_forward(settings: Settings, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """XLA's; where the kernels are vmapped (to a grouped convolution, which is slow) the taps."""
-
-    @jax.custom_batching.custom_vmap
-    def apply(images: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _xla(images, kernel, settings, (1, 1))
-
-    @apply.def_vmap
-    def _vmapped(axis_size: int, batched: list[bool], images: jax.Array, kernel: jax.Array):
-        del axis_size
-        return _over_runs(
-            batched,
-            partial(taps_forward, settings),
-            lambda images: xla_forward(settings, images, kernel),
-            images,
-            kernel,
-        )
-
-    return apply(images, kernel)
-
-
-def _over_runs(
-    batched: list[bool],
-    each: Callable[..., jax.Array],
-    joined: Callable[..., jax.Array],
-    first: jax.Array,
-    second: jax.Array,
-) -> tuple[jax.Array, bool]:
-    """The vmapped form: runs that share a kernel are more examples of one convolution."""
-    if not batched[1]:
-        runs, examples = first.shape[:2]
-        outputs = joined(first.reshape(runs * examples, *first.shape[2:]))
-        return outputs.reshape(runs, examples, *outputs.shape[1:]), True
-    axes = (0 if batched[0] else None, 0)
-    return jax.vmap(each, in_axes=axes)(first, second), True
-
-
-def xla_kernel_gradient(
-    settings: Settings, images: jax.Array, kernel_size: Pair, slopes: jax.Array
-) -> jax.Array:
-    """XLA's convolution of the images with the slopes, channels and examples changing places."""
-
-    @jax.custom_batching.custom_vmap
-    def apply(images: jax.Array, slopes: jax.Array) -> jax.Array:
-        # Rows and columns that no window reaches would give further, unwanted taps.
-        used = [
-            (count - 1) * stride + taps
-            for count, stride, taps in zip(
-                slopes.shape[1:3], settings.strides, kernel_size, strict=True
-            )
-        ]
-        padding = [
-            (low, used[axis] - images.shape[1 + axis] - low)
-            for axis, (low, _) in enumerate(settings.padding)
-        ]
-        product = _xla(
-            jnp.transpose(images, (3, 1, 2, 0)),
-            jnp.transpose(slopes, (1, 2, 0, 3)),
-            Settings((1, 1), tuple(padding)),  # pyright: ignore[reportArgumentType]
-            settings.strides,
-        )
-        return jnp.transpose(product, (1, 2, 0, 3))
-
-    @apply.def_vmap
-    def _vmapped(axis_size: int, batched: list[bool], images: jax.Array, slopes: jax.Array):
-        del axis_size
-        each = lambda images, slopes: taps_kernel_gradient(settings, images, kernel_size, slopes)  # noqa: E731
-        axes = tuple(0 if is_batched else None for is_batched in batched)
-        return jax.vmap(each, in_axes=axes)(images, slopes), True
-
-    return apply(images, slopes)
-
-
-FORMS: dict[str, Form] = {
-    "taps": Form(taps_forward, taps_kernel_gradient),
-    "patches": Form(patches_forward, patches_kernel_gradient),
-    "xla": Form(xla_forward, xla_kernel_gradient),
-}
 
 
 IMAGE_GRADIENTS: dict[str, Callable[..., jax.Array]] = {

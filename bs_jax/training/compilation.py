@@ -6,8 +6,8 @@ import functools
 import os
 from pathlib import Path
 
-# XLA hands convolutions and matrix products to YNNPACK, which takes about twice as long as its own
-# (`benchmarks/conv_forms.py --library=default`); for large sums YNNPACK is the quicker.
+# XLA hands convolutions, matrix products and sums to YNNPACK, which takes 1.5 to 3 times as long as
+# its own code for many shapes (`benchmarks/conv_forms.py --library=default`). Empty: none of them.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
