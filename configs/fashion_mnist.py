@@ -1,7 +1,7 @@
 """A small BatchNorm ResNet on the embedded 10,000 images of Fashion-MNIST's test files.
 
 Command:  python main.py                      (this config, this file's `rules` sweep)
-Run time: two to three minutes on two CPU cores
+Run time: three to four minutes on two CPU cores
 Expected: test accuracy about .84 at the base batch size; the report says what each rule does
           away from it
 """
@@ -96,16 +96,16 @@ RULES = ("none", "linear", "sqrt", "noise_aware", "invariant")
 
 
 def sweep_rules() -> list[Point]:
-    """81 points: five rules, batch sizes 16 to 256, three seeds; nine seeds of the base.
+    """129 points: five rules, batch sizes 16 to 256, five seeds; nine seeds of the base.
 
-    All rules agree at the base batch size, so these are 69 runs. Every difference is taken from
+    All rules agree at the base batch size, so these are 109 runs. Every difference is taken from
     the base: more seeds there narrow every interval.
     """
     return product(
         arm={rule: {"scaling.rule": rule} for rule in RULES},
         batch_size=(16, 32, 64, 128, 256),
-        seed=(0, 1, 2),
-    ) + product(arm={"none": {"scaling.rule": "none"}}, batch_size=(64,), seed=(3, 4, 5, 6, 7, 8))
+        seed=(0, 1, 2, 3, 4),
+    ) + product(arm={"none": {"scaling.rule": "none"}}, batch_size=(64,), seed=(5, 6, 7, 8))
 
 
 def sweep_short() -> list[Point]:

@@ -102,9 +102,9 @@ def test_a_signal_to_one_process_stops_all_and_other_numbers_of_them_go_on(tmp_p
 
 @pytest.mark.long
 def test_a_sweep_and_a_divergence_in_two_processes(tmp_path):
-    flags = ("--sweep=short", "--config.optimizer.hyperparams.learning_rate=1e30")
-    flags = (*flags, "--config.train_examples=256", "--config.scaling.rule=none")
-    with joined(2, *flags, f"--workdir={tmp_path}") as processes:
+    recipe = ("--config=tests/faults/recipe.py", "--sweep=tiny")
+    flags = ("--config.optimizer.hyperparams.learning_rate=1e30", f"--workdir={tmp_path}")
+    with joined(2, *flags, recipe=recipe) as processes:
         ends = [finish(process, 400) for process in processes]
     assert [code for code, _ in ends] == [0, 0], ends
     assert "Report:" in ends[0][1]

@@ -27,10 +27,10 @@ def recipe(**overrides):
     return apply_overrides(config, {"optimizer.hyperparams.learning_rate": 2e-3} | overrides)
 
 
-def test_the_rules_sweep_has_81_points_and_69_runs():
+def test_the_rules_sweep_has_129_points_and_109_runs():
     planned = plan_sweep("rules", recipe(), fashion_mnist.sweep_rules())
-    assert len(planned.rows) == 81
-    assert len(planned.runs) == 69
+    assert len(planned.rows) == 129
+    assert len(planned.runs) == 109
     assert planned.warnings == []
     at_base = {row["run_id"] for row in planned.rows if row["batch_size"] == 64}
     assert len(at_base) == 9  # one run a seed, whatever the rule

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +28,12 @@ TINY = (
 )
 
 
-def start(*flags: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
-    """Start ``python main.py`` with the tiny recipe and more flags."""
+def start(
+    *flags: str, devices: int = 1, recipe: Sequence[str] = TINY, **environment: str
+) -> subprocess.Popen[str]:
+    """Start ``python main.py`` with the tiny recipe, or another, and more flags."""
     return subprocess.Popen(
-        [sys.executable, "main.py", *TINY, *flags],
+        [sys.executable, "main.py", *recipe, *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -57,7 +59,9 @@ def run(*flags: str, devices: int = 1, **environment: str) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def joined(count: int, *flags: str, devices: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+def joined(
+    count: int, *flags: str, devices: int = 1, recipe: Sequence[str] = TINY
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that train one run; those still alive at the end are killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,6 +73,7 @@ def joined(count: int, *flags: str, devices: int = 1) -> Iterator[list[subproces
             f"--num_processes={count}",
             f"--process_id={number}",
             devices=devices,
+            recipe=recipe,
         )
         for number in range(count)
     ]
