@@ -46,6 +46,7 @@ def test_without_a_gpu_the_gpu_benchmark_says_what_to_do():
         gpu.main([])
 
 
+@pytest.mark.long
 def test_input_and_scaling_write_their_tables(tmp_path):
     result = written(
         input, [*SMALL, "--rounds=1", "--steps=1", "--chunks=2"], tmp_path / "input.json"
