@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gzip
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,17 +98,16 @@ def profile(
 
 def operations(folder: Path) -> list[tuple[str, float]]:
     """Names of the operations in the newest trace below a folder and their shares of the time."""
-    path = max(folder.rglob("*.xplane.pb"), key=lambda found: found.stat().st_mtime)
+    # The JSON form: reading the other aborts the process in some versions of jaxlib.
+    path = max(folder.rglob("perfetto_trace.json.gz"), key=lambda found: found.stat().st_mtime)
     total: collections.Counter[str] = collections.Counter()
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for line in plane.lines:
-            for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                # A loop's time is that of the operations within it.
-                if name is not None and not str(name).startswith("while"):
-                    total[str(name)] += event.duration_ns
+    for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]:
+        name = event.get("args", {}).get("hlo_op")
+        # A loop's time is that of the operations within it.
+        if name is not None and not str(name).startswith("while"):
+            total[str(name)] += event.get("dur", 0)
     whole = sum(total.values()) or 1
-    return [(name, nanoseconds / whole) for name, nanoseconds in total.most_common()]
+    return [(name, duration / whole) for name, duration in total.most_common()]
 
 
 def _resident(split: Any, count: int, devices: parallel.Devices) -> Any:
