@@ -172,13 +172,18 @@ def noisy_curve(generator, sd, examples):
     return Curve(examples, 1.0 + sd * generator.standard_normal(len(examples)))
 
 
-def test_curve_deviation_is_one_when_only_the_seed_differs():
+@pytest.mark.parametrize("paired", [False, True])
+def test_curve_deviation_is_one_when_only_the_seed_differs(paired):
     generator = np.random.default_rng(0)
     squares = []
     for _ in range(300):
         seeds = 0.05 * generator.standard_normal((4, 3, 20))
-        variance = curves.noise_variance(list(seeds))
-        squares.append(curves.curve_deviation(seeds[0], seeds[1], variance)[1] ** 2)
+        if paired:
+            seeds += generator.standard_normal((3, 20))  # what a seed does everywhere
+        groups = [dict(enumerate(group)) for group in seeds]
+        variance = curves.noise_variance(groups, paired=paired)
+        found = curves.curve_deviation(groups[1], groups[0], variance, paired=paired)
+        squares.append(found[1] ** 2)
     assert np.mean(squares) == pytest.approx(1, abs=0.06)
 
 

@@ -55,7 +55,7 @@ class Group:
 
 Key = tuple[str, int, float]
 BASE: Key = ("", 0, 1.0)
-Collected = tuple[Group, BySeed, np.ndarray]
+Collected = tuple[Group, BySeed, curves.Curves]
 
 
 def members_of(rows: Sequence[Row], base_batch_size: int) -> dict[Key, dict[str, Row]]:
@@ -71,7 +71,7 @@ def members_of(rows: Sequence[Row], base_batch_size: int) -> dict[Key, dict[str,
 def collect(
     key: Key, members: Sequence[tuple[int, Run]], sweep: Sweep, edges: np.ndarray
 ) -> Collected:
-    """A group's own numbers, of its (seed, run): final metrics, losses, curves (seeds, windows)."""
+    """A group's own numbers, of its (seed, run): final metrics, losses, curves (windows,)."""
     arm, batch_size, offset = key
     batch_size = batch_size or sweep.base_batch_size
     runs = [run for _, run in members]
@@ -79,12 +79,11 @@ def collect(
     finals = _finite(members, sweep.accuracy_metric)
     values = tuple(value for _, value in finals)
     losses = _finite(members, sweep.loss_metric)
-    means = [
-        curves.window_means(run.curves[sweep.curve_metric], edges)
-        for run in done
-        if len(edges) and sweep.curve_metric in run.curves
-    ]
-    matrix = np.array(means) if means else np.empty((0, max(len(edges) - 1, 0)))
+    rows = {
+        seed: curves.window_means(run.curves[sweep.curve_metric], edges)
+        for seed, run in members
+        if run.status == DONE and len(edges) and sweep.curve_metric in run.curves
+    }
     # A final metric that is not a finite number is a divergence that nobody stopped.
     diverged = sum(run.status == DIVERGED for run in runs) + len(done) - len(values)
     group = Group(
@@ -99,9 +98,9 @@ def collect(
         by_seed=_means(finals),
         interval=mean_interval(values),
         loss=mean_interval([value for _, value in losses]),
-        curve=matrix.mean(axis=0) if len(matrix) else None,
+        curve=np.mean([*rows.values()], axis=0) if rows else None,
     )
-    return group, _means(losses), matrix
+    return group, _means(losses), rows
 
 
 def _finite(members: Sequence[tuple[int, Run]], metric: str) -> list[tuple[int, float]]:

@@ -107,15 +107,14 @@ def analyse(results: Results) -> Analysis:
         near = [base_entry, *(e for e in collected.values() if is_near(e[0], base, sweep.margin))]
         noise = estimate_noise([group.by_seed for group, _, _ in near])
         loss_noise = estimate_noise([losses for _, losses, _ in near])
-        variance = curves.noise_variance([matrix for _, _, matrix in near if len(matrix)])
+        paired = noise is not None and noise.paired
+        variance = curves.noise_variance([rows for _, _, rows in near if rows], paired=paired)
         groups = []
-        for group, losses, matrix in collected.values():
+        for group, losses, rows in collected.values():
             pooled = is_near(group, base, sweep.margin)
             comparison = compare_with_base(group.by_seed, base.by_seed, sweep.margin, noise, pooled)
             loss_comparison = compare_with_base(losses, base_entry[1], math.nan, loss_noise, pooled)
-            rms = in_noise = math.nan
-            if len(matrix) and len(base_entry[2]):
-                rms, in_noise = curves.curve_deviation(matrix, base_entry[2], variance)
+            rms, in_noise = curves.curve_deviation(rows, base_entry[2], variance, paired=paired)
             groups.append(
                 replace(
                     group,
