@@ -119,8 +119,8 @@ def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     if not scaled.rule_while_training:
         trained["optimizer"]["hyperparams"] = {
             name: scaled.values[name] for name in full["optimizer"]["hyperparams"]
-        }
-        trained["scaling"] = {"rule": "fixed"}
+        } | scaled.defaults
+        trained["scaling"] = {"rule": "fixed"} | ({"clock": scaled.clock} if scaled.clock else {})
         trained["base_batch_size"] = full["batch_size"]
         trained["micro_batch_size"] = full["micro_batch_size"] or full["batch_size"]
     else:
