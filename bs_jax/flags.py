@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from bs_jax import storage
+
 if TYPE_CHECKING:
     from bs_jax.experiments.progress import Display
     from bs_jax.training.records import Run
@@ -49,7 +51,7 @@ def define_run_flags() -> None:
     flags.DEFINE_string(
         "restore_from",
         None,
-        "Folder of another run: begin with its newest state, also at another batch size.",
+        "Folder or URL of another run: begin with its newest state, also at another batch size.",
     )
     flags.DEFINE_bool(
         "allow_config_change", False, "Go on with a run in --workdir whose config was another."
@@ -143,4 +145,4 @@ def print_commands(pending: Sequence[Run], workdir: Path) -> None:
     while assignment := schedule.next(0):
         only = ",".join(run.run_id for run in assignment)
         words = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
-        print(shlex.join([*words, f"--workdir={workdir.absolute()}", f"--only={only}"]))
+        print(shlex.join([*words, f"--workdir={storage.text_of(workdir)}", f"--only={only}"]))
