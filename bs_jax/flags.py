@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def define_run_flags() -> None:
     flags.DEFINE_string(
         "restore_from",
         None,
-        "Folder of another run: begin with its newest state, also at another batch size.",
+        "Folder or URL of another run: begin with its newest state, also at another batch size.",
     )
     flags.DEFINE_bool(
         "allow_config_change", False, "Go on with a run in --workdir whose config was another."
@@ -161,4 +162,4 @@ def print_commands(pending: Sequence[Run], workdir: Path) -> None:
     while assignment := schedule.next(0):
         only = ",".join(run.run_id for run in assignment)
         words = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
-        print(shlex.join([*words, f"--workdir={workdir.absolute()}", f"--only={only}"]))
+        print(shlex.join([*words, f"--workdir={storage.text_of(workdir)}", f"--only={only}"]))
