@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.scaling.carry import carry_moments
 from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
@@ -36,7 +37,8 @@ class OtherRun:
     def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
         self.path, self._recipe = path, recipe
         try:
-            self._config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            with records.disk_errors(path, missing=True):
+                self._config = json.loads(storage.read_bytes(path / "config.json"))
             self.batch_size = int(self._config["batch_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
