@@ -129,70 +129,75 @@ def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number
     assert (tmp_path / "DONE").exists()
 
 
-def test_a_sweep_in_processes_survives_a_killed_worker_and_resumes(tmp_path):
-    process = start("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
-    deadline = time.monotonic() + 200
-    killed = False
-    while time.monotonic() < deadline and process.poll() is None and not killed:
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
-            capture_output=True,
-            text=True,
-        ).stdout.split()
-        begun = list((tmp_path / "runs").glob("*/metrics.jsonl")) if children else []
-        if begun:
-            os.kill(int(children[0]), signal.SIGKILL)
-            killed = True
-        time.sleep(0.01)
-    out, _ = process.communicate(timeout=280)
-    assert killed, out
-    assert process.returncode == 0, out
-    assert "starting another" in out
-    sweep = json.loads((tmp_path / "sweep.json").read_text())
-    run_ids = {point["run_id"] for point in sweep["points"]}
-    assert len(run_ids) == 22
-    assert {path.parent.name for path in (tmp_path / "runs").glob("*/DONE")} == run_ids
-    code, again = run_main("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
-    assert code == 0, again
-    assert "All 22 runs are done already" in again
-    assert (tmp_path / "report" / "index.html").exists()
+SWEEP = (
+    "--config=tests/faults/recipe.py",
+    "--sweep=tiny",
+    "--workers=2",
+    "--config.train_examples=3072",
+    "--config.checkpoint_every_examples=0",  # so that only a signal saves
+)
 
 
-def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path):
-    recipe = (
-        "--config=tests/faults/recipe.py",
-        "--sweep=tiny",
-        "--workers=2",
-        "--config.train_examples=3072",
-        "--config.checkpoint_every_examples=0",  # so that only the signal saves
-    )
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    code, out = run_main(f"--workdir={whole}", recipe=recipe)
-    assert code == 0, out
-    process = start(f"--workdir={stopped}", recipe=recipe)
+def wait_until_one_trains(workdir, process):
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not any(
-        path.stat().st_size for path in stopped.glob("runs/*/metrics.jsonl")
-    ):
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.stat().st_size for path in workdir.glob("runs/*/metrics.jsonl")):
+            return
         time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep one of whose workers was killed; what it printed."""
+    workdir = tmp_path_factory.mktemp("swept")
+    process = start(f"--workdir={workdir}", recipe=SWEEP)
+    wait_until_one_trains(workdir, process)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+        capture_output=True,
+        text=True,
+    )
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, out
+    return workdir, out
+
+
+def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
+    workdir, out = swept
+    assert "starting another" in out
+    sweep = json.loads((workdir / "sweep.json").read_text())
+    run_ids = {point["run_id"] for point in sweep["points"]}
+    assert len(run_ids) == 3
+    assert {path.parent.name for path in (workdir / "runs").glob("*/DONE")} == run_ids
+    code, again = run_main(f"--workdir={workdir}", recipe=SWEEP)
+    assert code == 0, again
+    assert "All 3 runs are done already" in again
+    assert (workdir / "report" / "index.html").exists()
+
+
+def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, swept):
+    """To the bits of the sweep that lost a worker, so that neither changed any."""
+    process = start(f"--workdir={tmp_path}", recipe=SWEEP)
+    wait_until_one_trains(tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT, out
-    metrics = [path for path in stopped.glob("runs/*/metrics.jsonl") if path.stat().st_size]
+    metrics = [path for path in tmp_path.glob("runs/*/metrics.jsonl") if path.stat().st_size]
     trained = [path.parent for path in metrics if not (path.parent / "DONE").exists()]
     assert trained
     for path in trained:
         saved = max(int(step.name) for step in (path / "checkpoints").iterdir())
         assert saved == rows(path)[-1]["step"] < 192
-    code, out = run_main(f"--workdir={stopped}", recipe=recipe)
+    code, out = run_main(f"--workdir={tmp_path}", recipe=SWEEP)
     assert code == 0, out
-    finished = list(whole.glob("runs/*/metrics.jsonl"))
+    finished = list(swept[0].glob("runs/*/metrics.jsonl"))
     assert len(finished) == 3
     for metrics in finished:
-        assert (stopped / metrics.relative_to(whole)).read_bytes() == metrics.read_bytes()
-        resumed = stopped / metrics.relative_to(whole).with_name("summary.json")
-        began_at = json.loads(resumed.read_text())["resumed_at_step"]
-        assert (began_at > 0) == (resumed.parent in trained)
+        twin = tmp_path / metrics.relative_to(swept[0])
+        assert twin.read_bytes() == metrics.read_bytes()
+        began_at = json.loads(twin.with_name("summary.json").read_text())["resumed_at_step"]
+        assert (began_at > 0) == (twin.parent in trained)
 
 
 @pytest.mark.long

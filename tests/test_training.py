@@ -177,8 +177,8 @@ def stop_after(chunks):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
     config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "ema_decay": 0.9})
     run = resolve(config)
+    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
     for name, interrupt in (("whole", False), ("parts", True)):
-        trainer = Trainer(run.config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
         folder = RunFolder(tmp_path / name, run)
         if interrupt:
             with pytest.raises(Interrupted):
