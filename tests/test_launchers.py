@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import lines, run, start, wait_for
 from rich.console import Console
 from training_helpers import rows
 
@@ -79,42 +80,26 @@ SMALL = (
 )
 
 
-def start(*flags, recipe=SMALL, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "main.py", *recipe, *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a group of its own, as at a terminal
-        **kwargs,
-    )
+def wait_until_one_trains(workdir, process):
+    def trains():
+        return any(lines(path) for path in workdir.rglob("metrics.jsonl"))
 
-
-def run_main(*flags, recipe=SMALL):
-    process = start(*flags, recipe=recipe)
-    out, _ = process.communicate(timeout=240)
-    return process.returncode, out
+    wait_for(lambda: trains() or process.poll() is not None)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A training run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    code, out = run_main("--mode=train", f"--workdir={workdir}")
+    code, out = run("--mode=train", f"--workdir={workdir}", recipe=SMALL)
     assert code == 0, out
     return workdir
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
-    process = start("--mode=train", f"--workdir={tmp_path}")
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 1:
-            break
-        time.sleep(0.005)
+    process = start("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
+    wait_until_one_trains(tmp_path, process)
     if number == signal.SIGINT:  # Ctrl-C comes to the whole group
         os.killpg(process.pid, number)
     else:
@@ -123,7 +108,7 @@ def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number
     if process.returncode != 0:  # the run was quick enough to be over otherwise
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), out
         assert not (tmp_path / "DONE").exists()
-    code, out = run_main("--mode=train", f"--workdir={tmp_path}")
+    code, out = run("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
     assert code == 0, out
     assert rows(tmp_path) == rows(undisturbed)
     assert (tmp_path / "DONE").exists()
@@ -136,14 +121,6 @@ SWEEP = (
     "--config.train_examples=3072",
     "--config.checkpoint_every_examples=0",  # so that only a signal saves
 )
-
-
-def wait_until_one_trains(workdir, process):
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(path.stat().st_size for path in workdir.glob("runs/*/metrics.jsonl")):
-            return
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +147,7 @@ def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
     run_ids = {point["run_id"] for point in sweep["points"]}
     assert len(run_ids) == 3
     assert {path.parent.name for path in (workdir / "runs").glob("*/DONE")} == run_ids
-    code, again = run_main(f"--workdir={workdir}", recipe=SWEEP)
+    code, again = run(f"--workdir={workdir}", recipe=SWEEP)
     assert code == 0, again
     assert "All 3 runs are done already" in again
     assert (workdir / "report" / "index.html").exists()
@@ -189,7 +166,7 @@ def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, s
     for path in trained:
         saved = max(int(step.name) for step in (path / "checkpoints").iterdir())
         assert saved == rows(path)[-1]["step"] < 192
-    code, out = run_main(f"--workdir={tmp_path}", recipe=SWEEP)
+    code, out = run(f"--workdir={tmp_path}", recipe=SWEEP)
     assert code == 0, out
     finished = list(swept[0].glob("runs/*/metrics.jsonl"))
     assert len(finished) == 3
