@@ -27,6 +27,8 @@ class Store:
         objects: key -> content.
         requests: "METHOD key" of each.
         refused: status and message to answer everything with, or None.
+        gate: key whose next writer is kept waiting, and never written.
+        at_gate: set when it is there; set `opened` to let it go.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,8 @@ class Store:
         self.generations: dict[str, int] = {}
         self.requests: list[str] = []
         self.refused: tuple[int, str] | None = None
+        self.gate = ""
+        self.at_gate, self.opened = threading.Event(), threading.Event()
         self.address = ""
         self.uploads: dict[str, tuple[str, bool, bytearray]] = {}
         self.lock = threading.Lock()
@@ -143,7 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(308, b"", Range=f"bytes=0-{len(content) - 1}")
 
     def _put(self, name: str, content: bytes, create: bool) -> None:
-        if self.store.put(name, content, create=create):
+        if name == self.store.gate:
+            self.store.gate = ""
+            self.store.at_gate.set()
+            self.store.opened.wait(60)
+            self.close_connection = True
+        elif self.store.put(name, content, create=create):
             self._json(self.store.resource(name))
         else:
             self._fail(412, "At least one of the pre-conditions you specified did not hold.")
