@@ -25,6 +25,7 @@ from bs_jax.errors import UserError
 _FOLDER = "LOCK"
 _SECONDS = 30.0
 _RENEWALS = 3  # in the life of a lease
+_PATIENCE = 2  # of one who waits for a holder that lives, in lives of a lease
 _POLLS = 10  # of one who waits, in the life of a lease
 _MAX_POLL_SECONDS = 1.0
 
@@ -71,14 +72,11 @@ class Lease:
         self._one = threading.Lock()
         self._ended = threading.Event()
 
-    def acquire(self, patience_seconds: float) -> None:
+    def acquire(self) -> None:
         """Wait until the folder is free, or its holder stale, and take it.
 
-        Args:
-            patience_seconds: to wait for a holder that is seen to live.
-
         Raises:
-            UserError: it lives on.
+            UserError: its holder is seen to live on for the time of two leases.
         """
         began = since = _now()
         seen: tuple[int, bytes] | None = None
@@ -105,7 +103,7 @@ class Lease:
                     if old < number:
                         storage.unlink(self._path(old))
                 return
-            if lives and _now() - began > patience_seconds:
+            if lives and _now() - began > _PATIENCE * self._seconds:
                 raise UserError(
                     f"another process ({_name(holder)}) is training in {self._folder}; "
                     "wait for it, or give this one another --workdir"
@@ -176,12 +174,11 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(folder: Path, patience_seconds: float) -> Iterator[Lease]:
+def held(folder: Path) -> Iterator[Lease]:
     """Hold a folder of an object store.
 
     Args:
         folder: to hold.
-        patience_seconds: to wait for another holder that lives.
 
     Yields:
         The lease; call its `check` before every write.
@@ -190,7 +187,7 @@ def held(folder: Path, patience_seconds: float) -> Iterator[Lease]:
         UserError: another process holds it.
     """
     lease = Lease(folder, lease_seconds())
-    lease.acquire(patience_seconds)
+    lease.acquire()
     threading.Thread(target=lease.renew_until_released, daemon=True).start()
     try:
         yield lease

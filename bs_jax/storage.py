@@ -12,6 +12,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -23,7 +24,10 @@ from typing import Any, TypeVar, cast
 
 from bs_jax.errors import UserError
 
-_DRIVERS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, extra of bs_jax
+_DRIVERS = {  # scheme: package, its class, extra of bs_jax
+    "gs": ("gcsfs", "GCSFileSystem", "gcs"),
+    "s3": ("s3fs", "S3FileSystem", "s3"),
+}
 _REQUESTS_AT_ONCE = 32
 _HAND_OVER_SECONDS = 5.0
 Item = TypeVar("Item")
@@ -108,19 +112,20 @@ def text_of(path: Path) -> str:
 
 @functools.cache
 def _store(scheme: str) -> Any:
-    package, extra = _DRIVERS[scheme]
-    # The driver for zonal buckets asks by another API what a bucket is; nothing here needs it.
+    package, name, extra = _DRIVERS[scheme]
+    # gcsfs has a second driver, for zonal buckets, that asks by another API what a bucket is.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
-        fsspec = importlib.import_module("fsspec")
-        importlib.import_module(package)
+        driver = getattr(importlib.import_module(f"{package}.core"), name)
     except ImportError as error:
         raise UserError(
             f"{scheme}:// needs {package} ({error}); install it: pip install {package}, or "
             f"'bs_jax[{extra}]'"
         ) from error
+    # It would tell in a traceback what is raised as well.
+    logging.getLogger(package).setLevel("CRITICAL")
     with _errors(f"{scheme}://"):
-        return fsspec.filesystem(scheme, use_listings_cache=False)  # others write there as well
+        return driver(use_listings_cache=False)  # others write there as well
 
 
 def _store_of(path: Path) -> Any:
@@ -139,7 +144,7 @@ def _errors(path: object, *, missing: bool = False) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            reason = f"not found ({reason})"
+            reason = "no such bucket"  # objects are made by writing them
         raise StoreError(errno.EIO, reason[:200], str(path)) from error
 
 
@@ -225,7 +230,8 @@ def rename(path: Path, target: Path) -> None:
         path.rename(target)
         return
     with _errors(path):
-        _store_of(path).mv(str(path), str(target))
+        _store_of(path).cp_file(str(path), str(target))
+        _store_of(path).rm_file(str(path))
 
 
 def make_folder(path: Path) -> None:

@@ -58,6 +58,8 @@ class Archives:
         try:
             storage.download(self._path / packed.name, packed)
             with tarfile.open(packed) as archive:
+                if {name.split("/")[0] for name in archive.getnames()} != {str(step)}:
+                    raise ValueError(f"{packed.name} holds more than step {step}")
                 archive.extractall(self.folder, filter="data")  # nothing outside the folder
         finally:
             packed.unlink(missing_ok=True)

@@ -62,9 +62,8 @@ class Checkpoints:
         content = _content(state, metrics_digest)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(content)) + _SPARE_BYTES
         if shutil.disk_usage(self._folder).free < needed * (2 if self._archives else 1):
-            raise OSError(
-                errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder)
-            )  # before anything is written
+            # Before anything is written.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         with _system_errors():
             self._open().save(int(state.step), args=ocp.args.StandardSave(content))
         if self._archives:
@@ -87,14 +86,13 @@ class Checkpoints:
 
         if not self._folder.is_dir():
             return None
-        manager = self._open()
         wanted = _content(template, bytes(32))
         for step in reversed(self._steps()):
             try:
                 if self._archives:
                     self._archives.fetch(step)
-                    manager.reload()
-                found = manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                self._open().reload()
+                found = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
                 state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
                 again = _content(state, metrics_digest)
                 if not np.array_equal(found["sha256"], again["sha256"]):
@@ -113,7 +111,7 @@ class Checkpoints:
                 )
                 if set_aside:
                     self._set_aside(step)
-                    manager.reload()
+                self._close_manager()  # it would take the others to be of this one's form
         return None
 
     def forget_after(self, step: int) -> None:
@@ -140,11 +138,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release Orbax's threads."""
+        self._close_manager()
+        if self._archives:
+            self._archives.close()
+
+    def _close_manager(self) -> None:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
-        if self._archives:
-            self._archives.close()
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp

@@ -95,10 +95,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder for writing; wait a little for a dying process to let go of it."""
         if storage.is_remote(self.path):
-            with (
-                disk_errors(self.path),
-                lease.held(self.path, _LOCK_PATIENCE_SECONDS) as self._lease,
-            ):
+            with disk_errors(self.path), lease.held(self.path) as self._lease:
                 yield
             return
         with disk_errors(self.path), open(self.path / "LOCK", "w", encoding="utf-8") as lock:
