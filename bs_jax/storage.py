@@ -59,7 +59,7 @@ def to_path(text: str, flag: str = "--workdir") -> Path:
     bs_jax.errors.UserError: --workdir=http://host/x: give a folder, gs://BUCKET/PATH or s3://...
     """
     if not re.match(r"\w+:/", text):
-        return Path(text).expanduser()
+        return _expanded(text, flag)
     found = re.fullmatch(r"(\w+)://([^/]+)(/.*)?", text)
     if found is None or found[1] not in _DRIVERS:
         raise UserError(f"{flag}={text}: give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH")
@@ -86,7 +86,14 @@ def local_path(text: str, name: str) -> Path:
     """
     if "://" in text:
         raise UserError(f"{name} {text} is no path of a disk; copy it to one, or mount it")
-    return Path(text).expanduser()
+    return _expanded(text, name)
+
+
+def _expanded(text: str, name: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~ without a home, or ~USER of nobody
+        raise UserError(f"{name} {text}: {error} Write the folder out") from error
 
 
 def is_remote(path: Path) -> bool:

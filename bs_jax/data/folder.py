@@ -80,9 +80,8 @@ def load_folder(
         their classes, the archive is damaged, or images are unreadable.
     """
     try:
-        path = path.expanduser()
         is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long, no such user, no permission
+    except OSError as error:  # a name too long, no permission
         raise UserError(f"cannot look at {str(path)!r}: {error}; check the path") from error
     source = _ArchiveSource(path) if is_file else _FolderSource(path)
     train, evaluation = (
