@@ -17,7 +17,13 @@ from absl import flags
 
 from bs_jax import storage
 from bs_jax.errors import UserError
-from bs_jax.flags import define_run_flags, join_processes, print_commands, train_runs
+from bs_jax.flags import (
+    define_run_flags,
+    given_seeds,
+    join_processes,
+    print_commands,
+    train_runs,
+)
 from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
@@ -145,7 +151,8 @@ def _refuse_overridden(points: list[Any]) -> None:
         if all(field in point.overrides for point in points):
             raise UserError(
                 f"--config.{field}={value} has no effect on sweep {FLAGS.sweep!r}, which sets that "
-                "field itself; leave the flag out, or use --mode=train"
+                "field itself; leave the flag out, or use "
+                + ("--seeds=0,1,2" if field == "seed" else "--mode=train")
             )
 
 
@@ -163,6 +170,7 @@ def _command() -> str:
 
 def _sweep() -> int:
     from bs_jax.experiments import progress, sweep
+    from bs_jax.experiments.points import with_seeds
     from bs_jax.experiments.stopping import Stopped
     from bs_jax.training import compilation, distributed, plan, records, validate
 
@@ -172,6 +180,8 @@ def _sweep() -> int:
     validate.check_config(plan.with_length(config))
     points = _points()
     _refuse_overridden(points)
+    if seeds := given_seeds():
+        points = with_seeds(points, seeds)
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
     only = [run_id for run_id in FLAGS.only.split(",") if run_id]
     for run_id in only:

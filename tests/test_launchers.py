@@ -79,19 +79,20 @@ SMALL = (
 )
 
 
-def start(*flags, **kwargs):
+def start(*flags, recipe=SMALL, **kwargs):
     return subprocess.Popen(
-        [sys.executable, "main.py", *SMALL, *flags],
+        [sys.executable, "main.py", *recipe, *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, as at a terminal
         **kwargs,
     )
 
 
-def run_main(*flags):
-    process = start(*flags)
+def run_main(*flags, recipe=SMALL):
+    process = start(*flags, recipe=recipe)
     out, _ = process.communicate(timeout=240)
     return process.returncode, out
 
@@ -105,7 +106,7 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
     process = start("--mode=train", f"--workdir={tmp_path}")
     metrics = tmp_path / "metrics.jsonl"
@@ -114,10 +115,13 @@ def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number
         if metrics.exists() and metrics.read_text().count("\n") >= 1:
             break
         time.sleep(0.005)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # Ctrl-C comes to the whole group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=120)
     if process.returncode != 0:  # the run was quick enough to be over otherwise
-        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), out
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), out
         assert not (tmp_path / "DONE").exists()
     code, out = run_main("--mode=train", f"--workdir={tmp_path}")
     assert code == 0, out
@@ -152,6 +156,43 @@ def test_a_sweep_in_processes_survives_a_killed_worker_and_resumes(tmp_path):
     assert code == 0, again
     assert "All 22 runs are done already" in again
     assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path):
+    recipe = (
+        "--config=tests/faults/recipe.py",
+        "--sweep=tiny",
+        "--workers=2",
+        "--config.train_examples=3072",
+        "--config.checkpoint_every_examples=0",  # so that only the signal saves
+    )
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, out = run_main(f"--workdir={whole}", recipe=recipe)
+    assert code == 0, out
+    process = start(f"--workdir={stopped}", recipe=recipe)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(
+        path.stat().st_size for path in stopped.glob("runs/*/metrics.jsonl")
+    ):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, out
+    metrics = [path for path in stopped.glob("runs/*/metrics.jsonl") if path.stat().st_size]
+    trained = [path.parent for path in metrics if not (path.parent / "DONE").exists()]
+    assert trained
+    for path in trained:
+        saved = max(int(step.name) for step in (path / "checkpoints").iterdir())
+        assert saved == rows(path)[-1]["step"] < 192
+    code, out = run_main(f"--workdir={stopped}", recipe=recipe)
+    assert code == 0, out
+    finished = list(whole.glob("runs/*/metrics.jsonl"))
+    assert len(finished) == 3
+    for metrics in finished:
+        assert (stopped / metrics.relative_to(whole)).read_bytes() == metrics.read_bytes()
+        resumed = stopped / metrics.relative_to(whole).with_name("summary.json")
+        began_at = json.loads(resumed.read_text())["resumed_at_step"]
+        assert (began_at > 0) == (resumed.parent in trained)
 
 
 @pytest.mark.long

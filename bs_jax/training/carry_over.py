@@ -13,7 +13,6 @@ import numpy as np
 
 from bs_jax import storage
 from bs_jax.errors import UserError
-from bs_jax.scaling import roles
 from bs_jax.scaling.carry import carry_moments
 from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState
@@ -133,7 +132,7 @@ class OtherRun:
         recipe = self._recipe
         base = recipe["base_batch_size"]
         values = dict(recipe["optimizer"]["hyperparams"])
-        spec = roles.resolve(roles.resolve_factory(recipe["optimizer"]["name"]), values)
+        spec = optimizers.spec_of(recipe)
         noise = None
         if recipe["scaling"]["noise_scale"]:
             noise = Noise.from_scale(recipe["scaling"]["noise_scale"], base)
