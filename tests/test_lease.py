@@ -15,7 +15,7 @@ from bs_jax.errors import UserError
 from bs_jax.lease import Lease
 from bs_jax.training.records import Run, RunFolder
 
-SECONDS = 0.4
+SECONDS = 0.3
 
 
 @pytest.fixture(autouse=True)
