@@ -15,8 +15,15 @@ from typing import Any
 
 from absl import flags
 
+from bs_jax import storage
 from bs_jax.errors import UserError
-from bs_jax.flags import define_run_flags, join_processes, print_commands, train_runs
+from bs_jax.flags import (
+    define_run_flags,
+    given_seeds,
+    join_processes,
+    print_commands,
+    train_runs,
+)
 from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
@@ -40,7 +47,12 @@ def define_flags() -> None:
         "noise_scale: one run, and its gradient noise scale beside its batch size.",
     )
     flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
-    flags.DEFINE_string("workdir", None, "Folder of the records; default: runs/<config>-<sweep>.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of the records, or gs://BUCKET/PATH, s3://BUCKET/PATH; default: "
+        "runs/<config>-<sweep>.",
+    )
     flags.DEFINE_bool("dry_run", False, "List the points and their hyperparameters; train nothing.")
     flags.DEFINE_enum("format", "text", ("text", "markdown", "json"), "Output of --mode=explain.")
     flags.DEFINE_bool(
@@ -139,17 +151,13 @@ def _refuse_overridden(points: list[Any]) -> None:
         if all(field in point.overrides for point in points):
             raise UserError(
                 f"--config.{field}={value} has no effect on sweep {FLAGS.sweep!r}, which sets that "
-                "field itself; leave the flag out, or use --mode=train"
+                "field itself; leave the flag out, or use "
+                + ("--seeds=0,1,2" if field == "seed" else "--mode=train")
             )
 
 
 def _workdir(default: str) -> Path:
-    if "://" in (FLAGS.workdir or ""):
-        raise UserError(
-            f"--workdir={FLAGS.workdir} is no folder: object stores cannot lock a run against a "
-            "second process; mount it (gcsfuse, s3fs) and give the folder"
-        )
-    return Path(FLAGS.workdir or default).expanduser()
+    return storage.to_path(FLAGS.workdir or default)
 
 
 def _sweep_workdir() -> Path:
@@ -162,6 +170,7 @@ def _command() -> str:
 
 def _sweep() -> int:
     from bs_jax.experiments import progress, sweep
+    from bs_jax.experiments.points import with_seeds
     from bs_jax.experiments.stopping import Stopped
     from bs_jax.training import compilation, distributed, plan, records, validate
 
@@ -171,6 +180,8 @@ def _sweep() -> int:
     validate.check_config(plan.with_length(config))
     points = _points()
     _refuse_overridden(points)
+    if seeds := given_seeds():
+        points = with_seeds(points, seeds)
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
     only = [run_id for run_id in FLAGS.only.split(",") if run_id]
     for run_id in only:
@@ -184,10 +195,13 @@ def _sweep() -> int:
     data = _load_data(planned.runs)
 
     def prepare() -> list[str]:
-        folders = [sweep.run_folder(workdir, run) for run in planned.runs]
-        if not only or not (workdir / "sweep.json").exists():  # else the whole sweep's stays
+        folders = storage.each(workdir, lambda run: sweep.run_folder(workdir, run), planned.runs)
+        with records.disk_errors(workdir):
+            listed = storage.exists(workdir / "sweep.json")
+        if not only or not listed:  # else the whole sweep's stays
             sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
-        return [folder.run.run_id for folder in folders if not folder.done]
+        done = storage.each(workdir, lambda folder: folder.done, folders)
+        return [f.run.run_id for f, finished in zip(folders, done, strict=True) if not finished]
 
     open_ids = set(distributed.on_first(prepare))
     wanted = [run for run in planned.runs if not only or run.run_id in only]
@@ -252,7 +266,7 @@ def _train() -> int:
     from bs_jax.training.carry_over import OtherRun
     from bs_jax.training.plan import with_length
 
-    path = Path(FLAGS.restore_from).expanduser()
+    path = storage.to_path(FLAGS.restore_from, "--restore_from")
     other = OtherRun(path, with_length(_config())) if distributed.is_first() else None
     run.hparams["restored_from"] = str(path)
     return _train_run(run, _workdir(f"{default}-from-{path.name}"), other)

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from bs_jax import storage
+from bs_jax.errors import UserError
+
 if TYPE_CHECKING:
     from bs_jax.experiments.progress import Display
     from bs_jax.training.records import Run
@@ -36,6 +39,7 @@ def define_run_flags() -> None:
         ("loop", "vmap"),
         "Runs that share a compiled program go one after another, or side by side.",
     )
+    flags.DEFINE_list("seeds", [], "Train every point of the sweep with these: 0,1,2,...")
     flags.DEFINE_string("only", "", "Train these runs of the sweep alone: RUN_ID,...; no report.")
     flags.DEFINE_string("ray_address", None, "Of a Ray cluster; default: $RAY_ADDRESS, or here.")
     flags.DEFINE_float("ray_cpus", 1.0, "CPU cores of a task.", lower_bound=0.0)
@@ -49,7 +53,7 @@ def define_run_flags() -> None:
     flags.DEFINE_string(
         "restore_from",
         None,
-        "Folder of another run: begin with its newest state, also at another batch size.",
+        "Folder or URL of another run: begin with its newest state, also at another batch size.",
     )
     flags.DEFINE_bool(
         "allow_config_change", False, "Go on with a run in --workdir whose config was another."
@@ -63,6 +67,21 @@ def define_run_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0 of a run on many.")
     flags.DEFINE_integer("num_processes", None, "Processes that train one run together.")
     flags.DEFINE_integer("process_id", None, "This one's number, from 0.")
+
+
+def given_seeds() -> list[int]:
+    """The seeds of ``--seeds``, in order; none where it is not given.
+
+    Raises:
+        UserError: not distinct whole numbers from 0.
+    """
+    texts = [text.strip() for text in FLAGS.seeds]
+    seeds = [int(text) for text in texts if text.isascii() and text.isdecimal()]
+    if len(set(seeds)) < len(texts):
+        raise UserError(
+            f"--seeds={','.join(texts)}: give whole numbers from 0, none twice, e.g. --seeds=0,1,2"
+        )
+    return seeds
 
 
 def join_processes() -> bool:
@@ -143,4 +162,4 @@ def print_commands(pending: Sequence[Run], workdir: Path) -> None:
     while assignment := schedule.next(0):
         only = ",".join(run.run_id for run in assignment)
         words = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
-        print(shlex.join([*words, f"--workdir={workdir.absolute()}", f"--only={only}"]))
+        print(shlex.join([*words, f"--workdir={storage.text_of(workdir)}", f"--only={only}"]))

@@ -6,6 +6,9 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests run side by side, a process a core: threads of NumPy and PyTorch would wait for a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "BS_JAX_TEST_CACHE" not in os.environ:  # the parallel workers and subprocesses inherit it
     os.environ["BS_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="bs_jax-tests-")
     atexit.register(shutil.rmtree, os.environ["BS_JAX_TEST_CACHE"], ignore_errors=True)

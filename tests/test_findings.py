@@ -13,7 +13,8 @@ from helpers.synthetic_records import write_records
 
 from bs_jax.experiments import _report_findings as shown
 from bs_jax.experiments import analysis, findings
-from bs_jax.experiments._report_statistics import SeedNoise, linear_contrast
+from bs_jax.experiments._report_noise import SeedNoise
+from bs_jax.experiments._report_statistics import linear_contrast
 from bs_jax.experiments._report_tables import write_findings
 from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED
 from bs_jax.experiments.report import write_report
@@ -166,7 +167,11 @@ def test_wrong_verdicts_are_rare_where_nothing_has_an_effect():
 
 
 def test_a_contrast_by_hand():
-    groups = [(0.5, [1.0, 2.0]), (0.5, [3.0, 5.0]), (-1.0, [2.0, 2.5, 3.0])]
+    groups = [
+        (0.5, {0: 1.0, 1: 2.0}),
+        (0.5, {2: 3.0, 3: 5.0}),
+        (-1.0, {4: 2.0, 5: 2.5, 6: 3.0}),
+    ]
     own = linear_contrast(groups)
     parts = [0.25 * 0.5 / 2, 0.25 * 2.0 / 2, 0.25 / 3]
     assert own.value == pytest.approx(0.5 * 1.5 + 0.5 * 4.0 - 2.5)

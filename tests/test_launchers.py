@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.commands import lines, run, start, wait_for
 from rich.console import Console
 from training_helpers import rows
 
@@ -79,79 +80,101 @@ SMALL = (
 )
 
 
-def start(*flags, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "main.py", *SMALL, *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kwargs,
-    )
+def wait_until_one_trains(workdir, process):
+    def trains():
+        return any(lines(path) for path in workdir.rglob("metrics.jsonl"))
 
-
-def run_main(*flags):
-    process = start(*flags)
-    out, _ = process.communicate(timeout=240)
-    return process.returncode, out
+    wait_for(lambda: trains() or process.poll() is not None)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A training run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    code, out = run_main("--mode=train", f"--workdir={workdir}")
+    code, out = run("--mode=train", f"--workdir={workdir}", recipe=SMALL)
     assert code == 0, out
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
-    process = start("--mode=train", f"--workdir={tmp_path}")
-    metrics = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 1:
-            break
-        time.sleep(0.005)
-    process.send_signal(number)
+    process = start("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
+    wait_until_one_trains(tmp_path, process)
+    if number == signal.SIGINT:  # Ctrl-C comes to the whole group
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     out, _ = process.communicate(timeout=120)
     if process.returncode != 0:  # the run was quick enough to be over otherwise
-        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + 15), out
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), out
         assert not (tmp_path / "DONE").exists()
-    code, out = run_main("--mode=train", f"--workdir={tmp_path}")
+    code, out = run("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
     assert code == 0, out
     assert rows(tmp_path) == rows(undisturbed)
     assert (tmp_path / "DONE").exists()
 
 
-def test_a_sweep_in_processes_survives_a_killed_worker_and_resumes(tmp_path):
-    process = start("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
-    deadline = time.monotonic() + 200
-    killed = False
-    while time.monotonic() < deadline and process.poll() is None and not killed:
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
-            capture_output=True,
-            text=True,
-        ).stdout.split()
-        begun = list((tmp_path / "runs").glob("*/metrics.jsonl")) if children else []
-        if begun:
-            os.kill(int(children[0]), signal.SIGKILL)
-            killed = True
-        time.sleep(0.01)
+SWEEP = (
+    "--config=tests/faults/recipe.py",
+    "--sweep=tiny",
+    "--workers=2",
+    "--config.train_examples=3072",
+    "--config.checkpoint_every_examples=0",  # so that only a signal saves
+)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep one of whose workers was killed; what it printed."""
+    workdir = tmp_path_factory.mktemp("swept")
+    process = start(f"--workdir={workdir}", recipe=SWEEP)
+    wait_until_one_trains(workdir, process)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+        capture_output=True,
+        text=True,
+    )
+    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
     out, _ = process.communicate(timeout=280)
-    assert killed, out
     assert process.returncode == 0, out
+    return workdir, out
+
+
+def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
+    workdir, out = swept
     assert "starting another" in out
-    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    sweep = json.loads((workdir / "sweep.json").read_text())
     run_ids = {point["run_id"] for point in sweep["points"]}
-    assert len(run_ids) == 22
-    assert {path.parent.name for path in (tmp_path / "runs").glob("*/DONE")} == run_ids
-    code, again = run_main("--sweep=short", "--workers=2", f"--workdir={tmp_path}")
+    assert len(run_ids) == 3
+    assert {path.parent.name for path in (workdir / "runs").glob("*/DONE")} == run_ids
+    code, again = run(f"--workdir={workdir}", recipe=SWEEP)
     assert code == 0, again
-    assert "All 22 runs are done already" in again
-    assert (tmp_path / "report" / "index.html").exists()
+    assert "All 3 runs are done already" in again
+    assert (workdir / "report" / "index.html").exists()
+
+
+def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, swept):
+    """To the bits of the sweep that lost a worker, so that neither changed any."""
+    process = start(f"--workdir={tmp_path}", recipe=SWEEP)
+    wait_until_one_trains(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, out
+    metrics = [path for path in tmp_path.glob("runs/*/metrics.jsonl") if path.stat().st_size]
+    trained = [path.parent for path in metrics if not (path.parent / "DONE").exists()]
+    assert trained
+    for path in trained:
+        saved = max(int(step.name) for step in (path / "checkpoints").iterdir())
+        assert saved == rows(path)[-1]["step"] < 192
+    code, out = run(f"--workdir={tmp_path}", recipe=SWEEP)
+    assert code == 0, out
+    finished = list(swept[0].glob("runs/*/metrics.jsonl"))
+    assert len(finished) == 3
+    for metrics in finished:
+        twin = tmp_path / metrics.relative_to(swept[0])
+        assert twin.read_bytes() == metrics.read_bytes()
+        began_at = json.loads(twin.with_name("summary.json").read_text())["resumed_at_step"]
+        assert (began_at > 0) == (twin.parent in trained)
 
 
 @pytest.mark.long

@@ -1,12 +1,14 @@
 """From points to runs: overrides, what is the same training, ids, checks before any compile."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from training_helpers import tiny_config
 
+from bs_jax import flags
 from bs_jax.errors import UserError
 from bs_jax.experiments.points import (
     Point,
@@ -14,6 +16,7 @@ from bs_jax.experiments.points import (
     default_micro_batch_size,
     product,
     resolve,
+    with_seeds,
 )
 from bs_jax.experiments.sweep import plan_sweep
 from bs_jax.training import optimizers, validate
@@ -27,13 +30,13 @@ def recipe(**overrides):
     return apply_overrides(config, {"optimizer.hyperparams.learning_rate": 2e-3} | overrides)
 
 
-def test_the_rules_sweep_has_129_points_and_109_runs():
+def test_the_rules_sweep_has_125_points_and_105_runs():
     planned = plan_sweep("rules", recipe(), fashion_mnist.sweep_rules())
-    assert len(planned.rows) == 129
-    assert len(planned.runs) == 109
+    assert len(planned.rows) == 125
+    assert len(planned.runs) == 105
     assert planned.warnings == []
     at_base = {row["run_id"] for row in planned.rows if row["batch_size"] == 64}
-    assert len(at_base) == 9  # one run a seed, whatever the rule
+    assert len(at_base) == 5  # one run a seed, whatever the rule
 
 
 @pytest.mark.parametrize("rule", [*RULES, "seed", "power(0.8)"])
@@ -131,6 +134,27 @@ def test_product_is_every_combination():
     assert [(p.arm, p.overrides["x"], p.overrides["seed"]) for p in points] == [
         (arm, x, seed) for arm, x in (("a", 1), ("b", 2)) for seed in (0, 1, 2)
     ]
+
+
+def test_other_seeds_replace_a_sweeps_own_at_every_point():
+    planned = plan_sweep("rules", recipe(), with_seeds(fashion_mnist.sweep_rules(), [7, 3]))
+    assert len(planned.rows) == 50
+    assert len(planned.runs) == 42
+    assert {row["seed"] for row in planned.rows} == {3, 7}
+    again = plan_sweep("rules", recipe(), with_seeds(fashion_mnist.sweep_rules(), range(5)))
+    usual = plan_sweep("rules", recipe(), fashion_mnist.sweep_rules())
+    assert {run.run_id for run in again.runs} == {run.run_id for run in usual.runs}
+    plain = with_seeds([Point("a", {"batch_size": 32})], [1])  # a sweep that names no seed
+    assert plain == [Point("a", {"batch_size": 32, "seed": 1})]
+
+
+@pytest.mark.parametrize("text", ["0,0", "-1", "a", "1.5", "0,,1", "٣"])
+def test_seeds_on_the_command_line_are_distinct_whole_numbers(monkeypatch, text):
+    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(seeds=text.split(",")))
+    with pytest.raises(UserError, match=f"--seeds={text}: give whole numbers from 0, none twice"):
+        flags.given_seeds()
+    flags.FLAGS.seeds = ["3", " 0"]
+    assert flags.given_seeds() == [3, 0]
 
 
 MISTAKES = {

@@ -14,6 +14,10 @@ SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 )
 
+# A file above this is no training image; of an archive several are in memory at once.
+MAX_BYTES = 64 << 20
+# Pillow knows many more, among them EPS, for which it would start an interpreter.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
 
 _FILTERS_LOCK = threading.Lock()
 
@@ -46,7 +50,7 @@ def decode_square(encoded: bytes, size: int, fit: str) -> np.ndarray:
         raise UnreadableError("empty file")
     # Decoders meet hostile bytes with exceptions of every kind (struct.error, SyntaxError, ...).
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise UnreadableError(f"mode {image.mode}, want 8 bits a channel")
             # By way of RGBA, since Pillow warns about palettes with transparency otherwise.
@@ -62,7 +66,7 @@ def decode_square(encoded: bytes, size: int, fit: str) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise UnreadableError("not an image that Pillow knows") from error
+        raise UnreadableError(f"not an image ({', '.join(_FORMATS)})") from error
     except Exception as error:
         raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -71,7 +75,7 @@ def aspect_ratio(encoded: bytes) -> float:
     """Width over height of an image that `decode_square` has read; reads its header alone."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(encoded)) as image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         return image.width / image.height
 
 

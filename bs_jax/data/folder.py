@@ -4,7 +4,9 @@
     ROOT/val/CLASS/*.jpg            val/ may be called valid/, validation/ or test/ as well.
 
 Classes are numbered in the order of their names. Images may lie deeper inside their class's folder.
-Hidden files are passed over; so are files whose ending is not an image's.
+Hidden files are passed over; so are files whose ending is not an image's, and pipes, sockets and
+devices. On a disk links are followed; an archive is read in place, and its links lead to its own
+members alone. An image that cannot be read, or is too large, is named.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import json
 import lzma
 import os
 import pathlib
+import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 
 from bs_jax.data import cache
-from bs_jax.data.decode import SUFFIXES
+from bs_jax.data.decode import MAX_BYTES, SUFFIXES
 from bs_jax.data.image_data import ImageData
 from bs_jax.errors import UserError
 
@@ -31,6 +34,18 @@ _TRAIN = "train"
 _EVAL_NAMES = ("val", "valid", "validation", "test")
 _ARCHIVE_SUFFIXES = (".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz")
 _NAMES_SHOWN = 5
+# What tarfile and the decompressors meet damaged or hostile bytes with.
+_DAMAGE = (
+    tarfile.TarError,
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +79,11 @@ def load_folder(
       UserError: there is no such folder or archive, it has another layout, the splits differ in
         their classes, the archive is damaged, or images are unreadable.
     """
-    path = path.expanduser()
-    source = _ArchiveSource(path) if path.is_file() else _FolderSource(path)
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # a name too long, no permission
+        raise UserError(f"cannot look at {str(path)!r}: {error}; check the path") from error
+    source = _ArchiveSource(path) if is_file else _FolderSource(path)
     train, evaluation = (
         cache.open_or_build(
             cache_dir,
@@ -92,9 +110,10 @@ class _FolderSource:
             present = sorted(item.name for item in self._root.iterdir() if item.is_dir())
             eval_name = _eval_name(present, str(path))
             for split in (_TRAIN, eval_name):
-                self._walk(self._root / split, split, set())
-                inside = (self._root / split).iterdir()
-                folders += [f"{split}/{item.name}" for item in inside if item.is_dir()]
+                for item in sorted(item for item in (self._root / split).iterdir()):
+                    if item.is_dir():
+                        folders.append(f"{split}/{item.name}")
+                        self._walk(item, folders[-1])
         except OSError as error:
             raise UserError(f"cannot list {str(path)!r}: {error}") from error
         self._listing = _arrange(list(self._stamps), folders, eval_name, str(path))
@@ -114,21 +133,28 @@ class _FolderSource:
             raise UserError(_no_train(str(path), [item.name for item in inside]))
         return nested[0]
 
-    def _walk(self, folder: pathlib.Path, relative: str, above: set[tuple[int, int]]) -> None:
-        # Links are followed, since people link class folders; but not round in a circle.
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in above:
-            return
-        above = above | {(status.st_dev, status.st_ino)}
-        with os.scandir(folder) as items:
-            for item in items:
+    def _walk(self, class_folder: pathlib.Path, relative: str) -> None:
+        # Links are followed, since people link class folders; but into no folder twice, so that
+        # links in a circle, or each to all others, come to an end.
+        seen: set[tuple[int, int]] = set()
+        left = [] if relative.rpartition("/")[2].startswith(".") else [(class_folder, relative)]
+        while left:
+            folder, relative = left.pop()
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as items:
+                found = sorted(items, key=lambda item: item.name, reverse=True)
+            for item in found:
                 inner = f"{relative}/{item.name}"
-                if item.is_dir() and not item.name.startswith("."):
-                    self._walk(folder / item.name, inner, above)
-                elif _is_image(item.name) and (item.is_file() or item.is_symlink()):
-                    # A dangling link is kept, to be named when it cannot be read.
-                    found = item.stat(follow_symlinks=item.is_file())
-                    self._stamps[inner] = (found.st_size, found.st_mtime_ns)
+                is_folder, is_file = _kind(item)
+                if is_folder and not item.name.startswith("."):
+                    left.append((folder / item.name, inner))
+                elif _is_image(item.name) and (is_file or item.is_symlink()):
+                    # A link to nothing is kept, to be named when it cannot be read.
+                    about = item.stat(follow_symlinks=is_file)
+                    self._stamps[inner] = (about.st_size, about.st_mtime_ns)
 
     def encoded(self, split: str) -> cache.EncodedSplit:
         """List one split for decoding."""
@@ -160,7 +186,7 @@ class _ArchiveSource:
         try:
             with tarfile.open(self._path) as tar:
                 yield tar
-        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except _DAMAGE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"archive {str(self._path)!r} is damaged, cut short or not readable ({reason}); "
@@ -171,7 +197,8 @@ class _ArchiveSource:
     def _members(self) -> dict[str, str]:
         """Path inside ROOT (a folder's ends in "/") -> the member's name in the archive."""
         with self._opened() as tar:
-            members = {m.name: m.isdir() for m in tar}
+            kinds = {m.name: m for m in tar if m.isdir() or m.isfile() or m.islnk() or m.issym()}
+            members = {name: m.isdir() for name, m in kinds.items()}
             # tarfile takes a damaged header for the end; the real one is a block of zeros.
             stream = tar.fileobj
             assert stream is not None
@@ -206,23 +233,52 @@ class _ArchiveSource:
             with self._opened() as tar:
                 for member in tar:
                     if member.name in rows:
-                        yield rows[member.name], functools.partial(bytes, _content(tar, member))
+                        yield rows[member.name], _fetcher(tar, member)
 
         return cache.EncodedSplit(names, labels, class_names, read)
 
 
+def _kind(item: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is a folder, and whether a file; a link round in a circle is neither."""
+    try:
+        return item.is_dir(), item.is_file()
+    except OSError:
+        return False, False
+
+
 def _fetch(path: pathlib.Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    return path.read_bytes()
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise OSError(f"a link to no file: {error.strerror or error}") from error
+    if not stat.S_ISREG(about.st_mode):  # to read from a pipe would be to wait for its writer
+        raise OSError("a link to no file")
+    if about.st_size > MAX_BYTES:
+        raise OSError(_too_large(about.st_size))
+    with open(path, "rb") as file:
+        return file.read(MAX_BYTES)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _fetcher(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], bytes]:
+    """Read a member now, since an archive is read in order; what is wrong is said when asked."""
     try:
         stream = tar.extractfile(member)
-    except KeyError:
-        return b""
-    return stream.read() if stream else b""
+    except (KeyError, RecursionError):
+        return functools.partial(_refuse, "a link to no file in the archive")
+    if stream is None:
+        return functools.partial(_refuse, "no file")
+    content = stream.read(MAX_BYTES + 1)  # of a sparse member the stated size costs nothing to have
+    if len(content) > MAX_BYTES:
+        return functools.partial(_refuse, _too_large(member.size))
+    return functools.partial(bytes, content)
+
+
+def _refuse(reason: str) -> bytes:
+    raise OSError(reason)
+
+
+def _too_large(size: int) -> str:
+    return f"{size:,} bytes, more than the {MAX_BYTES:,} that an image may take"
 
 
 def _is_image(path: str) -> bool:

@@ -14,6 +14,7 @@ from bs_jax.data import embedded
 from bs_jax.data.cache import Storage
 from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.errors import UserError
+from bs_jax.storage import local_path
 
 _FORMS = (embedded.NAME, "folder:PATH", "tfds:NAME", "synthetic:CLASSESxEXAMPLES")
 
@@ -69,7 +70,8 @@ def load(
     if kind == "folder" and rest:
         from bs_jax.data import folder
 
-        return folder.load_folder(name, pathlib.Path(rest), image_size, storage, _cache(cache_dir))
+        path = local_path(rest, "folder:")
+        return folder.load_folder(name, path, image_size, storage, _cache(cache_dir))
     if kind == "tfds" and rest:
         from bs_jax.data import tfds_source
 
@@ -79,9 +81,11 @@ def load(
 
 def _cache(cache_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     if cache_dir is not None:
-        return pathlib.Path(cache_dir).expanduser()
+        return local_path(str(cache_dir), "cache_dir")
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "bs_jax"
+    return (
+        local_path(base, "XDG_CACHE_HOME") if base else pathlib.Path.home() / ".cache"
+    ) / "bs_jax"
 
 
 def _unknown(name: str, kind: str) -> str:

@@ -1,11 +1,13 @@
 """Training curves over examples seen, and how far a group's mean curve lies from the base's."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from bs_jax.experiments.results import Curve
+
+Curves = Mapping[int, np.ndarray]  # seed -> window means, (windows,)
 
 _MAX_WINDOWS = 40
 
@@ -50,16 +52,25 @@ def window_means(curve: Curve, edges: np.ndarray) -> np.ndarray:
     return np.divide(sums, sizes, out=np.full(len(low), math.nan), where=sizes > 0)
 
 
-def noise_variance(groups: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Variance over seeds in each window, pooled over groups of one shape (seeds, windows).
+def noise_variance(groups: Sequence[Curves], *, paired: bool = False) -> np.ndarray | None:
+    """Variance over seeds in each window, pooled over groups.
+
+    Args:
+      groups: each group's curves; the first is the base.
+      paired: take half the variance of the differences from the base, seed by seed, instead.
 
     Returns:
       An array (windows,), or None if no group has two seeds or the seeds do not differ.
 
-    >>> noise_variance([np.array([[1.0, 2.0], [3.0, 2.0]]), np.array([[5.0, 0.0]])])
+    >>> groups = [{0: np.array([1.0, 2.0]), 1: np.array([3.0, 2.0])}, {0: np.array([5.0, 0.0])}]
+    >>> noise_variance(groups)
     array([2., 0.])
     """
-    usable = [group for group in groups if len(group) >= 2]
+    if paired:
+        matched = [_matched(group, groups[0], paired=True) for group in groups[1:]]
+        usable = [(group - base) / math.sqrt(2) for group, base in matched if len(group) >= 2]
+    else:
+        usable = [np.array([*group.values()]) for group in groups if len(group) >= 2]
     if not usable:
         return None
     df = sum(len(group) - 1 for group in usable)
@@ -69,7 +80,7 @@ def noise_variance(groups: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def curve_deviation(
-    group: np.ndarray, base: np.ndarray, variance: np.ndarray | None
+    group: Curves, base: Curves, variance: np.ndarray | None, *, paired: bool = False
 ) -> tuple[float, float]:
     """How far the mean curve of a group lies from the base's, in loss and in seed noise.
 
@@ -78,23 +89,34 @@ def curve_deviation(
     sizes comes to (root mean square) when nothing but the seed differs.
 
     Args:
-      group: window means, (seeds, windows), of the group.
-      base: the same for the base.
-      variance: seed variance in each window, (windows,), or None if unknown.
+      group: the group's curves.
+      base: the base's.
+      variance: of `noise_variance`, in each window, (windows,), or None if unknown.
+      paired: compare the seeds that both have; else all.
 
     Returns:
       The rms, and the rms in units of seed noise (1 = nothing but seed noise); NaN if unknown.
 
-    >>> zero, one = np.zeros((2, 4)), np.ones((2, 4))
-    >>> curve_deviation(one, zero, np.full(4, 0.25))
+    >>> zeros, ones = ({seed: np.full(4, value) for seed in (0, 1)} for value in (0.0, 1.0))
+    >>> curve_deviation(ones, zeros, np.full(4, 0.25))
     (1.0, 2.0)
     """
-    gap = group.mean(axis=0) - base.mean(axis=0)
+    ours, theirs = _matched(group, base, paired=paired)
+    if not (len(ours) and len(theirs)):
+        return math.nan, math.nan
+    gap = ours.mean(axis=0) - theirs.mean(axis=0)
     seen = np.isfinite(gap)
     if not seen.any():
         return math.nan, math.nan
     rms = math.sqrt(float((gap[seen] ** 2).mean()))
     if variance is None or not np.isfinite(variance[seen]).any():
         return rms, math.nan
-    unit = math.sqrt(float(np.nanmean(variance[seen])) * (1 / len(group) + 1 / len(base)))
+    unit = math.sqrt(float(np.nanmean(variance[seen])) * (1 / len(ours) + 1 / len(theirs)))
     return rms, rms / unit if unit > 0 else math.nan
+
+
+def _matched(group: Curves, base: Curves, *, paired: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of both, (seeds, windows): of the seeds that both have, in one order, or all."""
+    both = [seed for seed in group if seed in base]
+    first, second = (both, both) if paired else (list(group), list(base))
+    return np.array([group[seed] for seed in first]), np.array([base[seed] for seed in second])

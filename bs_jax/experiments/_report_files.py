@@ -1,6 +1,5 @@
-"""Reads records nobody vouches for, writes report files whole or not at all; executes nothing."""
+"""Reads records nobody vouches for; executes nothing."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -8,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 from typing import Any
+
+from bs_jax import storage
 
 _MAX_BYTES = 1 << 28
 _MARKED = ("config.json", "hparams.json", "metrics.jsonl", "summary.json")
@@ -22,7 +23,13 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
       Unreadable: missing, a pipe, a device, a folder, forbidden, or larger than 256 MiB.
+      StoreError: of an object store, which cannot be reached.
     """
+    if storage.is_remote(path):
+        try:
+            return storage.read_bytes(path)
+        except FileNotFoundError:
+            raise Unreadable("missing") from None
     try:
         # Opening a pipe would wait for ever for somebody to write in it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -111,18 +118,3 @@ def number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a whole file or leaves the old one: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise

@@ -208,7 +208,8 @@ def _method(analysis: Analysis) -> Html:
             [
                 "An effect is the mean, over the batch sizes named and all pairs of arms that "
                 "differ in that one thing, of the difference of final accuracies.",
-                "Directions are tested by one-sided t tests with the seed noise pooled over the "
+                "Directions are tested by one-sided t tests, seed by seed where the arms have the "
+                "same seeds, with the noise pooled over the "
                 f"sweep; “no visible effect” by two one-sided tests against ±{margin} (TOST); "
                 f"“does not help” against +{margin}; “slightly” ends at {slight}.",
                 "A finding is supported if every line of it is (the largest p counts), and "

@@ -7,14 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bs_jax.experiments import _report_curves as curves
-from bs_jax.experiments._report_statistics import (
-    Comparison,
-    Interval,
-    SeedNoise,
-    compare,
-    exceeds,
-    mean_interval,
-)
+from bs_jax.experiments._report_noise import BySeed, SeedNoise, exceeds
+from bs_jax.experiments._report_statistics import Comparison, Interval, compare, mean_interval
 from bs_jax.experiments.results import DIVERGED, DONE, Row, Run, Sweep
 
 # Groups further than this from the base train another way altogether, and their seeds scatter
@@ -31,6 +25,7 @@ class Group:
       arm, batch_size, k, offset: which.
       planned: distinct runs planned; `diverged` and `unfinished` of them gave no final number.
       values: the final metric of each finished run; `interval` is over these.
+      by_seed: seed -> that metric, the mean where a seed was trained more than once.
       comparison: against the base by the accuracy metric; None if either has no values.
       loss: the loss metric over the same runs; `loss_comparison` against the base.
       curve: mean curve in the analysis's windows; None without curves.
@@ -47,6 +42,7 @@ class Group:
     diverged: int
     unfinished: int
     values: tuple[float, ...]
+    by_seed: BySeed
     interval: Interval
     loss: Interval
     curve: np.ndarray | None
@@ -59,7 +55,7 @@ class Group:
 
 Key = tuple[str, int, float]
 BASE: Key = ("", 0, 1.0)
-Collected = tuple[Group, list[float], np.ndarray]
+Collected = tuple[Group, BySeed, curves.Curves]
 
 
 def members_of(rows: Sequence[Row], base_batch_size: int) -> dict[Key, dict[str, Row]]:
@@ -72,21 +68,22 @@ def members_of(rows: Sequence[Row], base_batch_size: int) -> dict[Key, dict[str,
     return members
 
 
-def collect(key: Key, runs: Sequence[Run], sweep: Sweep, edges: np.ndarray) -> Collected:
-    """A group's own numbers: final metrics, losses, and curves as an array (seeds, windows)."""
+def collect(
+    key: Key, members: Sequence[tuple[int, Run]], sweep: Sweep, edges: np.ndarray
+) -> Collected:
+    """A group's own numbers, of its (seed, run): final metrics, losses, curves (windows,)."""
     arm, batch_size, offset = key
     batch_size = batch_size or sweep.base_batch_size
+    runs = [run for _, run in members]
     done = [run for run in runs if run.status == DONE]
-    finals = [run.metrics.get(sweep.accuracy_metric, math.nan) for run in done]
-    values = tuple(value for value in finals if math.isfinite(value))
-    losses = [run.metrics.get(sweep.loss_metric, math.nan) for run in done]
-    losses = [value for value in losses if math.isfinite(value)]
-    means = [
-        curves.window_means(run.curves[sweep.curve_metric], edges)
-        for run in done
-        if len(edges) and sweep.curve_metric in run.curves
-    ]
-    matrix = np.array(means) if means else np.empty((0, max(len(edges) - 1, 0)))
+    finals = _finite(members, sweep.accuracy_metric)
+    values = tuple(value for _, value in finals)
+    losses = _finite(members, sweep.loss_metric)
+    rows = {
+        seed: curves.window_means(run.curves[sweep.curve_metric], edges)
+        for seed, run in members
+        if run.status == DONE and len(edges) and sweep.curve_metric in run.curves
+    }
     # A final metric that is not a finite number is a divergence that nobody stopped.
     diverged = sum(run.status == DIVERGED for run in runs) + len(done) - len(values)
     group = Group(
@@ -98,11 +95,24 @@ def collect(key: Key, runs: Sequence[Run], sweep: Sweep, edges: np.ndarray) -> C
         diverged=diverged,
         unfinished=len(runs) - diverged - len(values),
         values=values,
+        by_seed=_means(finals),
         interval=mean_interval(values),
-        loss=mean_interval(losses),
-        curve=matrix.mean(axis=0) if len(matrix) else None,
+        loss=mean_interval([value for _, value in losses]),
+        curve=np.mean([*rows.values()], axis=0) if rows else None,
     )
-    return group, losses, matrix
+    return group, _means(losses), rows
+
+
+def _finite(members: Sequence[tuple[int, Run]], metric: str) -> list[tuple[int, float]]:
+    values = [(s, run.metrics.get(metric, math.nan)) for s, run in members if run.status == DONE]
+    return [(seed, value) for seed, value in values if math.isfinite(value)]
+
+
+def _means(values: Sequence[tuple[int, float]]) -> BySeed:
+    found: dict[int, list[float]] = {}
+    for seed, value in values:
+        found.setdefault(seed, []).append(value)
+    return {seed: float(np.mean(several)) for seed, several in found.items()}
 
 
 def is_near(group: Group, base: Group, margin: float) -> bool:
@@ -112,19 +122,15 @@ def is_near(group: Group, base: Group, margin: float) -> bool:
 
 
 def compare_with_base(
-    values: Sequence[float],
-    base: Sequence[float],
-    margin: float,
-    noise: SeedNoise | None,
-    near: bool,
+    values: BySeed, base: BySeed, margin: float, noise: SeedNoise | None, near: bool
 ) -> Comparison | None:
-    """By the pooled noise where it is shared, and a group far away does not exceed it; else Welch.
+    """By the pooled noise where it is shared, and a group far away does not exceed it; else by own.
 
     A single seed, or seeds that all tie, have no scatter of their own and borrow the pooled one.
     """
     if not (len(values) and len(base)):
         return None
-    if noise is not None and noise.shared and (near or not exceeds(values, noise)):
+    if noise is not None and noise.shared and (near or not exceeds(values, base, noise)):
         return compare(values, base, margin, noise)
     own = compare(values, base, margin)
     return own if noise is None or own.standard_error > 0 else compare(values, base, margin, noise)

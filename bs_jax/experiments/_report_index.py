@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bs_jax.experiments._report_files import Unreadable, read_object, write_atomic
+from bs_jax import storage
+from bs_jax.experiments._report_files import Unreadable, read_object
+from bs_jax.experiments._report_folders import Stamp
 
 _NAME = ".index.json"
 _VERSION = 1
-Stamp = list[list[Any]]
 
 
 class Index:
@@ -36,7 +36,7 @@ class Index:
 
         Args:
             run_id: name of the folder.
-            stamp: of `stamp_of` now.
+            stamp: of its files now.
             read: turns what was stored into what is wanted; may fail in any way.
         """
         try:
@@ -56,14 +56,4 @@ class Index:
             return
         kept = {name: self._entries[name] for name in run_ids if name in self._entries}
         with contextlib.suppress(OSError, ValueError):
-            write_atomic(self._path, json.dumps({"key": self._key, "runs": kept}).encode())
-
-
-def stamp_of(folder: Path) -> Stamp:
-    """Name, times, size and inode of every file of a folder: what changes when a file does."""
-    with contextlib.suppress(OSError), os.scandir(folder) as items:
-        found = ((item.name, item.stat()) for item in items if item.is_file())
-        return sorted(
-            [name, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino] for name, s in found
-        )
-    return []
+            storage.write_bytes(self._path, json.dumps({"key": self._key, "runs": kept}).encode())

@@ -64,6 +64,14 @@ def headline(analysis: Analysis) -> str:
     return f"{'; '.join(parts)} (margin ±{margin})."
 
 
+def _scatter(analysis: Analysis, units: Units) -> str:
+    noise = analysis.noise
+    if noise is None:
+        return "unknown"
+    paired = f", {units.spread(noise.sd)} paired" if noise.paired else ""
+    return units.spread(noise.seed_sd) + paired
+
+
 def opening(results: Results, analysis: Analysis) -> Html:
     """Title, outcome in a sentence, the facts a reader needs first, one line a rule, warnings."""
     sweep = results.sweep
@@ -74,7 +82,7 @@ def opening(results: Results, analysis: Analysis) -> Html:
         "base batch size": f"{sweep.base_batch_size}",
         "margin": f"±{units.spread(sweep.margin)}",
         "seeds a point": "–".join(dict.fromkeys([str(seeds[0]), str(seeds[-1])])),
-        "seed-to-seed sd": units.spread(analysis.noise.sd) if analysis.noise else "unknown",
+        "seed-to-seed sd": _scatter(analysis, units),
         "runs finished": f"{done} of {len(results.runs)}",
     }
     boxes = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()]
@@ -283,19 +291,31 @@ def _how_to_read(analysis: Analysis) -> Html:
     ]
     noise = analysis.noise
     if noise is not None:
+        if noise.paired:
+            method.append(
+                "A seed decides the initial weights and the order of the examples at every point, "
+                "so a point is compared with the base seed by seed, over the seeds that both have, "
+                "and what a seed does everywhere drops out: the scatter over seeds "
+                f"is {units.spread(noise.seed_sd)}, what is left of it {units.spread(noise.sd)}."
+            )
+        else:
+            method.append(
+                "The points do not have the same seeds, so means are compared, not pairs of runs."
+            )
         pooled = (
             f"Seed noise: sd {units.spread(noise.sd)}, pooled within {count(noise.groups, 'group')}"
             f" near the base ({noise.df} degrees of freedom; Bartlett's test that they share it: "
             f"p = {p_value(noise.p_equal)})."
         )
+        own = "its own differences (paired t)" if noise.paired else "its own scatter (Welch)"
         used = (
-            " Groups more than 5 margins away stay out of that pool; those of them whose seeds "
-            "scatter more (F test) are compared by Welch's test."
+            " Groups more than 5 margins away stay out of that pool; one of them whose seeds "
+            f"scatter more (F test) is compared by {own}."
             if noise.shared
-            else " They do not share it, so every point is compared by Welch's test."
+            else f" They do not share it, so every point is compared by {own}."
         )
         method.append(pooled + used)
-        passing = widest_pass(analysis.base, analysis.groups, noise, analysis.sweep.margin)
+        passing = widest_pass(analysis.groups, noise, analysis.sweep.margin)
         if noise.shared and passing > 0:
             method.append(
                 "With the seeds at hand, a point passes as invariant if the difference seen is "

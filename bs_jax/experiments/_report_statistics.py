@@ -1,4 +1,4 @@
-"""The statistics of a sweep with few seeds: intervals, pooled seed noise, equivalence tests."""
+"""The statistics of a sweep with few seeds: intervals, contrasts, equivalence tests."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from bs_jax.experiments._report_noise import (
+    ALPHA,
+    BySeed,
+    SeedNoise,
+    have_same_seeds,
+    in_common,
+)
+
 LEVEL = 0.95
-ALPHA = 0.05
 _POWER = 0.8
 
 
@@ -24,39 +31,16 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class SeedNoise:
-    """How much one seed differs from the next, learnt from the groups of a sweep together.
-
-    Attributes:
-      variance: the pooled variance within groups.
-      df: degrees of freedom in all groups together.
-      groups: number of groups it was learnt from.
-      p_equal: Bartlett's p-value for "all groups have this variance"; 1 for a single group.
-    """
-
-    variance: float
-    df: int
-    groups: int
-    p_equal: float
-
-    @property
-    def sd(self) -> float:
-        """The pooled standard deviation over seeds."""
-        return math.sqrt(self.variance)
-
-    @property
-    def shared(self) -> bool:
-        """Whether the groups agree well enough on their variance to pool it."""
-        return self.p_equal > ALPHA
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """A weighted sum of means: its value, standard error and degrees of freedom."""
+    """A weighted sum of means: its value, standard error and degrees of freedom.
+
+    `share` is the squared error that noise of variance 1 would leave.
+    """
 
     value: float
     error: float
     df: float
+    share: float
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval."""
@@ -77,8 +61,9 @@ class Comparison:
     """A group minus the base: the difference, its intervals, and the two tests about the margin.
 
     Attributes:
-      difference: mean of the group minus mean of the base.
+      difference: mean of the group minus mean of the base, over the seeds of both where paired.
       standard_error: of the difference; NaN where no seed noise is known.
+      share: the squared error that noise of variance 1 would leave.
       df: degrees of freedom of the t distribution used.
       low, high: the 95 % interval.
       low_90, high_90: the 90 % interval; inside the margin means equivalent at 5 %.
@@ -88,6 +73,7 @@ class Comparison:
 
     difference: float
     standard_error: float
+    share: float
     df: float
     low: float
     high: float
@@ -123,82 +109,42 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(n, mean, sd, mean - half, mean + half)
 
 
-def estimate_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
-    """Pools the seed variance of groups and tests whether they share one.
-
-    s^2 = sum_g d_g s_g^2 / sum_g d_g,  Bartlett's statistic on G-1 degrees of freedom.
-
-    Three seeds leave a group 2 degrees of freedom, with which an equivalence test has next to no
-    power; what the groups have in common supplies the rest. Bartlett and not Brown-Forsythe: with
-    three seeds one of a group's three deviations from its median is always zero, which leaves that
-    test blind.
-
-    Args:
-      groups: the values of each group, one number a seed.
-
-    Returns:
-      The `SeedNoise`, or None if no group has two seeds or all seeds gave the same number.
-
-    >>> noise = estimate_noise([[0.80, 0.82], [0.70, 0.72], [0.75]])
-    >>> f"{noise.sd:.4f} df={noise.df} p={noise.p_equal:.2f}"
-    '0.0141 df=2 p=1.00'
-
-    Reference: Bartlett, "Properties of sufficiency and statistical tests", 1937.
-    """
-    usable = [np.asarray(group, float) for group in groups if len(group) >= 2]
-    if not usable:
-        return None
-    df = np.array([len(group) - 1 for group in usable])
-    variances = np.array([np.var(group, ddof=1) for group in usable])
-    total = int(df.sum())
-    pooled = float((df * variances).sum() / total)
-    if pooled <= 1e-20 * float(np.mean([np.mean(group) ** 2 for group in usable])):
-        return None
-    count = len(usable)
-    if count == 1:
-        return SeedNoise(pooled, total, 1, 1.0)
-    # Metrics that count images tie now and then; a zero must not become an infinite logarithm.
-    floored = np.maximum(variances, 1e-3 * pooled)
-    statistic = total * math.log(pooled) - float((df * np.log(floored)).sum())
-    correction = 1 + float((1 / df).sum() - 1 / total) / (3 * (count - 1))
-    p_equal = float(stats.chi2.sf(max(statistic, 0.0) / correction, count - 1))
-    return SeedNoise(pooled, total, count, p_equal)
-
-
 def compare(
-    group: Sequence[float], base: Sequence[float], margin: float, noise: SeedNoise | None = None
+    group: BySeed, base: BySeed, margin: float, noise: SeedNoise | None = None
 ) -> Comparison:
     """A group against the base, and whether the difference is smaller or larger than the margin.
 
-    p_equivalent = P(t > (margin - |d|) / se),  p_beyond = P(t > (|d| - margin) / se)
-    pooled: se^2 = s^2 (1/n_group + 1/n_base);  Welch: se^2 = s_group^2/n_group + s_base^2/n_base
+    p_equivalent = P(t > (margin - |d|) / se),  p_beyond = P(t > (|d| - margin) / se),
+    d and se as `linear_contrast` says of group minus base.
 
     Args:
-      group: values of the group, one number a seed.
-      base: values of the base, one number a seed.
+      group: seed -> value of the group.
+      base: seed -> value of the base.
       margin: the difference that still counts as none, in units of the values; NaN if none is set.
-      noise: seed noise pooled over the sweep; None uses the two groups' own (Welch's test).
+      noise: seed noise pooled over the sweep; None uses the two groups' own.
 
     Returns:
       The `Comparison`; only `difference` is a number where no variance is known.
 
-    >>> result = compare([0.82, 0.83, 0.81], [0.82, 0.81, 0.83], margin=0.05)
-    >>> f"{result.difference:.2f} {result.p_equivalent:.4f} {result.p_beyond:.4f}"
-    '0.00 0.0018 0.9982'
+    >>> base = {0: 0.80, 1: 0.82, 2: 0.84}
+    >>> result = compare({0: 0.81, 1: 0.82, 2: 0.84}, base, margin=0.05)
+    >>> f"{result.difference:.4f} {result.p_equivalent:.4f} {result.p_beyond:.4f}"
+    '0.0033 0.0025 0.9975'
 
     Reference: Schuirmann, "A comparison of the two one-sided tests procedure and the power
-    approach", 1987; Welch, "The generalization of Student's problem", 1947.
+    approach", 1987.
     """
     estimate = linear_contrast([(1.0, group), (-1.0, base)], noise)
     difference, error, df = estimate.value, estimate.error, estimate.df
     if not error > 0:
         nan = math.nan
-        return Comparison(difference, nan, nan, nan, nan, nan, nan, nan, nan)
+        return Comparison(difference, nan, estimate.share, nan, nan, nan, nan, nan, nan, nan)
     half, half_90 = (float(error * stats.t.ppf(p, df)) for p in (0.5 + LEVEL / 2, 1 - ALPHA))
     beyond = (abs(difference) - margin) / error
     return Comparison(
         difference=difference,
         standard_error=error,
+        share=estimate.share,
         df=df,
         low=difference - half,
         high=difference + half,
@@ -209,54 +155,62 @@ def compare(
     )
 
 
-def exceeds(values: Sequence[float], noise: SeedNoise) -> bool:
-    """Whether a group outside the pool scatters more than the pooled noise explains (F test, 5 %).
-
-    >>> noise = SeedNoise(variance=1e-4, df=20, groups=10, p_equal=0.5)
-    >>> exceeds([0.80, 0.81, 0.82], noise), exceeds([0.70, 0.80, 0.90], noise)
-    (False, True)
-    """
-    if len(values) < 2:
-        return False
-    ratio = float(np.var(values, ddof=1)) / noise.variance
-    return float(stats.f.sf(ratio, len(values) - 1, noise.df)) <= ALPHA
-
-
 def linear_contrast(
-    terms: Sequence[tuple[float, Sequence[float]]], noise: SeedNoise | None = None
+    terms: Sequence[tuple[float, BySeed]], noise: SeedNoise | None = None
 ) -> Estimate:
     """A weighted sum of group means with its standard error.
 
-    estimate = sum_g c_g mean_g,  se^2 = s^2 sum_g c_g^2/n_g (pooled), or sum_g c_g^2 s_g^2/n_g
-    with Satterthwaite's degrees of freedom
+    Groups with the same seeds are paired: estimate = mean_s x_s of x_s = sum_g c_g y_gs over the n
+    seeds that all have; se^2 = s^2 sum_g c_g^2 / n (pooled), or var(x) / n with n - 1 degrees of
+    freedom. Else estimate = sum_g c_g mean_g; se^2 = s^2 sum_g c_g^2/n_g (pooled), or
+    sum_g c_g^2 s_g^2/n_g with Satterthwaite's degrees of freedom (Welch).
 
     Args:
-      terms: (c_g, values of the group, one number a seed).
-      noise: seed noise pooled over the sweep; None uses the groups' own.
+      terms: (c_g, seed -> value of the group); the c_g of paired groups must add up to 0.
+      noise: seed noise pooled over the sweep, which says whether to pair; None uses the groups'
+        own, and pairs them if they have the same seeds.
 
     Returns:
       The `Estimate`; its error is NaN where no variance is known.
 
-    >>> estimate = linear_contrast([(0.5, [3.0, 5.0]), (0.5, [1.0, 3.0]), (-1.0, [2.0, 2.0])])
+    >>> one, two, three = {0: 3.0, 1: 5.0}, {0: 1.0, 1: 3.0}, {7: 2.0, 8: 2.0}
+    >>> estimate = linear_contrast([(0.5, one), (0.5, two), (-1.0, three)])
     >>> f"{estimate.value:.1f} {estimate.error:.4f} {estimate.df:.1f}"
     '1.0 0.7071 2.0'
+    >>> linear_contrast([(1.0, one), (-1.0, {0: 2.0, 1: 4.2})]).df  # 1.0 and 0.8
+    1
 
     Reference: Satterthwaite, "An approximate distribution of estimates of variance components",
-    1946.
+    1946; Welch, "The generalization of Student's problem", 1947.
     """
-    value = sum(weight * float(np.mean(values)) for weight, values in terms)
-    if noise is not None:
-        squared = noise.variance * sum(weight**2 / len(values) for weight, values in terms)
-        return Estimate(value, math.sqrt(squared), float(noise.df))
-    if min(len(values) for _, values in terms) < 2:
-        return Estimate(value, math.nan, math.nan)
-    parts = [weight**2 * float(np.var(values, ddof=1)) / len(values) for weight, values in terms]
+    groups = [group for _, group in terms]
+    seeds = in_common(groups)
+    paired = have_same_seeds(groups) if noise is None else noise.paired
+    if paired and seeds:
+        sums = [sum(weight * group[seed] for weight, group in terms) for seed in seeds]
+        value, n = float(np.mean(sums)), len(seeds)
+        share = sum(weight**2 for weight, _ in terms) / n
+        if noise is not None:
+            return Estimate(value, math.sqrt(noise.variance * share), float(noise.df), share)
+        scatter = float(np.std(sums, ddof=1))
+        # Where the pairs tie, what is left are rounding errors: the means tell more.
+        if scatter > 1e-10 * max(abs(value) for group in groups for value in group.values()):
+            return Estimate(value, scatter / math.sqrt(n), n - 1, share)
+        paired = False
+    value = sum(weight * float(np.mean([*group.values()])) for weight, group in terms)
+    share = sum(weight**2 / len(group) for weight, group in terms)
+    if noise is not None and not paired:
+        return Estimate(value, math.sqrt(noise.variance * share), float(noise.df), share)
+    if paired or min(map(len, groups)) < 2:
+        return Estimate(value, math.nan, math.nan, share)
+    parts = [
+        weight**2 * float(np.var([*group.values()], ddof=1)) / len(group) for weight, group in terms
+    ]
     total = sum(parts)
     if total == 0:
-        return Estimate(value, math.nan, math.nan)
-    freedom = [len(values) - 1 for _, values in terms]
-    df = total**2 / sum(part**2 / d for part, d in zip(parts, freedom, strict=True))
-    return Estimate(value, math.sqrt(total), df)
+        return Estimate(value, math.nan, math.nan, share)
+    df = total**2 / sum(part**2 / (len(g) - 1) for part, g in zip(parts, groups, strict=True))
+    return Estimate(value, math.sqrt(total), df, share)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

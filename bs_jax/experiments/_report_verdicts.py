@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from bs_jax.experiments._report_format import Units, fraction, listed
 from bs_jax.experiments._report_groups import Group
-from bs_jax.experiments._report_statistics import ALPHA, seeds_to_settle
+from bs_jax.experiments._report_noise import ALPHA
+from bs_jax.experiments._report_statistics import seeds_to_settle
 from bs_jax.experiments.results import Sweep
 
 INVARIANT = "invariant"
@@ -98,8 +99,7 @@ def _seeds_needed(tested: Sequence[Group], base: Group | None, margin: float) ->
         if base is None or comparison is None or not comparison.standard_error > 0:
             return math.nan
         # One seed's sd, back from the standard error of a difference of two means.
-        share = 1 / len(group.values) + 1 / len(base.values)
-        sd = comparison.standard_error / math.sqrt(share)
+        sd = comparison.standard_error / math.sqrt(comparison.share)
         needed = seeds_to_settle(
             comparison.difference, margin, sd, comparison.standard_error, len(tested)
         )

@@ -23,7 +23,7 @@ from bs_jax.experiments._report_groups import (
     is_near,
     members_of,
 )
-from bs_jax.experiments._report_statistics import ALPHA, SeedNoise, estimate_noise
+from bs_jax.experiments._report_noise import ALPHA, SeedNoise, estimate_noise
 from bs_jax.experiments._report_verdicts import (
     INVARIANT,
     NOT_INVARIANT,
@@ -96,8 +96,8 @@ def analyse(results: Results) -> Analysis:
         ]
     )
     collected = {
-        key: collect(key, [results.runs[run_id] for run_id in ids], sweep, edges)
-        for key, ids in members.items()
+        key: collect(key, [(row.seed, results.runs[i]) for i, row in rows.items()], sweep, edges)
+        for key, rows in members.items()
     }
     base_entry = collected.pop(BASE, None)
     groups = [group for group, _, _ in collected.values()]
@@ -105,17 +105,16 @@ def analyse(results: Results) -> Analysis:
     noise = loss_noise = None
     if base_entry is not None and base is not None and base.values:
         near = [base_entry, *(e for e in collected.values() if is_near(e[0], base, sweep.margin))]
-        noise = estimate_noise([group.values for group, _, _ in near])
+        noise = estimate_noise([group.by_seed for group, _, _ in near])
         loss_noise = estimate_noise([losses for _, losses, _ in near])
-        variance = curves.noise_variance([matrix for _, _, matrix in near if len(matrix)])
+        paired = noise is not None and noise.paired
+        variance = curves.noise_variance([rows for _, _, rows in near if rows], paired=paired)
         groups = []
-        for group, losses, matrix in collected.values():
+        for group, losses, rows in collected.values():
             pooled = is_near(group, base, sweep.margin)
-            comparison = compare_with_base(group.values, base.values, sweep.margin, noise, pooled)
+            comparison = compare_with_base(group.by_seed, base.by_seed, sweep.margin, noise, pooled)
             loss_comparison = compare_with_base(losses, base_entry[1], math.nan, loss_noise, pooled)
-            rms = in_noise = math.nan
-            if len(matrix) and len(base_entry[2]):
-                rms, in_noise = curves.curve_deviation(matrix, base_entry[2], variance)
+            rms, in_noise = curves.curve_deviation(rows, base_entry[2], variance, paired=paired)
             groups.append(
                 replace(
                     group,
@@ -147,26 +146,24 @@ def analyse(results: Results) -> Analysis:
     )
 
 
-def widest_pass(
-    base: Group | None, groups: Sequence[Group], noise: SeedNoise | None, margin: float
-) -> float:
+def widest_pass(groups: Sequence[Group], noise: SeedNoise | None, margin: float) -> float:
     """The largest difference seen that still passes as invariant at a point of usual size.
 
-    margin - t(.95) s sqrt(1/n + 1/n_base); 0 or less if none can pass, NaN if unknown.
+    margin - t(.95) s sqrt(share), share the median of the points' (2/n for n pairs of seeds);
+    0 or less if none can pass, NaN if unknown.
 
     Args:
-      base: the base group.
-      groups: the others; the median of their numbers of seeds is the usual size.
+      groups: those compared with the base.
       noise: pooled seed noise.
       margin: in units of the metric.
 
     Returns:
       The difference, in units of the metric.
     """
-    sizes = [len(group.values) for group in groups if group.values]
-    if base is None or not base.values or noise is None or not sizes:
+    shares = [group.comparison.share for group in groups if group.comparison is not None]
+    if noise is None or not shares:
         return math.nan
-    share = 1 / float(np.median(sizes)) + 1 / len(base.values)
+    share = float(np.median(shares))
     return margin - float(stats.t.ppf(1 - ALPHA, noise.df)) * noise.sd * math.sqrt(share)
 
 
@@ -203,10 +200,10 @@ def _warnings(
     if noise is not None and not noise.shared:
         found.append(
             "Seeds scatter more at some points than at others (Bartlett p = "
-            f"{noise.p_equal:.3f}), so each point is compared by its own scatter (Welch), "
-            "which takes more seeds to decide."
+            f"{noise.p_equal:.3f}), so each point is compared by its own scatter, which takes more "
+            "seeds to decide."
         )
-    passing = widest_pass(base, groups, noise, sweep.margin)
+    passing = widest_pass(groups, noise, sweep.margin)
     if noise is not None and noise.shared and passing <= 0:
         found.append(
             "With these few seeds no difference, not even none, could pass the equivalence test: "

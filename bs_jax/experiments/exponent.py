@@ -1,13 +1,15 @@
 """How fast the best learning rate grows with the batch size, from an arm that scales it alone."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
+from bs_jax.experiments._report_noise import in_common
 from bs_jax.experiments._report_statistics import LEVEL
-from bs_jax.experiments.analysis import Analysis
+from bs_jax.experiments.analysis import Analysis, Group
 
 _MIN_FREEDOM = 3  # of residuals, to be trusted over the seed noise
 
@@ -60,10 +62,11 @@ def learning_rate_exponent(
     rate = np.array([math.log2(g.k * g.offset) if g.arm == arm else 0.0 for g in groups])
     log_k = np.array([math.log2(group.k) for group in groups])
     level = np.array([[float(group.batch_size == size) for size in sizes] for group in groups])
-    accuracy = np.array([group.interval.mean for group in groups])
-    weight = np.sqrt([float(len(group.values)) for group in groups])
     if not groups:
         return None
+    values = _values(groups, analysis)
+    accuracy = np.array([np.mean(found) for found in values])
+    weight = np.sqrt([float(len(found)) for found in values])
     design = np.column_stack([rate, rate**2, rate * log_k, level]) * weight[:, None]
     freedom = len(groups) - design.shape[1]
     if freedom < 0 or np.linalg.matrix_rank(design) < design.shape[1]:
@@ -78,6 +81,14 @@ def learning_rate_exponent(
         return None
     value = float(-solution[2] / (2 * solution[1]))
     return Exponent(value, *ends, points=len(groups), batch_sizes=len(sizes))
+
+
+def _values(groups: Sequence[Group], analysis: Analysis) -> list[list[float]]:
+    """The accuracies of each group; only of the seeds that all have, where those are paired."""
+    seeds = in_common([group.by_seed for group in groups])
+    if analysis.noise is None or not analysis.noise.paired or not seeds:
+        return [list(group.values) for group in groups]
+    return [[group.by_seed[seed] for seed in seeds] for group in groups]
 
 
 def _variance(residuals: np.ndarray, freedom: int, analysis: Analysis) -> tuple[float, float]:

@@ -13,14 +13,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 from bs_jax.experiments._report_groups import Group, is_near
-from bs_jax.experiments._report_statistics import (
-    ALPHA,
-    Estimate,
-    SeedNoise,
-    exceeds,
-    holm,
-    linear_contrast,
-)
+from bs_jax.experiments._report_noise import ALPHA, SeedNoise, exceeds
+from bs_jax.experiments._report_statistics import Estimate, holm, linear_contrast
 from bs_jax.experiments.analysis import Analysis
 
 SUPPORTED = "supported"
@@ -189,8 +183,9 @@ class Answer:
 def answer(analysis: Analysis, findings: Sequence[Finding] = PUBLISHED) -> tuple[Answer, ...]:
     """What a sweep says of each finding that it has any pair of arms for.
 
-    Each contrast is tested by one-sided t tests (two for "same": TOST) with the seed noise pooled
-    over the sweep, or by the groups' own where it is not shared. Where runs diverged there is no
+    Each contrast is tested by one-sided t tests (two for "same": TOST), seed by seed where the arms
+    have the same seeds, with the noise pooled over the sweep, or by the groups' own where it is not
+    shared. Where runs diverged there is no
     mean to test: who diverged more is tested by Fisher's exact test. A finding is supported if all
     its contrasts are (the largest p counts: an intersection-union test), contradicted if the
     opposite of one is shown (Bonferroni). Both families of p-values are adjusted together over all
@@ -307,7 +302,7 @@ def _weights(matched: Matched) -> Weights:
 def _estimate(weights: Weights, analysis: Analysis) -> Estimate | None:
     if not weights or any(not group.values for _, group in weights):
         return None
-    terms = [(share, group.values) for share, group in weights]
+    terms = [(share, group.by_seed) for share, group in weights]
     return linear_contrast(terms, _noise_of(weights, analysis))
 
 
@@ -317,7 +312,8 @@ def _noise_of(weights: Weights, analysis: Analysis) -> SeedNoise | None:
     if noise is None or base is None or not noise.shared:
         return None
     near = (
-        is_near(g, base, analysis.sweep.margin) or not exceeds(g.values, noise) for _, g in weights
+        is_near(g, base, analysis.sweep.margin) or not exceeds(g.by_seed, base.by_seed, noise)
+        for _, g in weights
     )
     return noise if all(near) else None
 

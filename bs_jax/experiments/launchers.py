@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.experiments import sweep
 from bs_jax.experiments.progress import Display, describe
@@ -226,6 +227,7 @@ class _Pool:
         self._grace_seconds = grace_seconds
         self._schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
         self._workdir, self._display, self._run_axis = workdir, display, run_axis
+        self._logs = storage.Outbox(workdir / "logs")
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self._workers: dict[int, _Worker] = {}
         self._tries: dict[str, int] = {}
@@ -255,7 +257,7 @@ class _Pool:
         return self._failures
 
     def _start(self, number: int) -> _Worker:
-        log = open_log(self._workdir / "logs" / f"worker-{number}.log")
+        log = open_log(self._logs.folder / f"worker-{number}.log")
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.experiments.worker"],
             stdin=subprocess.PIPE,
@@ -268,7 +270,7 @@ class _Pool:
         worker = _Worker(number, process, [])
         core = self._cores[number % len(self._cores)] if self._cores else None
         setup = {
-            "workdir": str(self._workdir),
+            "workdir": storage.text_of(self._workdir),
             "core": core,
             "run_axis": self._run_axis,
             "grace_seconds": self._grace_seconds,
@@ -350,3 +352,4 @@ class _Pool:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
+        self._logs.close()

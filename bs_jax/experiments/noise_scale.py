@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.scaling.noise_scale import ERRORS
 from bs_jax.training import records
@@ -146,7 +147,7 @@ def read(folder: Path, run: Run) -> NoiseScaleCurve:
     """
     path = folder / "metrics.jsonl"
     with records.disk_errors(path):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = storage.read_bytes(path).decode().splitlines()
     return from_metrics(
         [json.loads(line) for line in lines],
         batch_size=run.config["batch_size"],
@@ -229,9 +230,9 @@ def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
     figure = plots_noise.noise_scale_figure(curve)
     with records.disk_errors(folder):
-        paths[0].write_text(curve.to_csv(), encoding="utf-8")
+        storage.write_bytes(paths[0], curve.to_csv().encode())
         records.write_json(paths[1], dataclasses.asdict(curve))
-        paths[2].write_bytes(style.to_png(figure))
+        storage.write_bytes(paths[2], style.to_png(figure))
     return paths
 
 

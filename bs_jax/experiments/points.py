@@ -44,6 +44,24 @@ def product(arm: Mapping[str, Mapping[str, Any]], **axes: Sequence[Any]) -> list
     ]
 
 
+def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
+    """The same points, each trained with these seeds instead of its own.
+
+    >>> points = product(arm={"no": {}}, batch_size=(32, 64), seed=(0, 1))
+    >>> [tuple(point.overrides.values()) for point in with_seeds(points, [7, 8])]
+    [(32, 7), (32, 8), (64, 7), (64, 8)]
+    """
+    distinct: dict[tuple[str, str], Point] = {}
+    for point in points:
+        rest = {name: value for name, value in point.overrides.items() if name != "seed"}
+        distinct.setdefault((point.arm, json.dumps(rest)), Point(point.arm, rest))
+    return [
+        Point(point.arm, {**point.overrides, "seed": seed})
+        for point in distinct.values()
+        for seed in seeds
+    ]
+
+
 def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a nested config with dotted fields replaced; an unknown field is an error.
 
@@ -101,8 +119,8 @@ def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
     if not scaled.rule_while_training:
         trained["optimizer"]["hyperparams"] = {
             name: scaled.values[name] for name in full["optimizer"]["hyperparams"]
-        }
-        trained["scaling"] = {"rule": "fixed"}
+        } | scaled.defaults
+        trained["scaling"] = {"rule": "fixed"} | ({"clock": scaled.clock} if scaled.clock else {})
         trained["base_batch_size"] = full["batch_size"]
         trained["micro_batch_size"] = full["micro_batch_size"] or full["batch_size"]
     else:

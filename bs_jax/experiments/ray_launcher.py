@@ -1,8 +1,9 @@
 """Trains the runs of a sweep on a Ray cluster, each cohort's share in a fresh process of a task.
 
 Ray starts the tasks, gives them their accelerators and starts them again where a node was lost;
-the rest is as on one machine: the same worker processes, the same run folders, which must lie on a
-file system that all nodes share. A task that is started again passes over what is done.
+the rest is as on one machine: the same worker processes, the same run folders, which must lie in an
+object store or on a file system that all nodes share. A task that is started again passes over
+what is done.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.experiments.launchers import Schedule, open_log
 from bs_jax.experiments.progress import Display, describe
@@ -46,7 +48,7 @@ def run_ray(
 
     Args:
         runs: what is to be trained.
-        workdir: the sweep's folder, on a file system that all nodes share.
+        workdir: the sweep's folder, that all nodes reach.
         display: shows progress.
         run_axis: "loop" or "vmap" within a task.
         grace_seconds: from a signal to the end of a worker, come what may.
@@ -65,7 +67,7 @@ def run_ray(
     try:
         gpus = gpus if gpus >= 0 else float(ray.cluster_resources().get("GPU", 0) > 0)
         setup = {
-            "workdir": str(workdir.absolute()),
+            "workdir": storage.text_of(workdir),
             "core": None,
             "run_axis": run_axis,
             "grace_seconds": grace_seconds,
@@ -175,7 +177,8 @@ def train_share(
     name = f"worker-{socket.gethostname()}-{os.getpid()}.log"
     assignments = [runs] if setup["run_axis"] == "vmap" else [[run] for run in runs]
     failures: list[str] = []
-    with open_log(Path(setup["workdir"]) / "logs" / name) as log:
+    logs = storage.Outbox(storage.to_path(setup["workdir"]) / "logs")
+    with open_log(logs.folder / name) as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.experiments.worker"],
             stdin=subprocess.PIPE,
@@ -206,6 +209,7 @@ def train_share(
         if process.stdout is not None:
             process.stdout.close()
         code = process.wait()
+        logs.close()
     if done < len(assignments) and code not in (0, 128 + signal.SIGTERM):
         raise WorkerLost(f"worker process ended with code {code}")
     return failures

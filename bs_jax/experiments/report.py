@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.experiments import _report_origin as origin
 from bs_jax.experiments import _report_sections as sections
 from bs_jax.experiments import _report_style as style
 from bs_jax.experiments import plots
-from bs_jax.experiments._report_files import write_atomic
 from bs_jax.experiments._report_findings import findings, smoothed_analysis, terminal_findings
 from bs_jax.experiments._report_format import Units
 from bs_jax.experiments._report_page import page
@@ -33,6 +33,7 @@ __all__ = ["terminal_findings", "terminal_table", "write_report"]
 _SIGNS = {INVARIANT: ("✓", "green"), NOT_INVARIANT: ("✗", "red"), UNDECIDED: ("?", "yellow")}
 
 
+@storage.plainly()
 def write_report(
     workdir: str | Path, results: Results | None = None, analysis: Analysis | None = None
 ) -> Path:
@@ -53,7 +54,7 @@ def write_report(
     analysis = analysis or analyse(results)
     folder = results.workdir / "report"
     try:
-        folder.mkdir(exist_ok=True)
+        storage.make_folder(folder)
         files = write_tables(results, folder)
         smoothed = smoothed_analysis(results)
         answers = {a.sweep.accuracy_metric: answer(a) for a in (analysis, smoothed) if a}
@@ -64,7 +65,7 @@ def write_report(
             ("deviation", plots.deviation_figure(analysis)),
         ):
             files.append(folder / f"{name}.png")
-            write_atomic(files[-1], style.to_png(figure))
+            storage.write_bytes(files[-1], style.to_png(figure))
         content = page(
             results.sweep.title or f"Sweep {results.sweep.name}",
             sections.opening(results, analysis),
@@ -78,7 +79,9 @@ def write_report(
             origin.without_result(results),
         )
         path = folder / "index.html"
-        write_atomic(path, content.encode("utf-8", "backslashreplace"))
+        storage.write_bytes(path, content.encode("utf-8", "backslashreplace"))
+    except storage.StoreError:
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write {error.filename or folder}: {error.strerror}; make room or make "

@@ -4,15 +4,15 @@ Nothing read is executed, and nothing read is trusted: a run folder may be missi
 damaged or somebody else's. Such a run is named and left out; it never stops the report.
 """
 
+import contextlib
 import math
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.experiments._report_files import (
     Unreadable,
@@ -21,107 +21,45 @@ from bs_jax.experiments._report_files import (
     read_lines,
     read_object,
 )
-from bs_jax.experiments._report_index import Index, stamp_of
+from bs_jax.experiments._report_folders import RunFolders, open_folders
+from bs_jax.experiments._report_index import Index
+from bs_jax.experiments._report_sweep import (
+    MAX_EXAMPLES,
+    Point,
+    parse_points,
+    parse_sweep,
+    text_of,
+    texts_of,
+)
+from bs_jax.experiments._report_types import (
+    DAMAGED,
+    DIVERGED,
+    DONE,
+    MISSING,
+    UNFINISHED,
+    Curve,
+    Results,
+    Row,
+    Run,
+    Sweep,
+)
 
-DONE = "done"
-DIVERGED = "diverged"
-UNFINISHED = "unfinished"
-MISSING = "missing"
-DAMAGED = "damaged"
-
-_MAX_EXAMPLES = 1 << 53
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What `sweep.json` says of the whole sweep; `margin` is in units of `accuracy_metric`.
-
-    `smoothed_metric` is a second witness in the same units; empty where there is none.
-    """
-
-    name: str
-    config_name: str
-    title: str
-    command: str
-    base_batch_size: int
-    accuracy_metric: str
-    loss_metric: str
-    curve_metric: str
-    margin: float
-    warnings: tuple[str, ...]
-    data: str
-    model: str
-    train_examples: int | None
-    smoothed_metric: str = ""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric over examples seen: int64 `examples`, ascending, and float64 `values`."""
-
-    examples: np.ndarray
-    values: np.ndarray
+__all__ = [
+    "DAMAGED",
+    "DIVERGED",
+    "DONE",
+    "MISSING",
+    "UNFINISHED",
+    "Curve",
+    "Results",
+    "Row",
+    "Run",
+    "Sweep",
+    "load_results",
+]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run folder. `metrics` holds NaN for a number that was not finite.
-
-    `scaled` and `base` are hyperparameters by name, None where they vary during the run.
-    """
-
-    run_id: str
-    status: str
-    metrics: Mapping[str, float]
-    rule: str
-    base: Mapping[str, float | None]
-    scaled: Mapping[str, float | None]
-    warnings: tuple[str, ...]
-    curves: Mapping[str, Curve]
-    summary: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One point of the sweep and what came of it; points that share a run share its numbers."""
-
-    arm: str
-    batch_size: int
-    k: float
-    offset: float
-    seed: int
-    run_id: str
-    status: str
-    metrics: Mapping[str, float]
-    scaled: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Everything a report is made from.
-
-    Attributes:
-      workdir: the folder it came from.
-      sweep: the sweep's description.
-      rows: one a point, in the order of `sweep.json`.
-      runs: run_id -> run, each distinct run once.
-      problems: one line a damaged or refused record, with the file's name.
-      foreign: names under `runs/` that belong to no point.
-    """
-
-    workdir: Path
-    sweep: Sweep
-    rows: tuple[Row, ...]
-    runs: Mapping[str, Run]
-    problems: tuple[str, ...]
-    foreign: tuple[str, ...]
-
-    @property
-    def curves(self) -> dict[str, Mapping[str, Curve]]:
-        """run_id -> metric -> curve over examples seen."""
-        return {run_id: run.curves for run_id, run in self.runs.items()}
-
-
+@storage.plainly()
 def load_results(workdir: str | Path) -> Results:
     """Reads `sweep.json` and every run folder that its points name.
 
@@ -139,7 +77,8 @@ def load_results(workdir: str | Path) -> Results:
     ...
     bs_jax.errors.UserError: /nowhere/sweep.json: missing; run `python main.py ...
     """
-    workdir = Path(workdir)
+    if isinstance(workdir, str):
+        workdir = storage.to_path(workdir)
     path = workdir / "sweep.json"
     try:
         content = read_object(path)
@@ -148,19 +87,12 @@ def load_results(workdir: str | Path) -> Results:
             f"{path}: {error}; run `python main.py --workdir={workdir}` first, "
             "or name the workdir of a sweep"
         ) from None
-    sweep = _parse_sweep(content, path)
+    sweep = parse_sweep(content, path)
     problems: list[str] = []
-    points = _parse_points(content, sweep, path, problems)
-    folder = workdir / "runs"
-    present = _names(folder)
-    runs: dict[str, Run] = {}
-    index = Index(workdir, sweep.accuracy_metric)
-    for point in points:
-        if point.run_id not in runs:
-            # Only names found in the folder are opened, so no run_id can point outside it.
-            found = folder / point.run_id if point.run_id in present else None
-            runs[point.run_id] = _load_indexed(point, found, sweep, problems, index)
-    index.save(runs)
+    points = parse_points(content, sweep, path, problems)
+    with contextlib.closing(open_folders(workdir / "runs")) as folders:
+        runs = _load_runs(points, sweep, problems, Index(workdir, sweep.accuracy_metric), folders)
+        present = folders.present
     rows = tuple(
         Row(
             **vars(point),
@@ -174,116 +106,39 @@ def load_results(workdir: str | Path) -> Results:
     return Results(workdir, sweep, rows, runs, tuple(problems), foreign)
 
 
-@dataclass(frozen=True)
-class _Point:
-    arm: str
-    batch_size: int
-    k: float
-    offset: float
-    seed: int
-    run_id: str
-
-
-def _names(folder: Path) -> set[str]:
-    try:
-        return set(os.listdir(folder))
-    except OSError:
-        return set()
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
-
-
-def _count(value: Any) -> int | None:
-    """A whole number a batch or a data set can have; None for anything else."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 < value < _MAX_EXAMPLES else None
-
-
-def _parse_sweep(content: Mapping[str, Any], path: Path) -> Sweep:
-    def refuse(field: str, wanted: str) -> UserError:
-        found = repr(content.get(field))[:60]
-        return UserError(
-            f"{path}: {field} is {found}, not {wanted}; run the sweep again to write it anew"
-        )
-
-    base = _count(content.get("base_batch_size"))
-    if base is None:
-        raise refuse("base_batch_size", "a positive whole number")
-    margin = number(content.get("margin"))
-    if margin is None or not 0 < margin < math.inf:
-        raise refuse("margin", "a positive number")
-    metrics = {}
-    for field in ("accuracy_metric", "loss_metric", "curve_metric"):
-        metrics[field] = _text(content.get(field))
-        if not metrics[field]:
-            raise refuse(field, "the name of a metric")
-    texts = ("name", "config_name", "title", "command", "data", "model")
-    return Sweep(
-        base_batch_size=base,
-        margin=margin,
-        warnings=_texts(content.get("warnings")),
-        train_examples=_count(content.get("train_examples")),
-        smoothed_metric=_text(content.get("smoothed_metric")),
-        **metrics,
-        **{field: _text(content.get(field)) for field in texts},
-    )
-
-
-def _parse_points(
-    content: Mapping[str, Any], sweep: Sweep, path: Path, problems: list[str]
-) -> list[_Point]:
-    listed = content.get("points")
-    points = []
-    for index, item in enumerate(listed if isinstance(listed, list) else []):
-        point = _parse_point(item, sweep)
-        if point is None:
-            problems.append(f"{path.name}: point {index} is not a point: {repr(item)[:80]}")
+def _load_runs(
+    points: Sequence[Point], sweep: Sweep, problems: list[str], index: Index, folders: RunFolders
+) -> dict[str, Run]:
+    """Every distinct run: what the index has of it where its files are the same, or read anew."""
+    distinct: dict[str, Point] = {}
+    for point in points:
+        distinct.setdefault(point.run_id, point)
+    # Only names found in the folder are opened, so no run_id can point outside it.
+    stamps = {
+        run_id: [*folders.stamp(run_id), [point.batch_size]]
+        for run_id, point in distinct.items()
+        if run_id in folders.present
+    }
+    known = {id_: index.get(id_, stamp, _from_index) for id_, stamp in stamps.items()}
+    folders.fetch([run_id for run_id, found in known.items() if found is None])
+    runs: dict[str, Run] = {}
+    for run_id, point in distinct.items():
+        lines: list[str] = []
+        if run_id not in stamps:
+            run = _load_run(point, None, sweep, lines)
+        elif known[run_id] is not None:
+            run, lines = known[run_id]
         else:
-            points.append(point)
-    if not points:
-        raise UserError(f"{path}: names no points; run the sweep again to write it anew")
-    return points
-
-
-def _parse_point(item: Any, sweep: Sweep) -> _Point | None:
-    if not isinstance(item, dict):
-        return None
-    arm, run_id, seed = item.get("arm"), item.get("run_id"), item.get("seed")
-    batch_size, offset = _count(item.get("batch_size")), number(item.get("offset"))
-    if not (isinstance(arm, str) and isinstance(run_id, str) and arm and run_id):
-        return None
-    if not isinstance(seed, int) or isinstance(seed, bool) or batch_size is None:
-        return None
-    if offset is None or not 0 < offset < math.inf:
-        return None
-    k = batch_size / sweep.base_batch_size
-    return _Point(arm, batch_size, k, offset, seed, run_id)
-
-
-def _load_indexed(
-    point: _Point, folder: Path | None, sweep: Sweep, problems: list[str], index: Index
-) -> Run:
-    """`_load_run`, or what it found when the folder's files were the same."""
-    if folder is None:
-        return _load_run(point, None, sweep, problems)
-    stamp = [*stamp_of(folder), [point.batch_size]]
-    known = index.get(point.run_id, stamp, _from_index)
-    if known is not None:
-        run, lines = known
-    else:
-        lines = []
-        run = _load_run(point, folder, sweep, lines)
-        if run.status in (DONE, DIVERGED):  # the others are about to change
-            curves = {n: [c.examples.tolist(), c.values.tolist()] for n, c in run.curves.items()}
-            index.put(point.run_id, stamp, [{**vars(run), "curves": curves}, lines])
-    problems.extend(lines)
-    return run
+            run = _load_run(point, folders.folder(run_id), sweep, lines)
+            if run.status in (DONE, DIVERGED):  # the others are about to change
+                curves = {
+                    n: [c.examples.tolist(), c.values.tolist()] for n, c in run.curves.items()
+                }
+                index.put(run_id, stamps[run_id], [{**vars(run), "curves": curves}, lines])
+        runs[run_id] = run
+        problems.extend(lines)
+    index.save(runs)
+    return runs
 
 
 def _from_index(found: Any) -> tuple[Run, list[str]]:
@@ -296,9 +151,9 @@ def _from_index(found: Any) -> tuple[Run, list[str]]:
     return Run(**{**content, "curves": curves, "warnings": warnings}), list(lines)
 
 
-def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[str]) -> Run:
+def _load_run(point: Point, folder: Path | None, sweep: Sweep, problems: list[str]) -> Run:
     run_id = point.run_id
-    files = _names(folder) if folder else set()
+    files = storage.names(folder) if folder else set()
     if folder is None or not files:
         return Run(run_id, MISSING, {}, "", {}, {}, (), {}, {})
     summary: Mapping[str, Any] = {}
@@ -322,16 +177,16 @@ def _load_run(point: _Point, folder: Path | None, sweep: Sweep, problems: list[s
         run_id=run_id,
         status=status,
         metrics=metrics,
-        rule=_text(hparams.get("rule")),
+        rule=text_of(hparams.get("rule")),
         base=_hyperparams(hparams.get("base")),
         scaled=_hyperparams(hparams.get("scaled")),
-        warnings=_texts(hparams.get("warnings")),
+        warnings=texts_of(hparams.get("warnings")),
         curves=curves,
         summary=summary,
     )
 
 
-def _checked_hparams(path: Path, point: _Point) -> dict[str, Any]:
+def _checked_hparams(path: Path, point: Point) -> dict[str, Any]:
     try:
         hparams = read_object(path)
     except Unreadable as error:
@@ -382,7 +237,7 @@ def _load_curves(path: Path, run_id: str, problems: list[str]) -> dict[str, Curv
     for line in lines:
         examples = line.pop("examples", None)
         line.pop("step", None)
-        if type(examples) is not int or not 0 <= examples < _MAX_EXAMPLES:
+        if type(examples) is not int or not 0 <= examples < MAX_EXAMPLES:
             refused += 1
             continue
         for name, value in line.items():

@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Any, TextIO
 
+from bs_jax import storage
 from bs_jax.errors import UserError
 from bs_jax.experiments.stopping import StopRequest
 from bs_jax.training import distributed
@@ -93,7 +93,7 @@ def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:
 
     compilation.enable_cache()
     trainer = CohortTrainer(setup["run_axis"])
-    workdir = Path(setup["workdir"])
+    workdir = storage.to_path(setup["workdir"])
     for line in sys.stdin:
         runs = [Run(**fields) for fields in json.loads(line)["runs"]]
         try:

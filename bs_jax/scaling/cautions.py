@@ -79,6 +79,7 @@ def find_warnings(
     base_batch_size: int,
     noise_scale: float | None = None,
     train_examples: int | None = None,
+    numbers_alone: bool = True,
 ) -> list[str]:
     """Return what a user should know before training, each with the largest safe batch size.
 
@@ -88,6 +89,8 @@ def find_warnings(
         base_batch_size: examples per update that the values were tuned at.
         noise_scale: gradient noise scale in examples, where known.
         train_examples: length of training, where known.
+        numbers_alone: whether the values may be used by themselves, outside ``scale_by_batch`` and
+            the trainer, which also keep an optimizer's own clock.
 
     Returns:
         Sentences; empty if nothing is wrong.
@@ -97,7 +100,7 @@ def find_warnings(
     return [
         *_short_half_lives(scaler, base_batch_size),
         *_dtypes(scaler),
-        *_radam(scaler, base_batch_size),
+        *_radam(scaler, base_batch_size, numbers_alone),
         *_noise(scaler, batch_size, base_batch_size, noise_scale),
         *_updates(batch_size, train_examples),
         *_families(scaler),
@@ -144,18 +147,24 @@ def _dtypes(scaler: Scaler) -> list[str]:
     return found
 
 
-def _radam(scaler: Scaler, base_batch_size: int) -> list[str]:
+def _radam(scaler: Scaler, base_batch_size: int, numbers_alone: bool) -> list[str]:
     name = factory_name(scaler.spec.factory)
     if name not in ("radam", "ranger"):
         return []
     base, new = scaler.values["b2"], scaler.value("b2")
     if not is_number(base) or not is_number(new) or new >= RADAM_SMALLEST_DECAY:
         return []
+    kept = scaler.rule.own_clocks
+    if kept and not numbers_alone:
+        return []
     limit = math.log(RADAM_SMALLEST_DECAY) / math.log(base)
+    saved = (
+        " scale_by_batch and the trainer keep the rectification on the clock of base-size updates,"
+        " but these numbers alone do not; by themselves they serve:"
+    )
     return [
         f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} {name} never rectifies;"
-        " scale_by_batch keeps the rectification on the clock of base-size updates, but these"
-        f" numbers alone do not; by themselves they serve: {_limit(limit, base_batch_size)}"
+        f"{saved if kept else ''} {_limit(limit, base_batch_size)}"
     ]
 
 

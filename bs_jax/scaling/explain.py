@@ -78,6 +78,7 @@ def explain(
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
     train_examples: int | None = None,
+    numbers_alone: bool = True,
     **hyperparams: Any,
 ) -> Explanation:
     """Tell what a rule makes of a recipe at another batch size: no training, no arrays.
@@ -91,6 +92,8 @@ def explain(
         roles: further hyperparameters -> role.
         family: of a user's own factory.
         train_examples: length of training in examples, to warn of too few updates.
+        numbers_alone: whether the values may be used by themselves, in another program say:
+            warns of what only ``scale_by_batch`` and the trainer keep.
         **hyperparams: values at the base batch size; the rest are the factory's defaults.
 
     Returns:
@@ -129,6 +132,7 @@ def explain(
         base_batch_size=base_batch_size,
         noise_scale=noise_scale,
         train_examples=train_examples,
+        numbers_alone=numbers_alone,
     )
     return Explanation(title, rows, warnings)
 

@@ -220,7 +220,8 @@ def _mixing_weight(scaler: Scaler, base: Scalar, k: Scalar) -> Scalar:
     """
     if not scaler.rule.time_constants:
         return base
-    (decay,) = (n for n, role in scaler.spec.roles.items() if role == "decay")
+    # The optimizer's own comes first: others (BatchNorm's) may follow the same rule.
+    decay = next(n for n, role in scaler.spec.roles.items() if role == "decay")
     old, new = scaler.values[decay], scaler.value(decay)
     r_old, r_new = (1 - old) / (1 + old), (1 - new) / (1 + new)
     wanted = k * ((1 - base) ** 2 + r_old * base**2)

@@ -97,11 +97,7 @@ class ScaledOptimizer:
         self, values: Mapping[str, Any], scaler: Scaler
     ) -> optax.GradientTransformationExtraArgs:
         arguments = {**self.others, **values}
-        entry = self.spec.entry
-        follows = self.rule.time_constants and not self.rule.is_identity(scaler.k)
-        if entry is not None and entry.build is not None and follows:
-            return optax.with_extra_args_support(entry.build(arguments, scaler))
-        return optax.with_extra_args_support(self.spec.factory(**arguments))
+        return rebuild.build(self.spec, arguments, rebuild.clock_of(scaler))
 
     def _build_now(
         self, values: Mapping[str, Any], scaler: Scaler
@@ -276,10 +272,11 @@ class ScaledOptimizer:
     ) -> Callable[[Any], Any]:
         if self.moment_kind == "factored":
             rate, offset = values["decay_rate"], values["decay_offset"]
+            k = (rebuild.clock_of(scaler) or {"k": 1.0})["k"]
 
             def growing(node: Any) -> Any:
                 done = node.count if count is None else count
-                return rebuild.adafactor_decay(done, rate, offset, scaler.k)
+                return rebuild.adafactor_decay(done, rate, offset, k)
 
             return growing
         names = [n for n, r in self.spec.roles.items() if r == "second_moment_decay"]

@@ -11,6 +11,52 @@ import optax
 
 from bs_jax.scaling.formulas import Scaler
 from bs_jax.scaling.ranger import around
+from bs_jax.scaling.roles import Spec
+from bs_jax.scaling.values import is_number
+
+
+def clock_of(scaler: Scaler) -> dict[str, Any] | None:
+    """Return what an optimizer is to be built anew with, by name; ``None``: its factory serves.
+
+    Args:
+        scaler: rule, optimizer, base values and k.
+
+    Returns:
+        Numbers (or scalars) for the registry entry's ``build``.
+
+    Example:
+        >>> import optax
+        >>> from bs_jax.scaling.roles import resolve
+        >>> from bs_jax.scaling.rules import RULES
+        >>> spec = resolve(optax.radam, {})
+        >>> clock_of(Scaler(RULES["sqrt"], spec, {"b2": 0.99}, 4.0))
+        {'k': 4.0, 'base_b2': 0.99, 'unrectified': 2.0}
+    """
+    entry, rule = scaler.spec.entry, scaler.rule
+    unchanged = not rule.time_constants or rule.is_identity(scaler.k)
+    if entry is None or entry.clock is None or unchanged:
+        return None
+    return entry.clock(scaler)
+
+
+def build(
+    spec: Spec, arguments: Mapping[str, Any], clock: Mapping[str, Any] | None
+) -> optax.GradientTransformationExtraArgs:
+    """Build an optimizer from all its arguments: by its factory, or anew with a clock.
+
+    Args:
+        spec: the optimizer.
+        arguments: name -> value in force.
+        clock: from ``clock_of``.
+
+    Returns:
+        The transformation.
+    """
+    entry = spec.entry
+    if clock is None or entry is None or entry.build is None:
+        return optax.with_extra_args_support(spec.factory(**arguments))
+    return optax.with_extra_args_support(entry.build(arguments, clock))
+
 
 # optax.scale_by_factored_rms divides by nothing, but our second moment does by this decay.
 _SMALLEST_DECAY = 1e-6
@@ -41,7 +87,7 @@ def scale_by_radam(
         threshold: of the rectification.
         nesterov: whether to use Nesterov momentum.
         base_b2: decay of the second moment at the base batch size.
-        k: batch size over base batch size.
+        k: base-size updates in one update.
         unrectified: factor on the first, un-normalised updates, which follow the linear rule.
 
     Returns:
@@ -84,8 +130,22 @@ def _first_moment(updates: Any, mu: Any, b1: Any, count: Any, nesterov: bool) ->
     )
 
 
-def _radam_core(arguments: Mapping[str, Any], scaler: Scaler, nesterov: bool) -> Any:
-    k = scaler.rule.k_of("learning_rate", scaler.k)
+def radam_clock(scaler: Scaler) -> dict[str, Any] | None:
+    """Return b2's k and base, and the factor from the learning rate to the linear rule's."""
+    rule = scaler.rule
+    k, lr_k = (rule.k_of(name, scaler.k) for name in ("b2", "learning_rate"))
+    k = 1.0 if k is None else k
+    unrectified = 1.0 if lr_k is None else lr_k / scaler.lr_factor(lr_k)
+    if not rule.own_clocks or (_is_one(k) and _is_one(unrectified)):
+        return None
+    return {"k": k, "base_b2": scaler.values["b2"], "unrectified": unrectified}
+
+
+def _is_one(value: Any) -> bool:
+    return is_number(value) and value == 1
+
+
+def _radam_core(arguments: Mapping[str, Any], clock: Mapping[str, Any], nesterov: bool) -> Any:
     return scale_by_radam(
         arguments["b1"],
         arguments["b2"],
@@ -93,25 +153,23 @@ def _radam_core(arguments: Mapping[str, Any], scaler: Scaler, nesterov: bool) ->
         arguments["eps_root"],
         arguments["threshold"],
         nesterov,
-        base_b2=scaler.values["b2"],
-        k=scaler.k,
-        unrectified=1.0 if k is None else k / scaler.lr_factor(k),
+        **clock,
     )
 
 
-def radam(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTransformation:
+def radam(arguments: Mapping[str, Any], clock: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build ``optax.radam`` on the base clock."""
     return optax.chain(
-        _radam_core(arguments, scaler, arguments["nesterov"]),
+        _radam_core(arguments, clock, arguments["nesterov"]),
         optax.scale_by_learning_rate(arguments["learning_rate"]),
     )
 
 
-def ranger(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTransformation:
+def ranger(arguments: Mapping[str, Any], clock: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build ``ranger`` with its RAdam on the base clock."""
     rest = {n: v for n, v in arguments.items() if n not in ("b1", "b2", "eps", "eps_root")}
     rest.pop("threshold")
-    return around(_radam_core(arguments, scaler, nesterov=False), **rest)
+    return around(_radam_core(arguments, clock, nesterov=False), **rest)
 
 
 def adafactor_decay(count: Any, rate: Any, offset: Any, k: Any) -> Any:
@@ -126,7 +184,15 @@ def adafactor_decay(count: Any, rate: Any, offset: Any, k: Any) -> Any:
     return jnp.maximum(jnp.where(base_steps > 0, kept, 0.0), _SMALLEST_DECAY)
 
 
-def adafactor(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTransformation:
+def adafactor_clock(scaler: Scaler) -> dict[str, Any] | None:
+    """Return the growing decay's k."""
+    k = scaler.rule.k_of("decay_rate", scaler.k)
+    return {"k": k} if scaler.rule.own_clocks and k is not None and not _is_one(k) else None
+
+
+def adafactor(
+    arguments: Mapping[str, Any], clock: Mapping[str, Any]
+) -> optax.GradientTransformation:
     """Build ``optax.adafactor`` with its growing decay on the base clock."""
     a = arguments
     parts = [
@@ -136,7 +202,7 @@ def adafactor(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTra
             0,
             a["min_dim_size_to_factor"],
             a["eps"],
-            lambda count, rate: adafactor_decay(count, rate, a["decay_offset"], scaler.k),
+            lambda count, rate: adafactor_decay(count, rate, a["decay_offset"], clock["k"]),
         )
     ]
     if a["clipping_threshold"] is not None:
@@ -152,10 +218,14 @@ def adafactor(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTra
     return optax.chain(*parts, optax.scale(-1))
 
 
-def trace(arguments: Mapping[str, Any], scaler: Scaler) -> optax.GradientTransformation:
+def trace_clock(scaler: Scaler) -> dict[str, Any]:
+    """Return the factor that keeps the length of a sum of gradients."""
+    return {"gain": scaler.momentum_gain()}
+
+
+def trace(arguments: Mapping[str, Any], clock: Mapping[str, Any]) -> optax.GradientTransformation:
     """Build ``optax.trace`` with the length of its output kept: the learning rate is elsewhere."""
-    plain = optax.trace(**arguments)
-    gain = scaler.momentum_gain()
+    plain, gain = optax.trace(**arguments), clock["gain"]
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = plain.update(updates, state, params)

@@ -102,7 +102,13 @@ def _register_all() -> None:
         register(factory, Entry(name, "adam", roles))
     register(
         optax.radam,
-        Entry("radam", "adam", {**_ADAM, "threshold": "unchanged"}, build=rebuild.radam),
+        Entry(
+            "radam",
+            "adam",
+            {**_ADAM, "threshold": "unchanged"},
+            clock=rebuild.radam_clock,
+            build=rebuild.radam,
+        ),
     )
     register(
         ranger,
@@ -115,6 +121,7 @@ def _register_all() -> None:
                 "sync_period": "period",
                 "slow_step_size": "slow_step_size",
             },
+            clock=rebuild.radam_clock,
             build=rebuild.ranger,
         ),
     )
@@ -178,6 +185,7 @@ def _register_all() -> None:
                 "weight_decay_rate": "weight_decay_independent",
                 "eps": "eps_root",
             },
+            clock=rebuild.adafactor_clock,
             build=rebuild.adafactor,
             implied={"learning_rate": 1.0},
         ),
@@ -245,7 +253,13 @@ def _register_wrappers() -> None:
     register(optax.ema, Entry("ema", "wrapper", {"decay": "decay"}))
     register(
         optax.trace,
-        Entry("trace", "linear", {"decay": "undamped_momentum"}, build=rebuild.trace),
+        Entry(
+            "trace",
+            "linear",
+            {"decay": "undamped_momentum"},
+            clock=rebuild.trace_clock,
+            build=rebuild.trace,
+        ),
     )
     register(
         optax.clip_by_global_norm,

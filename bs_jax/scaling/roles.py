@@ -113,15 +113,17 @@ class Entry:
         name: of the factory.
         family: a name in ``FAMILIES``.
         roles: hyperparameter -> a name in ``ROLES``.
-        build: ``build(arguments, scaler)`` makes the transformation where the factory itself
-            cannot follow the batch size.
+        clock: ``clock(scaler)`` gives the numbers by which what the factory itself cannot scale
+            follows the batch size; ``None``: under this rule it does not.
+        build: ``build(arguments, clock)`` makes the transformation with them.
         implied: hyperparameter -> the value, or the name of the argument, that ``None`` stands for.
     """
 
     name: str
     family: str
     roles: Mapping[str, str]
-    build: Callable[[Mapping[str, Any], Any], Any] | None = None
+    clock: Callable[[Any], dict[str, Any] | None] | None = None
+    build: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

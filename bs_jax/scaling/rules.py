@@ -57,6 +57,8 @@ class ScalingRule:
             rate; ``None``: k/F.
         q_power: q is assumed to be ``k**q_power``; ``None``: q follows the measured noise scale.
         time_constants: whether decays, periods and other time constants keep their examples.
+        own_clocks: whether what counts updates inside an optimizer (RAdam's rectification,
+            Adafactor's growing decay) counts base-size ones; without, plain numbers alone change.
         invariant: whether the second moment is made what the base batch size would have shown,
             which needs no q.
         k_power: every k above is read as ``(offset k)**k_power``: one scale for all that is
@@ -76,6 +78,7 @@ class ScalingRule:
     weight_decay_power: float | None = None
     q_power: float | None = None
     time_constants: bool = True
+    own_clocks: bool = True
     invariant: bool = False
     k_power: float = 1.0
     offset: float = 1.0
@@ -197,6 +200,7 @@ _SHIPPED = (
         lr_power=1.0,
         weight_decay_power=1.0,
         q_power=0.0,
+        own_clocks=False,
         origin="learning rate and weight decay x k: decay per epoch grows with k",
     ),
     ScalingRule(
@@ -204,6 +208,7 @@ _SHIPPED = (
         lr_power=1.0,
         weight_decay_power=1.0,
         q_power=0.0,
+        own_clocks=False,
         k_power=0.5,
         origin="as seed, with sqrt(k) in place of k everywhere",
     ),

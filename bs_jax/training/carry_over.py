@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bs_jax import storage
 from bs_jax.errors import UserError
-from bs_jax.scaling import roles
 from bs_jax.scaling.carry import carry_moments
 from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState
@@ -37,7 +37,8 @@ class OtherRun:
     def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
         self.path, self._recipe = path, recipe
         try:
-            self._config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            with records.disk_errors(path, missing=True):
+                self._config = json.loads(storage.read_bytes(path / "config.json"))
             self.batch_size = int(self._config["batch_size"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -131,7 +132,7 @@ class OtherRun:
         recipe = self._recipe
         base = recipe["base_batch_size"]
         values = dict(recipe["optimizer"]["hyperparams"])
-        spec = roles.resolve(roles.resolve_factory(recipe["optimizer"]["name"]), values)
+        spec = optimizers.spec_of(recipe)
         noise = None
         if recipe["scaling"]["noise_scale"]:
             noise = Noise.from_scale(recipe["scaling"]["noise_scale"], base)

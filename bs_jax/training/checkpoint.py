@@ -17,6 +17,8 @@ import absl.logging
 import jax
 import numpy as np
 
+from bs_jax import storage
+from bs_jax.training.archives import Archives, unreadable_name
 from bs_jax.training.state import TrainState
 
 _KEPT = 2  # the newest and one to fall back on
@@ -30,13 +32,17 @@ class Checkpoints:
     restored on any other. Beside them lie a checksum of them, and one of the metrics written until
     then, so that a run goes on only where both are whole. Of many processes one alone uses this.
 
+    In an object store each is one object, `Archives`, that Orbax's folder on a disk is packed into.
+
     Args:
         path: folder of the checkpoints; made when the first one is written.
         metrics_digest: the checksum of the metrics on disk up to a count of examples.
     """
 
     def __init__(self, path: Path, metrics_digest: Callable[[int], bytes]) -> None:
-        self._path = path.absolute()
+        self._archives = Archives(path) if storage.is_remote(path) else None
+        self._path = path if self._archives else path.absolute()
+        self._folder = self._archives.folder if self._archives else self._path
         self._metrics_digest = metrics_digest
         self._manager: Any = None
 
@@ -52,13 +58,18 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        self._path.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         content = _content(state, metrics_digest)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(content)) + _SPARE_BYTES
-        if shutil.disk_usage(self._path).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before anything is written
+        if shutil.disk_usage(self._folder).free < needed * (2 if self._archives else 1):
+            # Before anything is written.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         with _system_errors():
             self._open().save(int(state.step), args=ocp.args.StandardSave(content))
+        if self._archives:
+            self._archives.put(int(state.step))
+            for old in self._archives.steps()[:-_KEPT]:
+                self._archives.delete(old)
 
     def restore(self, template: TrainState, *, set_aside: bool = True) -> TrainState | None:
         """The newest checkpoint that can be read, or None.
@@ -73,13 +84,15 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        if not self._path.is_dir():
+        if not self._folder.is_dir():
             return None
-        manager = self._open()
         wanted = _content(template, bytes(32))
-        for step in sorted(manager.all_steps(), reverse=True):
+        for step in reversed(self._steps()):
             try:
-                found = manager.restore(step, args=ocp.args.StandardRestore(wanted))
+                if self._archives:
+                    self._archives.fetch(step)
+                self._open().reload()
+                found = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
                 state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
                 again = _content(state, metrics_digest)
                 if not np.array_equal(found["sha256"], again["sha256"]):
@@ -87,6 +100,8 @@ class Checkpoints:
                 if metrics_digest != self._metrics_digest(int(state.examples)):
                     raise ValueError("metrics.jsonl has changed since")
                 return state
+            except storage.StoreError:
+                raise  # it may be whole
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 reason = str(error) if type(error) is ValueError else type(error).__name__
                 logging.getLogger(__name__).warning(
@@ -96,27 +111,38 @@ class Checkpoints:
                 )
                 if set_aside:
                     self._set_aside(step)
-                    manager.reload()
+                self._close_manager()  # it would take the others to be of this one's form
         return None
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints beyond a step."""
-        if self._path.is_dir():
-            manager = self._open()
-            for later in [found for found in manager.all_steps() if found > step]:
-                manager.delete(later)
+        if not self._folder.is_dir():
+            return
+        manager = self._open()
+        for later in [found for found in manager.all_steps() if found > step]:
+            manager.delete(later)
+        if self._archives:
+            for later in [found for found in self._archives.steps() if found > step]:
+                self._archives.delete(later)
+
+    def _steps(self) -> list[int]:
+        return self._archives.steps() if self._archives else sorted(self._open().all_steps())
 
     def _set_aside(self, step: int) -> None:
         # Kept under another name, not deleted: what cannot be read here may be readable elsewhere.
-        target = self._path / f"unreadable-{step}"
-        for number in range(1, 1000):
-            if not target.exists():
-                break
-            target = self._path / f"unreadable-{step}.{number}"
-        (self._path / str(step)).rename(target)
+        if self._archives:
+            self._archives.set_aside(step)
+            return
+        taken = storage.names(self._path)
+        storage.rename(self._path / str(step), self._path / unreadable_name(str(step), taken))
 
     def close(self) -> None:
         """Release Orbax's threads."""
+        self._close_manager()
+        if self._archives:
+            self._archives.close()
+
+    def _close_manager(self) -> None:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
@@ -137,7 +163,7 @@ class Checkpoints:
                     barrier_sync_key_prefix="first" if alone else None,
                 ),
             )
-            self._manager = ocp.CheckpointManager(self._path, options=options)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
         return self._manager
 
 

@@ -6,6 +6,8 @@ import functools
 import os
 from pathlib import Path
 
+from bs_jax import storage
+
 # XLA hands convolutions, matrix products and sums to YNNPACK, which takes 1.5 to 3 times as long as
 # its own code for many shapes (`benchmarks/conv_forms.py --library=default`). Empty: none of them.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -34,10 +36,14 @@ def compiler_options(platform: str) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: ``$BS_JAX_CACHE``, or the user's cache folder."""
+    """Where compiled programs are kept: ``$BS_JAX_CACHE``, or the user's cache folder.
+
+    Raises:
+        UserError: it is a URL.
+    """
     own = os.environ.get("BS_JAX_CACHE")
     if own:
-        return Path(own) / "xla"
+        return storage.local_path(own, "BS_JAX_CACHE") / "xla"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "bs_jax" / "xla"
 

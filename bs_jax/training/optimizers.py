@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax import scaling
-from bs_jax.scaling import roles
+from bs_jax.scaling import rebuild, roles
+from bs_jax.scaling.formulas import Noise, Scaler, named_values
 from bs_jax.training.state import TrainState
 
 # Decays per update that live in the model and the trainer; the rule scales them with the others.
@@ -27,6 +28,9 @@ class ScaledRecipe:
     Attributes:
         base: as the recipe has them.
         values: for the batch size in use; None where the value is found while training.
+        defaults: new values of the factory's defaults that the rule changes and the recipe does
+            not name.
+        clock: what the optimizer is built anew with (see ``rebuild.clock_of``), or None.
         rule_while_training: whether the optimizer applies the rule itself, step by step.
         rows: the explanation, a dict a hyperparameter.
         warnings: where the rule stops being true.
@@ -34,6 +38,8 @@ class ScaledRecipe:
 
     base: dict[str, Any]
     values: dict[str, Any]
+    defaults: dict[str, Any]
+    clock: dict[str, Any] | None
     rule_while_training: bool
     rows: list[dict[str, Any]]
     warnings: list[str]
@@ -83,9 +89,14 @@ def scale_recipe(config: Mapping[str, Any]) -> ScaledRecipe:
     base = _base_values(config)
     rule_while_training = _found_while_training(config, explanation.rows)
     values = {row["hyperparameter"]: row["new"] for row in explanation.rows}
+    unnamed = (row for row in explanation.rows if row["hyperparameter"] not in base)
     return ScaledRecipe(
         base=base,
         values={name: values.get(name, value) for name, value in base.items()},
+        defaults={
+            row["hyperparameter"]: row["new"] for row in unnamed if row["new"] != row["base"]
+        },
+        clock=None if rule_while_training else _clock(config, explanation.rows),
         rule_while_training=rule_while_training,
         rows=explanation.rows,
         warnings=list(explanation.warnings),
@@ -102,6 +113,7 @@ def explain_recipe(config: Mapping[str, Any]) -> scaling.Explanation:
         noise_scale=config["scaling"]["noise_scale"] or None,
         roles=_MODEL_ROLES,
         train_examples=config["train_examples"],
+        numbers_alone=False,
         **_base_values(config),
     )
 
@@ -118,10 +130,28 @@ def _found_while_training(config: Mapping[str, Any], rows: list[dict[str, Any]])
     rule, k = rule_of(config), config["batch_size"] / config["base_batch_size"]
     if rule.is_identity(k):
         return False
-    factory = roles.resolve_factory(config["optimizer"]["name"])
-    family = roles.resolve(factory, config["optimizer"]["hyperparams"]).family
+    family = spec_of(config).family
     measured_moment = rule.invariant and family is not None and family.can_be_invariant
     return measured_moment or any(row["new"] is None for row in rows)
+
+
+def _clock(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    base, noise_scale = config["base_batch_size"], config["scaling"]["noise_scale"]
+    return rebuild.clock_of(
+        Scaler(
+            rule=rule_of(config),
+            spec=spec_of(config),
+            values={row["hyperparameter"]: row["base"] for row in rows},
+            k=config["batch_size"] / base,
+            noise=Noise.from_scale(noise_scale, base) if noise_scale else None,
+        )
+    )
+
+
+def spec_of(config: Mapping[str, Any]) -> roles.Spec:
+    """What a config's optimizer and its hyperparameters mean to the rules."""
+    factory = roles.resolve_factory(config["optimizer"]["name"])
+    return roles.resolve(factory, named_values(factory, config["optimizer"]["hyperparams"], None))
 
 
 def traced_values(config: Mapping[str, Any]) -> dict[str, float]:
@@ -131,7 +161,12 @@ def traced_values(config: Mapping[str, Any]) -> dict[str, float]:
         for name, value in config["optimizer"]["hyperparams"].items()
         if not isinstance(value, bool)
     }
-    return values | {"bn_decay": config["bn_decay"], "ema_decay": config["ema_decay"]}
+    clock = {f"clock.{name}": value for name, value in _clock_in(config).items()}
+    return values | clock | {"bn_decay": config["bn_decay"], "ema_decay": config["ema_decay"]}
+
+
+def _clock_in(config: Mapping[str, Any]) -> Mapping[str, float]:
+    return config["scaling"].get("clock", {})
 
 
 def cohort_key(config: Mapping[str, Any]) -> str:
@@ -148,6 +183,8 @@ def cohort_key(config: Mapping[str, Any]) -> str:
         name: value if isinstance(value, bool) else "traced"
         for name, value in config["optimizer"]["hyperparams"].items()
     }
+    if _clock_in(config):
+        static["scaling"]["clock"] = "traced"
     return json.dumps(static, sort_keys=True)
 
 
@@ -164,26 +201,29 @@ def make_optimizer(
         A transformation whose `update` takes ``microbatch=`` (and needs it where the rule works
         while training).
     """
-    factory = roles.resolve_factory(config["optimizer"]["name"])
+    spec, shape = spec_of(config), schedule_shape(config)
     kwargs: dict[str, Any] = {
         name: value if isinstance(value, bool) else hyperparams[name]
         for name, value in config["optimizer"]["hyperparams"].items()
     }
     if config["optimizer"]["decay_mask"] == "kernels":
         kwargs["mask"] = _kernels
-    peak, batch_size = kwargs.pop("learning_rate"), config["batch_size"]
-    shape = schedule_shape(config)
-    if config["scaling"]["rule"] == "fixed":
-        transform = factory(learning_rate=lambda count: peak * shape(count * batch_size), **kwargs)
-        return optax.with_extra_args_support(transform)
-    base_batch_size = config["base_batch_size"]
+    # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch.
+    fixed = config["scaling"]["rule"] == "fixed"
+    size = config["batch_size"] if fixed else config["base_batch_size"]
+    for name in kwargs.keys() & spec.roles.keys():
+        if spec.roles[name] in ("learning_rate", "divided_learning_rate"):
+            kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size)
+    if fixed:
+        clock = {name: hyperparams[f"clock.{name}"] for name in _clock_in(config)}
+        return rebuild.build(spec, roles.bind(spec.factory, (), kwargs), clock or None)
     return scaling.scale_by_batch(
-        factory,
-        batch_size=batch_size,
-        base_batch_size=base_batch_size,
+        spec.factory,
+        batch_size=config["batch_size"],
+        base_batch_size=config["base_batch_size"],
         rule=rule_of(config),
         noise_scale=config["scaling"]["noise_scale"] or None,
-    )(learning_rate=lambda count: peak * shape(count * base_batch_size), **kwargs)
+    )(**kwargs)
 
 
 def _kernels(params: Any) -> Any:

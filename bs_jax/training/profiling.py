@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -14,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from bs_jax import storage
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.training import parallel, plan, step, validate
+from bs_jax.training import parallel, plan, records, step, validate
 
 UPDATES = 10
 _EXAMPLES = 4096  # enough for any cache to miss; a part of the data set, so that it is there soon
@@ -90,10 +92,15 @@ def profile(
         return state
 
     state = once(state)
-    folder.mkdir(parents=True, exist_ok=True)
-    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
-        once(state)
-    return Profile(folder, elapsed / updates, operations(folder))
+    storage.make_folder(folder)
+    outbox = storage.Outbox(folder)
+    with contextlib.closing(outbox):
+        with jax.profiler.trace(str(outbox.folder), create_perfetto_trace=True):
+            once(state)
+        found = operations(outbox.folder)
+        with records.disk_errors(folder):
+            outbox.send()
+    return Profile(folder, elapsed / updates, found)
 
 
 def operations(folder: Path) -> list[tuple[str, float]]:

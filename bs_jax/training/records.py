@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import logging
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bs_jax import lease, storage
 from bs_jax.errors import UserError
 
-_PACKAGES = ("bs_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _LOCK_PATIENCE_SECONDS = 60.0
 # What a saved state has no meaning without.
 _FIXED = ("batch_size", "data.", "ema_decay", "model.", "optimizer.name", "scaling.rule", "seed")
@@ -51,10 +46,11 @@ class RunFolder:
 
     ``DONE`` is written last and holds the checksums of the others, so a folder that has it and
     fits it is complete. Only one process writes in a
-    folder at a time (a lock on ``LOCK`` that the system releases however the process ends).
+    folder at a time (a lock on ``LOCK`` that the system releases however the process ends; in an
+    object store a lease, see `bs_jax.lease`).
 
     Args:
-        path: the folder; made if missing.
+        path: the folder, see `storage.to_path`; made if missing.
         run: what is to be trained in it.
         writes: False in a process that leaves reading and writing to another: nothing is touched.
         allow_change: go on with a run of another config, where its state has a meaning under this
@@ -70,10 +66,11 @@ class RunFolder:
         self.path = path
         self.run = run
         self._allow_change, self._changed = allow_change, False
+        self._lease: lease.Lease | None = None
         if not writes:
             return
         with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(path)
             self._refuse_other_config()
 
     @property
@@ -82,7 +79,8 @@ class RunFolder:
         if self._changed:
             return False
         try:
-            wrong = damaged_files(self.path)
+            with disk_errors(self.path, missing=True):
+                wrong = damaged_files(self.path)
         except FileNotFoundError:
             return False
         if wrong:
@@ -96,6 +94,10 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for writing; wait a little for a dying process to let go of it."""
+        if storage.is_remote(self.path):
+            with disk_errors(self.path), lease.held(self.path) as self._lease:
+                yield
+            return
         with disk_errors(self.path), open(self.path / "LOCK", "w", encoding="utf-8") as lock:
             deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
             while True:
@@ -111,10 +113,18 @@ class RunFolder:
                     time.sleep(0.1)
             yield
 
+    def check_held(self) -> None:
+        """Raise a UserError if another process has taken the folder over; see `Lease.check`."""
+        if self._lease is not None:
+            with disk_errors(self.path):
+                self._lease.check()
+
     def begin(self) -> None:
         """Write what is known before training."""
+        self.check_held()
         if self._changed:  # what was done is no longer all
-            (self.path / "DONE").unlink(missing_ok=True)
+            with disk_errors(self.path):
+                storage.unlink(self.path / "DONE")
         config = write_json(self.path / "config.json", self.run.config)
         self._changed = False
         write_json(self.path / "hparams.json", {**self.run.hparams, "config_sha256": config})
@@ -123,27 +133,23 @@ class RunFolder:
         """Write the summary; then, unless the run was interrupted, mark the folder complete."""
         write_json(self.path / "summary.json", summary)
         if summary["status"] != "interrupted":
-            write_json(
-                self.path / "DONE",
-                {
-                    name: hashlib.sha256((self.path / name).read_bytes()).hexdigest()
-                    for name in _RECORDS
-                    if (self.path / name).exists()
-                },
-            )
+            with disk_errors(self.path):
+                marks = {name: _sha256(self.path / name) for name in _RECORDS}
+            write_json(self.path / "DONE", {name: mark for name, mark in marks.items() if mark})
 
     def summary(self) -> dict[str, Any]:
         """The summary as written."""
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        with disk_errors(self.path, missing=True):
+            return json.loads(storage.read_bytes(self.path / "summary.json"))
 
     def _refuse_other_config(self) -> None:
         try:
-            content = (self.path / "config.json").read_bytes()
+            content = storage.read_bytes(self.path / "config.json")
             found = json.loads(content)
         except (FileNotFoundError, ValueError, RecursionError):
             return  # absent or damaged: it will be written again
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            hparams = json.loads((self.path / "hparams.json").read_bytes())
+            hparams = json.loads(storage.read_bytes(self.path / "hparams.json"))
             if hparams["config_sha256"] != hashlib.sha256(content).hexdigest():
                 return  # damaged as well, though it can be read
         different = differences(found, self.run.config)
@@ -173,7 +179,7 @@ def damaged_files(folder: Path) -> list[str]:
     Raises:
         FileNotFoundError: the run is not done.
     """
-    content = (folder / "DONE").read_bytes()
+    content = storage.read_bytes(folder / "DONE")
     if not content:
         return []  # a folder marked by hand or by an older version, without checksums
     try:
@@ -184,12 +190,22 @@ def damaged_files(folder: Path) -> list[str]:
     wrong = []
     for name, digest in wanted.items():
         try:
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            found = _sha256(folder / name)
+        except storage.StoreError:
+            raise  # not the file's fault
         except OSError:
             found = ""
         if found != digest:
             wrong.append(name)
     return wrong
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; "" where there is none."""
+    try:
+        return hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
@@ -227,17 +243,21 @@ class MetricsFile:
         with disk_errors(path):
             self.kept, text = _kept(path, examples)
             self._digest = hashlib.sha256(text.encode())
-            if not path.exists() or path.read_bytes() != text.encode():
-                _write_atomically(path, text)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+            if not storage.exists(path) or storage.read_bytes(path) != text.encode():
+                storage.write_bytes(path, text.encode())
+            self._file = storage.Appender(path, text)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows and hand them to the system."""
+        """Add rows and hand them to the system; to an object store every few seconds."""
         text = "".join(_line(row) for row in rows)
         with disk_errors(self._path):
             self._file.write(text)
-            self._file.flush()
         self._digest.update(text.encode())
+
+    def flush(self) -> None:
+        """Return when others can read all rows."""
+        with disk_errors(self._path):
+            self._file.flush()
 
     @property
     def digest(self) -> bytes:
@@ -264,10 +284,12 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    try:
+        content = storage.read_bytes(path)
+    except FileNotFoundError:
         return []
     rows = []
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for text in content.decode("utf-8", "replace").split("\n"):
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
@@ -293,32 +315,29 @@ def write_json(path: Path, content: Any) -> str:
     """Write a whole JSON file or none: readers never see half of one. Its sha256 comes back."""
     text = json.dumps(finite(content), indent=1, sort_keys=True, allow_nan=False) + "\n"
     with disk_errors(path):
-        _write_atomically(path, text)
+        storage.write_bytes(path, text.encode())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a line that says what to do."""
+def disk_errors(path: Path, *, missing: bool = False) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk or store into a line that says what to do.
+
+    Args:
+        path: what is written or read.
+        missing: let FileNotFoundError pass.
+    """
     try:
-        yield
+        with storage.plainly():
+            yield
     except OSError as error:
+        if missing and isinstance(error, FileNotFoundError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            # What belongs in a store is written in a temporary folder first: that may be full.
+            full = error.filename if storage.is_remote(path) and error.filename else path
             raise UserError(
-                f"no space left while writing {path}; free some space and give the same command "
+                f"no space left while writing {full}; free some space and give the same command "
                 "again: finished runs are kept"
             ) from error
         if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError) or (
@@ -333,44 +352,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 def check_writable(workdir: Path) -> None:
     """Raise a UserError at once if the work folder cannot take files."""
     with disk_errors(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(workdir)
         probe = workdir / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-@functools.cache
-def git_revision() -> str | None:
-    """Commit of the code's checkout, with "+" if it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        revision, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
-            ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision + ("+" if changes else "")
-
-
-def now() -> str:
-    """The time, UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        if storage.is_remote(probe):
+            storage.write_bytes(probe, b"x")
+        else:
+            probe.write_bytes(b"x" * 4096)
+        storage.unlink(probe)

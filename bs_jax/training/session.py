@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bs_jax.training import distributed, parallel, records
+from bs_jax import storage
+from bs_jax.training import distributed, parallel, provenance, records
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.records import MetricsFile, RunFolder
@@ -52,6 +53,7 @@ class Session:
         self._restored = False
         self._metrics_file: MetricsFile | None = None
         self._tensorboard: Any = None
+        self._events: storage.Outbox | None = None
         self._final: dict[str, float] = {}
 
     def restore(
@@ -90,7 +92,7 @@ class Session:
 
     def begin(self) -> None:
         """Open the files, cut back to what the state has seen."""
-        self._started_at, self._clock = records.now(), time.monotonic()
+        self._started_at, self._clock = provenance.now(), time.monotonic()
         if not self._writes:
             return
         self.folder.begin()
@@ -102,9 +104,8 @@ class Session:
         if self.config["tensorboard"]:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(
-                str(self.folder.path / "tensorboard"), purge_step=self.start_step
-            )
+            self._events = storage.Outbox(self.folder.path / "tensorboard")
+            self._tensorboard = SummaryWriter(str(self._events.folder), purge_step=self.start_step)
 
     def record(self, chunk: Chunk, metrics: Mapping[str, np.ndarray], sums: Any) -> None:
         """Write a chunk's metrics; the first non-finite loss ends the record."""
@@ -134,6 +135,7 @@ class Session:
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if self._metrics_file is not None:
+            self.folder.check_held()
             self._metrics_file.append(rows)
         for row in rows:
             self._keep_final(row)
@@ -158,8 +160,14 @@ class Session:
     def checkpoint(self, state: TrainState) -> None:
         """Save a state (numpy arrays), unless the run has diverged before it."""
         if self._metrics_file is not None and self.diverged_at is None:
+            self.folder.check_held()
+            self._metrics_file.flush()
             with records.disk_errors(self.folder.path):
                 self._checkpoints.save(state, self._metrics_file.digest)
+            if self._tensorboard is not None and self._events is not None:
+                self._tensorboard.flush()
+                with records.disk_errors(self.folder.path):
+                    self._events.send()
 
     def finish(self, status: str) -> None:
         """Write the summary: "done", "diverged" or "interrupted"; a run that diverged has it."""
@@ -174,15 +182,18 @@ class Session:
             "step": step_now,
             "examples": examples,
             "diverged_at_step": self.diverged_at,
-            "git_revision": records.git_revision(),
-            "versions": records.versions(),
+            "git_revision": provenance.git_revision(),
+            "versions": provenance.versions(),
             "device": f"{len(self.devices)} x {device.device_kind} ({device.platform})",
             "processes": jax.process_count(),
             "resumed_at_step": self.start_step,
             "wall_time_seconds": round(time.monotonic() - self._clock, 3),
             "started_at": self._started_at,
-            "finished_at": records.now(),
+            "finished_at": provenance.now(),
         }
+        if self._metrics_file is not None:
+            self.folder.check_held()
+            self._metrics_file.flush()
         if self._writes:
             self.folder.finish(summary)
         self.on_event(
@@ -202,3 +213,5 @@ class Session:
             self._metrics_file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._events is not None:
+            self._events.close()

@@ -1,10 +1,10 @@
 #!/bin/bash
 # One run on all hosts of a Cloud TPU slice: every host runs the same command and finds the others.
-# Usage: TPU=name ZONE=zone docs/cluster/tpu_vm.sh
+# Usage: TPU=name ZONE=zone WORKDIR=gs://bucket/runs/one docs/cluster/tpu_vm.sh
 set -euo pipefail
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='
   set -e
   cd bs_jax
-  .venv/bin/pip install -q -e ".[tpu]"
-  exec .venv/bin/python main.py --mode=train --workdir="$HOME/runs/one" --config.batch_size=1024
+  .venv/bin/pip install -q -e ".[tpu,gcs]"
+  exec .venv/bin/python main.py --mode=train --config.batch_size=1024 --workdir='"$WORKDIR"'
 '

@@ -38,6 +38,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, as at a terminal
         env={
             **os.environ,
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
@@ -53,9 +54,11 @@ def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, s
     return process.returncode, out
 
 
-def run(*flags: str, devices: int = 1, **environment: str) -> tuple[int, str]:
+def run(
+    *flags: str, devices: int = 1, recipe: Sequence[str] = TINY, **environment: str
+) -> tuple[int, str]:
     """Do one command to its end."""
-    return finish(start(*flags, devices=devices, **environment))
+    return finish(start(*flags, devices=devices, recipe=recipe, **environment))
 
 
 @contextlib.contextmanager
