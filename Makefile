@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(BIN)/python main.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
