@@ -1,5 +1,6 @@
 """Real commands with their work folder in an object store: they leave what they leave on a disk."""
 
+import functools
 import itertools
 import json
 import random
@@ -23,13 +24,15 @@ def store():
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory):
-    """What the commands leave on a disk: of one run, of a sweep."""
-    found = {}
-    for kind in (TRAIN, SWEEP):
+    """What a command leaves on a disk, done when it is first asked for."""
+
+    @functools.cache
+    def found(kind):
         workdir = tmp_path_factory.mktemp("disk")
         code, out = run(*kind, f"--workdir={workdir}")
         assert code == 0, out
-        found[kind] = outcome(workdir)
+        return outcome(workdir)
+
     return found
 
 
@@ -70,7 +73,7 @@ def test_a_killed_run_goes_on_and_ends_as_on_a_disk(store, wanted, tmp_path):
     code, out = run(*command, **environment)
     assert code == 0, out
     assert "trying the one before" in out
-    assert left(store, "killed", tmp_path) == wanted[TRAIN]
+    assert left(store, "killed", tmp_path) == wanted(TRAIN)
     assert json.loads(store.objects["killed/summary.json"])["resumed_at_step"] == 4
     assert any(key.startswith("killed/tensorboard/events") for key in store.objects)
 
@@ -96,12 +99,13 @@ def test_a_second_process_is_refused_before_it_writes(store):
     assert {key for key in store.objects if key.startswith("two/")} == {"two/LOCK/000001"}
 
 
+@pytest.mark.long
 def test_a_sweep_of_two_workers_and_its_report_are_those_of_a_disk(store, wanted, tmp_path):
     workdir = f"--workdir={store.url}/sweep"
     code, out = run(*SWEEP, workdir, **store.environment)
     assert code == 0, out
     assert f"Report: {store.url}/sweep/report/index.html" in out.replace("\n", "")
-    assert left(store, "sweep", tmp_path) == wanted[SWEEP]
+    assert left(store, "sweep", tmp_path) == wanted(SWEEP)
     assert "sweep/logs/worker-0.log" in store.objects
     assert store.objects.pop("sweep/report/index.html")
     code, out = run(*SWEEP, workdir, **store.environment)
@@ -129,6 +133,6 @@ def test_kills_at_random_times(store, wanted, tmp_path):
                 break
         code, out = run(*command, **store.environment)
         assert code == 0, out
-        assert left(store, f"random-{number}", tmp_path) == wanted[kind]
+        assert left(store, f"random-{number}", tmp_path) == wanted(kind)
     assert kills >= 4
     print(f"{kills} kills")
