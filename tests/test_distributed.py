@@ -121,6 +121,7 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     assert all("give a --workdir that can be written" in out for _, out in ends)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_shard_map_and_pmap_are_the_same_to_the_bit():
     config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"})).config

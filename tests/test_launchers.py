@@ -96,7 +96,14 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,  # the others are among the injected faults
+        pytest.param(signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
     process = start("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
     wait_until_one_trains(tmp_path, process)

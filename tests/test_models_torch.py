@@ -48,7 +48,7 @@ def random_variables(model, rng):
     ("name", "changes"),
     [
         ("xresnet10_small", {"shortcut_pool": "max_blur"}),
-        ("xresnet18", {}),
+        pytest.param("xresnet18", {}, marks=pytest.mark.long),
         ("xse_resnext50", {"stage_sizes": (2, 1, 1, 1)}),
         pytest.param("xresnet50", {}, marks=pytest.mark.long),
         pytest.param("xse_resnext50", {}, marks=pytest.mark.long),
