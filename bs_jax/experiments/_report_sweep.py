@@ -2,25 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.experiments._report_files import number
-from bs_jax.experiments._report_types import Sweep
+from bs_jax.experiments._report_types import Point, Sweep
 
 MAX_EXAMPLES = 1 << 53
-
-
-@dataclass(frozen=True)
-class Point:
-    arm: str
-    batch_size: int
-    k: float
-    offset: float
-    seed: int
-    run_id: str
 
 
 def text_of(value: Any) -> str:

@@ -64,8 +64,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One point of the sweep and what came of it; points that share a run share its numbers."""
+class Point:
+    """One point of the sweep, as `sweep.json` lists it; k is of the base batch size."""
 
     arm: str
     batch_size: int
@@ -73,6 +73,12 @@ class Row:
     offset: float
     seed: int
     run_id: str
+
+
+@dataclass(frozen=True)
+class Row(Point):
+    """A point and what came of it; points that share a run share its numbers."""
+
     status: str
     metrics: Mapping[str, float]
     scaled: Mapping[str, float | None]
