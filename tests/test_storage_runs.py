@@ -123,13 +123,12 @@ def test_kills_at_random_times(store, wanted, tmp_path):
         command = (*kind, f"--workdir={store.url}/random-{number}")
         while True:
             process = start(*command, **store.environment)
-            time.sleep(rng.uniform(3, 12))
-            if process.poll() is not None:
-                break
+            time.sleep(rng.uniform(1, 6))
+            ended = process.poll() is not None
             process.kill()
             commands.finish(process)
-            kills += 1
-            if rng.random() < 0.4:
+            kills += not ended
+            if ended or rng.random() < 0.4:
                 break
         code, out = run(*command, **store.environment)
         assert code == 0, out
