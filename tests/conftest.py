@@ -1,6 +1,7 @@
 """Two CPU devices (or BS_JAX_TEST_DEVICES), quick compiles, the same examples every time."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -30,3 +31,6 @@ hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=50, database=None
 )
 hypothesis.settings.load_profile("repeatable")
+
+# Doctests import every module; this one needs an extra (the tests that use it skip without).
+collect_ignore = [] if importlib.util.find_spec("torch") else ["helpers/torch_xresnet.py"]
