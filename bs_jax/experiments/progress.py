@@ -67,6 +67,8 @@ class Display:
     def __exit__(self, *failure: Any) -> None:
         if self._live is not None:
             self._live.__exit__(*failure)
+        else:  # the last word of a log: how far it came, however soon after the line before
+            self._console.print(f"{self._finished} of {self._total} runs done, {self._left()}")
 
     def pending(self, runs: Sequence[Run]) -> None:
         """Say which runs are still to be trained: the measure of the time left."""
