@@ -72,6 +72,14 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
     assert "1 of 1 runs done" in out
 
 
+def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
+    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    run = fake_run("a0", 8)
+    with Display([run], 0, Console(file=sys.stdout, force_terminal=False)) as display:
+        display.event(0, {"event": "run_finished", "run_id": "a0", "status": "interrupted"})
+    assert "0 of 1 runs done" in capsys.readouterr().out
+
+
 SMALL = (
     "--config.train_examples=512",
     "--config.eval_every_examples=128",
