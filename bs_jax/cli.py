@@ -27,6 +27,14 @@ from bs_jax.flags import (
 from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
+_OF_A_SWEEP = ("launcher", "only", "run_axis", "seeds", "workers")
+_OF_ONE_RUN = ("profile", "restore_from")
+_OF_MANY_PROCESSES = ("coordinator_address", "num_processes", "process_id")
+_WITHOUT_EFFECT = {
+    "sweep": _OF_ONE_RUN,
+    "train": _OF_A_SWEEP,
+    "noise_scale": (*_OF_A_SWEEP, *_OF_ONE_RUN, *_OF_MANY_PROCESSES),
+}
 _DEFAULT_CONFIG = str(Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist.py")
 FLAGS = flags.FLAGS
 
@@ -74,6 +82,7 @@ def run() -> int:
     Raises:
         UserError: a mistake of the user's.
     """
+    _refuse_without_effect()
     modes: dict[str, Callable[[], int]] = {
         "sweep": _sweep,
         "train": _train,
@@ -89,6 +98,16 @@ def run() -> int:
         with distributed.ending_together():
             return modes[FLAGS.mode]()
     return modes[FLAGS.mode]()
+
+
+def _refuse_without_effect() -> None:
+    """Refuse a flag that this mode would pass over: who gave it expects something else."""
+    for name in _WITHOUT_EFFECT.get(FLAGS.mode, ()):
+        if FLAGS[name].value != FLAGS[name].default:
+            raise UserError(
+                f"--{name} has no effect with --mode={FLAGS.mode}; leave it out, or use --mode="
+                + ("sweep" if name in _OF_A_SWEEP else "train")
+            )
 
 
 def one_line(error: Exception) -> str:

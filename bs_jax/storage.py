@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,10 +168,14 @@ def read_bytes(path: Path) -> bytes:
         FileNotFoundError: there is none.
         OSError: it cannot be read.
     """
-    if not is_remote(path):
-        return path.read_bytes()
-    with _errors(path, missing=True):
-        return _store_of(path).cat_file(str(path))
+    if is_remote(path):
+        with _errors(path, missing=True):
+            return _store_of(path).cat_file(str(path))
+    # A pipe would be waited for until somebody writes in it.
+    with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Is no ordinary file", str(path))
+        return file.read()
 
 
 def write_bytes(path: Path, content: bytes) -> None:

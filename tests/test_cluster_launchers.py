@@ -67,7 +67,11 @@ def test_on_ray_every_run_finishes_once_though_a_node_is_lost(tmp_path):
     assert found.returncode == 0, found.stderr[-2000:]
     result = json.loads(found.stdout.strip().splitlines()[-1])
     assert result["failures"] == []
-    assert sorted(result["finished"]) == sorted(result["planned"])  # each once
+    finished, planned = result["finished"], set(result["planned"])
+    assert len(set(finished)) == len(finished)  # each once
+    # What the lost node said in its last moment may be lost with it, not what it recorded.
+    assert set(finished) <= planned
+    assert len(planned - set(finished)) <= 1
     done = [path.parent.name for path in tmp_path.glob("runs/*/DONE")]
     assert sorted(done) == sorted(result["planned"])
 
@@ -105,3 +109,18 @@ def test_an_unknown_run_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert "unknown run in --only 'b16-s0-nothing'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--mode=train", "--launcher=print"), "--launcher has no effect with --mode=train"),
+        (("--sweep=tiny", "--restore_from=x"), "--restore_from has no effect with --mode=sweep"),
+    ],
+)
+def test_a_flag_that_the_mode_would_pass_over_is_refused(flags, said):
+    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout == ""

@@ -29,18 +29,21 @@ def assert_same_training(found, wanted):
 
 
 def until_end(processes):
-    return [finish(process, 90) for process in processes]
+    return [finish(process) for process in processes]
 
 
 def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
     code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=2)
     assert code == 0, out
     wanted = rows(tmp_path / "one")
-    workdir = tmp_path / "two"
-    with joined(2, TRAIN, f"--workdir={workdir}") as processes:
-        assert wait_for(lambda: lines(workdir / "metrics.jsonl") >= 2)
-        processes[1].kill()
-        code, out = finish(processes[0], 90)
+    for number in range(4):  # on a busy machine the run may be over before it is hit
+        workdir = tmp_path / f"two-{number}"
+        with joined(2, TRAIN, f"--workdir={workdir}") as processes:
+            assert wait_for(lambda at=workdir: lines(at / "metrics.jsonl") >= 2)
+            processes[1].kill()
+            code, out = finish(processes[0])
+        if not (workdir / "DONE").exists():
+            break
     assert code in (distributed.EXIT_LOST, -signal.SIGABRT), out  # or by JAX's own watch
     assert not (workdir / "DONE").exists()
     with joined(2, TRAIN, f"--workdir={workdir}") as processes:

@@ -1,5 +1,6 @@
 """Scheduling, real worker processes, signals and kills."""
 
+import contextlib
 import json
 import os
 import signal
@@ -71,6 +72,14 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
     assert out.splitlines()[-1] == "1 of 1 runs done, all done in 0 s"
 
 
+def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
+    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    run = fake_run("a0", 8)
+    with Display([run], 0, Console(file=sys.stdout, force_terminal=False)) as display:
+        display.event(0, {"event": "run_finished", "run_id": "a0", "status": "interrupted"})
+    assert "0 of 1 runs done" in capsys.readouterr().out
+
+
 SMALL = (
     "--config.train_examples=512",
     "--config.eval_every_examples=128",
@@ -130,20 +139,28 @@ SWEEP = (
 )
 
 
+TRIES = 4  # a sweep takes a second or two: on a busy machine it may be over before it is hit
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """A sweep one of whose workers was killed; what it printed."""
-    workdir = tmp_path_factory.mktemp("swept")
-    process = start(f"--workdir={workdir}", recipe=SWEEP)
-    wait_until_one_trains(workdir, process)
-    found = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
-        capture_output=True,
-        text=True,
-    )
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
-    out, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, out
+    for _ in range(TRIES):
+        workdir = tmp_path_factory.mktemp("swept")
+        process = start(f"--workdir={workdir}", recipe=SWEEP)
+        wait_until_one_trains(workdir, process)
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+            capture_output=True,
+            text=True,
+        )
+        for worker in found.stdout.split()[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        out, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, out
+        if "starting another" in out:
+            break
     return workdir, out
 
 
@@ -162,23 +179,28 @@ def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
 
 def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, swept):
     """To the bits of the sweep that lost a worker, so that neither changed any."""
-    process = start(f"--workdir={tmp_path}", recipe=SWEEP)
-    wait_until_one_trains(tmp_path, process)
-    os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    for number in range(TRIES):
+        workdir = tmp_path / str(number)
+        process = start(f"--workdir={workdir}", recipe=SWEEP)
+        wait_until_one_trains(workdir, process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=280)
+        metrics = [path for path in workdir.glob("runs/*/metrics.jsonl") if path.stat().st_size]
+        trained = [path.parent for path in metrics if not (path.parent / "DONE").exists()]
+        if trained:
+            break
     assert process.returncode == 128 + signal.SIGINT, out
-    metrics = [path for path in tmp_path.glob("runs/*/metrics.jsonl") if path.stat().st_size]
-    trained = [path.parent for path in metrics if not (path.parent / "DONE").exists()]
     assert trained
     for path in trained:
         saved = max(int(step.name) for step in (path / "checkpoints").iterdir())
         assert saved == rows(path)[-1]["step"] < 192
-    code, out = run(f"--workdir={tmp_path}", recipe=SWEEP)
+    code, out = run(f"--workdir={workdir}", recipe=SWEEP)
     assert code == 0, out
     finished = list(swept[0].glob("runs/*/metrics.jsonl"))
     assert len(finished) == 3
     for metrics in finished:
-        twin = tmp_path / metrics.relative_to(swept[0])
+        twin = workdir / metrics.relative_to(swept[0])
         assert twin.read_bytes() == metrics.read_bytes()
         began_at = json.loads(twin.with_name("summary.json").read_text())["resumed_at_step"]
         assert (began_at > 0) == (twin.parent in trained)

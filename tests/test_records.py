@@ -97,3 +97,17 @@ def test_a_second_writer_is_turned_away_until_the_first_has_died(tmp_path, monke
         holder.communicate()
     with folder.locked():
         pass
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json", "DONE"])
+def test_what_is_no_file_in_a_records_place_is_named(tmp_path, make, name):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"cannot write .*/{name}: .*give a --workdir"):  # noqa: PT012
+        folder = RunFolder(tmp_path, RUN)
+        assert not folder.done
+        folder.begin()
+        MetricsFile(tmp_path / "metrics.jsonl", 0).close()
+        if make is os.mkfifo:
+            folder.summary()
+        folder.finish({"status": "done"})

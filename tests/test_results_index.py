@@ -73,6 +73,28 @@ def test_a_damaged_entry_is_read_again(workdir):
     same(results.load_results(workdir), first)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metrics", {"eval/accuracy": "x"}),
+        ("status", 7),
+        ("summary", [1]),
+        ("scaled", 5),
+        ("base", {"b1": []}),
+        ("rule", None),
+        ("warnings", [1]),
+        ("curves", {"train/loss": [[1, 2], [0.5]]}),
+    ],
+)
+def test_an_entry_of_other_types_is_read_again(workdir, field, value):
+    first = results.load_results(workdir)
+    index = json.loads((workdir / ".index.json").read_text())
+    for entry in index["runs"].values():
+        entry["found"][0][field] = value
+    (workdir / ".index.json").write_text(json.dumps(index))
+    same(results.load_results(workdir), first)
+
+
 def test_what_is_not_done_is_always_read(workdir, opened):
     (workdir / "runs/b32-s0-sqrt-1.0/DONE").unlink()
     results.load_results(workdir)

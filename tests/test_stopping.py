@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from test_long_runs import open_files
 
 from bs_jax.experiments.stopping import StopRequest
 
@@ -75,8 +76,12 @@ def test_a_signal_is_noted_and_the_context_left_in_peace():
 
 
 def test_no_thread_and_no_file_is_left():
-    files = len(os.listdir("/proc/self/fd"))
+    pipes, watchers = [], []
     for _ in range(20):
-        with StopRequest():
-            pass
-    assert len(os.listdir("/proc/self/fd")) == files
+        with StopRequest() as stop:
+            pipes += [os.readlink(f"/proc/self/fd/{n}") for n in (stop._reader, stop._writer)]
+            watchers.append(stop._watcher)
+    # By name: what else this process has open may change at any time.
+    assert len(set(pipes)) == 20
+    assert not set(pipes) & set(open_files().values())
+    assert not any(watcher.is_alive() for watcher in watchers)

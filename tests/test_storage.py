@@ -119,7 +119,8 @@ def test_of_many_who_create_an_object_one_succeeds(root):
     assert storage.read_bytes(root / "LOCK") == str(won[0]).encode()
 
 
-def test_metrics_are_put_whole_and_no_more_often_than_needed(store, root):
+def test_metrics_are_put_whole_and_no_more_often_than_needed(store, root, monkeypatch):
+    monkeypatch.setattr(storage, "_HAND_OVER_SECONDS", 3600.0)
     path = root / "metrics.jsonl"
     rows = [{"step": n, "examples": 8 * n, "train/loss": 1.0 / n} for n in range(1, 40)]
     store.put("some/folder/metrics.jsonl", (json.dumps(rows[0]) + '\n{"step": 2, "ex').encode())

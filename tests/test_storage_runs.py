@@ -82,7 +82,8 @@ def test_a_second_process_is_refused_before_it_writes(store):
     ended = threading.Event()
 
     def live_elsewhere():
-        holder = {"owner": "x", "host": "elsewhere", "pid": 7, "seconds": 1}
+        # Not stale for long, so that it is taken to live even where this thread must wait.
+        holder = {"owner": "x", "host": "elsewhere", "pid": 7, "seconds": 60}
         for renewals in itertools.count():
             store.put("two/LOCK/000001", json.dumps({**holder, "renewals": renewals}).encode())
             if ended.wait(0.2):

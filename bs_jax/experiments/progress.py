@@ -80,7 +80,7 @@ class Display:
         if event["event"] == "progress" and run_id:
             self._examples[run_id] = event["examples"]
             self._workers[worker] = self._line(run_id, event)
-        elif event["event"] == "run_finished" and run_id:
+        elif event["event"] == "run_finished" and run_id and event["status"] != "interrupted":
             self._finished += 1
             self._examples[run_id] = self._goal[run_id]
             if event["status"] == "diverged":

@@ -152,6 +152,9 @@ class Mailbox:
         """Take in an event."""
         self._events.append((task, event))
 
+    def settle(self) -> None:
+        """Back when all that its caller put before is there: calls keep their order."""
+
     def take(self) -> list[tuple[int, dict[str, Any]]]:
         """Hand out what came since the last call."""
         events, self._events = self._events, []
@@ -240,11 +243,16 @@ def _serve(
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
     def task(number: int, runs: list[dict[str, Any]], mailbox: Any) -> list[str]:
+        import ray  # pyright: ignore[reportMissingImports]
+
         from bs_jax.experiments import ray_launcher
 
-        return ray_launcher.train_share(
-            runs, setup, lambda event: mailbox.put.remote(number, event)
-        )
+        try:
+            return ray_launcher.train_share(
+                runs, setup, lambda event: mailbox.put.remote(number, event)
+            )
+        finally:
+            ray.get(mailbox.settle.remote())
 
     remote = ray.remote(task).options(
         max_retries=_RETRIES,

@@ -142,12 +142,23 @@ def _load_runs(
 
 
 def _from_index(found: Any) -> tuple[Run, list[str]]:
+    """What `_load_runs` stored; raises whatever it may if that is not what is there."""
     content, lines = found
     curves = {
         name: Curve(np.asarray(examples, np.int64), np.asarray(values, np.float64))
         for name, (examples, values) in content["curves"].items()
     }
     warnings = tuple(content["warnings"])
+    varying = [*content["base"].values(), *content["scaled"].values()]
+    if not (
+        content["status"] in (DONE, DIVERGED)
+        and all(isinstance(value, float) for value in content["metrics"].values())
+        and all(value is None or isinstance(value, float) for value in varying)
+        and isinstance(content["summary"], dict)
+        and all(isinstance(text, str) for text in (content["rule"], *warnings, *lines))
+        and all(c.examples.shape == c.values.shape == (c.values.size,) for c in curves.values())
+    ):
+        raise ValueError("of another form")
     return Run(**{**content, "curves": curves, "warnings": warnings}), list(lines)
 
 

@@ -340,13 +340,15 @@ def disk_errors(path: Path, *, missing: bool = False) -> Iterator[None]:
                 f"no space left while writing {full}; free some space and give the same command "
                 "again: finished runs are kept"
             ) from error
-        if isinstance(error, FileNotFoundError | FileExistsError | NotADirectoryError) or (
-            error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        if isinstance(error, FileExistsError | IsADirectoryError):
+            path = error.filename2 or error.filename or path  # something else lies in its place
+        elif not isinstance(error, FileNotFoundError | NotADirectoryError) and (
+            error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
         ):
-            raise UserError(
-                f"cannot write {path}: {error.strerror}; give a --workdir that can be written"
-            ) from error
-        raise
+            raise
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; give a --workdir that can be written"
+        ) from error
 
 
 def check_writable(workdir: Path) -> None:

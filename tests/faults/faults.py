@@ -60,7 +60,7 @@ def kill_at_a_time(kind: tuple[str, ...], number: signal.Signals = signal.SIGKIL
             if not bench.running(pid):
                 break
             os.kill(pid, number)
-            code = bench.wait(pid, 30)
+            code = bench.wait(pid)
             if code == 0:
                 break
             # Before the handler is there the signal has its usual effect.

@@ -48,7 +48,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 180) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
     """Wait for a process; its exit code and output."""
     out, _ = process.communicate(timeout=seconds)
     return process.returncode, out
@@ -88,7 +88,7 @@ def joined(
             process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> bool:
     """Wait until something holds; whether it did in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -70,7 +70,17 @@ class Store:
     def resource(self, key: str) -> dict[str, str]:
         """What the API tells of an object."""
         with self.lock:
-            content, generation = self.objects[key], self.generations[key]
+            return self._resource(key)
+
+    def matching(self, prefix: str) -> dict[str, dict[str, str]]:
+        """What the API tells of all objects with a prefix, at one moment, in order."""
+        with self.lock:
+            return {
+                key: self._resource(key) for key in sorted(self.objects) if key.startswith(prefix)
+            }
+
+    def _resource(self, key: str) -> dict[str, str]:
+        content, generation = self.objects[key], self.generations[key]
         return {
             "kind": "storage#object",
             "name": key,
@@ -175,17 +185,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, query: dict[str, str]) -> None:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
-        with self.store.lock:
-            keys = sorted(key for key in self.store.objects if key.startswith(prefix))
+        objects = self.store.matching(prefix)
         found: dict[str, bool] = {}  # name -> whether it is a prefix
-        for key in keys:
+        for key in objects:
             head, cut, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
             found[prefix + head + cut if cut else key] = bool(cut)
         names = [name for name in sorted(found) if name > query.get("pageToken", "")]
         page = names[:_PAGE]
         answer: dict[str, object] = {"kind": "storage#objects"}
-        with contextlib.suppress(KeyError):  # deleted while it is listed
-            answer["items"] = [self.store.resource(name) for name in page if not found[name]]
+        answer["items"] = [objects[name] for name in page if not found[name]]
         answer["prefixes"] = [name for name in page if found[name]]
         if len(names) > len(page):
             answer["nextPageToken"] = page[-1]
@@ -215,7 +223,9 @@ def serving() -> Iterator[Store]:
     """An empty store, served by a thread until the end."""
     store = Store()
     handler = type("Handler", (_Handler,), {"store": store})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})(
+        ("127.0.0.1", 0), handler
+    )
     server.daemon_threads = True
     store.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
