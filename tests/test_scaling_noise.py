@@ -59,6 +59,24 @@ def test_statistics_are_those_of_the_parts(method):
     assert stats.count == 4
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trap_shard_map_sums_the_gradient_of_replicated_parameters(parts):
+    batch = data(16)
+    f = value_grad_and_stats(loss_fn, microbatches=parts, axis_name="devices")
+
+    def step(params, batch):
+        value, grads, stats = f(params, batch)
+        return value, grads, stats.mean_square, stats.mean
+
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.P(), jax.P("devices")
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P()))
+    value, grads, mean_square, mean = run(PARAMS, batch)
+    expected = value_grad_and_stats(loss_fn, microbatches=2 * parts)(PARAMS, batch)
+    assert_close((value, grads, mean), (*expected[:2], expected[2].mean), rtol=1e-5, atol=1e-7)
+    assert_close(mean_square, expected[2].mean_square, rtol=1e-5)
+
+
 def test_devices_count_as_micro_batches():
     batch = data(16)
     f = value_grad_and_stats(loss_fn, microbatches=2, axis_name="devices")

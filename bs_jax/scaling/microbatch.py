@@ -149,6 +149,9 @@ def value_grad_and_stats(
         raise UserError(f"method is {method!r}; choose 'scan' or 'vmap'")
 
     def fn(params: PyTree, batch: PyTree, *args: Any, rng: Any = None) -> Any:
+        # Under shard_map the gradient of replicated parameters is already summed over the devices:
+        # of their own copies every device keeps its own gradient.
+        params = params if axis_name is None else _own_copy(params, axis_name)
         index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * microbatches
 
         def part(xs: tuple[Any, PyTree]) -> tuple[Any, PyTree, PyTree]:
@@ -166,7 +169,7 @@ def value_grad_and_stats(
             parts = jax.vmap(part)((jnp.arange(microbatches), pieces))
             sums = jax.tree.map(lambda x: jnp.sum(_wide(x), axis=0), parts)
         else:
-            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll)
+            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll, axis_name)
         means = jax.tree.map(lambda x: x / microbatches, sums) if microbatches > 1 else sums
         count = microbatches
         if axis_name is not None:
@@ -210,11 +213,24 @@ def _split(batch: PyTree, parts: int) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
 
 
-def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int) -> Any:
+def _own_copy(tree: PyTree, axis_name: str) -> PyTree:
+    """Let values that are the same on every device of a ``shard_map`` count as each device's."""
+
+    def own(x: Any) -> Any:
+        try:
+            return jax.lax.pcast(x, axis_name, to="varying")
+        except ValueError:  # they are so already, or the axis is a vmap's
+            return x
+
+    return jax.tree.map(own, tree)
+
+
+def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int, axis_name: str | None) -> Any:
     shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
+    zeros = zeros if axis_name is None else _own_copy(zeros, axis_name)
 
     def body(carry: Any, x: Any) -> tuple[Any, None]:
         return jax.tree.map(lambda c, v: c + _wide(v), carry, fn(x)), None
