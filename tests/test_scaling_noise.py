@@ -59,6 +59,24 @@ def test_statistics_are_those_of_the_parts(method):
     assert stats.count == 4
 
 
+def test_interleaved_parts_of_a_sharded_batch_are_not_gathered():
+    batch = data(16)
+    shuffled = jax.tree.map(lambda x: jnp.concatenate([x[i::4] for i in range(4)]), batch)
+    expected = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, shuffled)
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("devices")))
+    params = jax.device_put(PARAMS, jax.NamedSharding(mesh, jax.P()))
+    gathers = []
+    for interleave in (False, True):
+        f = jax.jit(value_grad_and_stats(loss_fn, microbatches=4, interleave=interleave))
+        compiled = f.lower(params, sharded).compile()
+        gathers.append("all-gather" in compiled.as_text())
+    assert gathers == [True, False]
+    value, grads, stats = compiled(params, sharded)
+    assert_close((value, grads), expected[:2], rtol=1e-5, atol=1e-7)
+    assert_close(stats.mean_square, expected[2].mean_square, rtol=1e-5)
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_trap_shard_map_sums_the_gradient_of_replicated_parameters(parts):
     batch = data(16)

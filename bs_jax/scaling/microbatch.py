@@ -109,6 +109,7 @@ def value_grad_and_stats(
     has_aux: bool = False,
     method: Literal["scan", "vmap"] = "scan",
     unroll: int = 1,
+    interleave: bool = False,
 ) -> Callable[..., tuple[Any, PyTree, MicrobatchStats | None]]:
     r"""Return a function that gives loss, gradient and micro-batch statistics of one batch.
 
@@ -124,6 +125,9 @@ def value_grad_and_stats(
         has_aux: whether ``loss_fn`` also returns auxiliary output, which is averaged too.
         method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
         unroll: of the scan.
+        interleave: whether part i holds examples i, i + n, i + 2 n, ... instead of the i-th n-th
+            of the batch. For a batch that ``jit`` shards over devices: each part then lies on all
+            of them, where one whole piece lies on few, and the scan has every device compute it.
 
     Returns:
         ``f(params, batch, *args, rng=None) -> (value, grads, stats)`` with value the loss or
@@ -162,7 +166,7 @@ def value_grad_and_stats(
             squares = jax.tree.map(abs_square, grads)
             return value, grads, squares
 
-        pieces = _split(batch, microbatches)
+        pieces = _split(batch, microbatches, interleave)
         if microbatches == 1:
             sums = part((0, batch))
         elif method == "vmap":
@@ -196,7 +200,7 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split(batch: PyTree, parts: int) -> PyTree:
+def _split(batch: PyTree, parts: int, interleave: bool) -> PyTree:
     sizes = {x.shape[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) > 1:
         found = " and ".join(str(size) if size else "no" for size in sorted(sizes))
@@ -209,6 +213,10 @@ def _split(batch: PyTree, parts: int) -> PyTree:
         raise UserError(
             f"a batch of {size or 'no'} examples cannot be split into {parts} equal micro-batches;"
             f" use a batch size divisible by {parts} or another number of micro-batches"
+        )
+    if interleave:
+        return jax.tree.map(
+            lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
     return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
 
