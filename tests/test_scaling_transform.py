@@ -252,6 +252,16 @@ def test_own_factory_with_roles():
     assert_equal(train(quiet, grads)[0], train(mine(0.2, 0.9**2), grads)[0])
 
 
+def test_a_factory_that_is_not_known_is_named_with_what_to_pass():
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    make = scale_by_batch(optax.yogi, batch_size=128, base_batch_size=64, rule="sqrt")
+    with pytest.warns(ScalingWarning, match="the same at every batch size.*'learning_rate': 'lear"):
+        make(schedule)
+    inside = optax.inject_hyperparams(optax.sgd)
+    with pytest.warns(ScalingWarning, match="no role is known for learning_rate"):
+        scale_by_batch(inside, batch_size=128, base_batch_size=64, rule="sqrt")(schedule)
+
+
 def test_own_factory_whose_family_is_needed():
     make = scale_by_batch(
         lambda rate: optax.sgd(rate),

@@ -104,6 +104,7 @@ def find_warnings(
         *_noise(scaler, batch_size, base_batch_size, noise_scale),
         *_updates(batch_size, train_examples),
         *_families(scaler),
+        *_powers(scaler),
     ]
 
 
@@ -196,3 +197,21 @@ def _families(scaler: Scaler) -> list[str]:
     if family is None or family.label == "exact" or not scaler.rule.time_constants:
         return []
     return [f"{factory_name(scaler.spec.factory)} is scaled approximately: {family.note}"]
+
+
+def _powers(scaler: Scaler) -> list[str]:
+    """Warn of a fixed power of k that no noise makes right for this optimizer."""
+    rule, family = scaler.rule, scaler.spec.family
+    rate = scaler.values.get("learning_rate")
+    if rule.lr_power is None or not rule.time_constants or family is None or rate is None:
+        return []
+    if rule.k_of("learning_rate", scaler.k) is None:
+        return []
+    (low, high), given = family.lr_powers, rule.lr_power * rule.k_power
+    if low <= given <= high:
+        return []
+    right = f"k^{low:g} whatever the noise" if low == high else f"k^{low:g} to k^{high:g}"
+    return [
+        f"learning rate x k^{given:g}: {factory_name(scaler.spec.factory)} follows the base at"
+        f" {right}; use rule 'power({high:g})', 'noise_aware' or 'invariant'"
+    ]

@@ -259,7 +259,8 @@ def missing_noise(rule: ScalingRule, spec: Spec) -> UserError:
     return UserError(
         f"rule {rule.name!r} with {factory_name(spec.factory)} needs the gradient noise: give"
         " noise_scale= (examples), or update(..., microbatch=) from bs_jax.value_grad_and_stats"
-        " with 2 or more micro-batches"
+        " with 2 or more micro-batches. What lies in between must hand it on: flax's"
+        " TrainState.apply_gradients and optax's MultiSteps(...).gradient_transformation() do not"
     )
 
 

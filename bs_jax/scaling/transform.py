@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,15 +110,31 @@ def scale_by_batch(
     return scaled_factory
 
 
+# What a schedule is called, where only a name tells it from other functions (masks, say).
+_SCHEDULE_NAMES = re.compile(r"rate|lr|schedule|step_size|decay")
+
+
 def _warn_of_unknown(spec: Spec, arguments: Mapping[str, Any]) -> None:
-    unknown = [n for n, v in arguments.items() if n not in spec.roles and is_numeric(v)]
+    unknown = [
+        n
+        for n, v in arguments.items()
+        if n not in spec.roles and (is_numeric(v) or _is_schedule(n, v))
+    ]
     if unknown:
+        # AdamW's roles serve as an example: most optimizers name the same things alike.
+        usual = resolve(optax.adamw, {}).roles
+        example = {name: usual.get(name, "decay") for name in unknown[:2]}
+        all_of_it = "" if spec.roles else " and so the same at every batch size"
         warnings.warn(
             f"{factory_name(spec.factory)}: no role is known for {', '.join(unknown)}: left as"
-            f" given; pass roles={{{unknown[0]!r}: 'decay'}} (or 'unchanged') to say what it is",
+            f" given{all_of_it}; pass roles={example} (or 'unchanged') to say what each is",
             ScalingWarning,
             stacklevel=3,
         )
+
+
+def _is_schedule(name: str, value: Any) -> bool:
+    return callable(value) and "mask" not in name and bool(_SCHEDULE_NAMES.search(name))
 
 
 def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any]) -> None:
