@@ -310,6 +310,21 @@ def test_rules_that_need_micro_batches_say_so(rule):
         tx.update(PARAMS, state, PARAMS, microbatch=MicrobatchStats(PARAMS, 1))
 
 
+def test_a_noise_scale_does_not_serve_where_each_coordinate_needs_its_own():
+    make = scale_by_batch(optax.adam, batch_size=128, base_batch_size=64, noise_scale=1000.0)
+    tx = make(1e-3)
+    with pytest.raises(UserError, match=r"noise: give update\(..., microbatch="):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_role_for_what_the_factory_does_not_take_is_warned_of():
+    make = scale_by_batch(
+        optax.adam, batch_size=128, base_batch_size=64, roles={"beta1": "unchanged"}
+    )
+    with pytest.warns(ScalingWarning, match="names beta1, which adam does not take"):
+        make(1e-3)
+
+
 def test_noise_aware_needs_no_micro_batches_where_q_plays_no_part():
     make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="noise_aware")
     grads = gradients(5)

@@ -232,7 +232,7 @@ class ScaledOptimizer:
         if replaced and identity and microbatch is None and count is None:
             replaced = False
         if replaced and microbatch is None and not identity:
-            raise missing_noise(self.rule, self.spec)
+            raise missing_noise(self.rule, self.spec, by_coordinate=True)
         values = self._with_usable_decay(values) if replaced else values
         inner = self._build_now(values, scaler)
 

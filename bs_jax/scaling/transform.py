@@ -94,6 +94,7 @@ def scale_by_batch(
         check_float32(Scaler(rule, spec, scaled, batch_size / base_batch_size, noise))
         _warn_of_unknown(spec, arguments)
         _warn_of_misspelt(rule, spec, arguments)
+        _warn_of_idle_roles(spec, arguments, roles or {})
         optimizer = ScaledOptimizer(
             rule=rule,
             spec=spec,
@@ -150,6 +151,17 @@ def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any
                 ScalingWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_idle_roles(spec: Spec, arguments: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+    idle = [name for name in roles if name not in arguments]
+    if idle:
+        warnings.warn(
+            f"roles= names {', '.join(idle)}, which {factory_name(spec.factory)} does not take;"
+            f" it takes {', '.join(arguments)}",
+            ScalingWarning,
+            stacklevel=3,
+        )
 
 
 def hyperparams(state: Any) -> dict[str, jax.Array]:
