@@ -15,7 +15,7 @@ import optax
 from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
 from bs_jax.scaling import noise_scale as noise_scale_lib
-from bs_jax.scaling.cautions import ScalingWarning, check_float32
+from bs_jax.scaling.cautions import ScalingWarning, check_float32, warn_of_narrow_decays
 from bs_jax.scaling.formulas import Noise, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
@@ -92,6 +92,7 @@ def scale_by_batch(
             check_value(name, spec.roles[name], arguments[name])
         scaled = {n: v for n, v in arguments.items() if n in spec.roles and v is not None}
         check_float32(Scaler(rule, spec, scaled, batch_size / base_batch_size, noise))
+        warn_of_narrow_decays(scaled, spec)
         _warn_of_unknown(spec, arguments)
         _warn_of_misspelt(rule, spec, arguments)
         _warn_of_idle_roles(spec, arguments, roles or {})
