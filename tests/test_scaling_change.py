@@ -1,5 +1,7 @@
 """A batch size that changes while training: moments, bias correction, clocks, checkpoints."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,13 @@ def test_trap_an_undamped_trace_is_restated_for_its_new_decay():
     for _ in range(3):
         updates, state = update(state, jnp.int32(512))
         np.testing.assert_allclose(updates, 8 * steady, rtol=1e-4)
+
+
+def test_a_state_from_another_batch_size_shows_what_is_in_force_now():
+    scaled = partial(scale_by_batch, optax.adamw, base_batch_size=64, rule="sqrt")
+    state = scaled(batch_size=64)(1e-3).init(jnp.ones(1))
+    _, state = scaled(batch_size=256)(1e-3).update(jnp.ones(1), state, jnp.ones(1))
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-3)
 
 
 def test_rule_none_carries_nothing():

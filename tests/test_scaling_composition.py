@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 
 import hypothesis
 import jax
@@ -15,6 +16,7 @@ from scaling_helpers import PARAMS, RECIPE, assert_close, assert_equal, gradient
 from bs_jax.errors import UserError
 from bs_jax.scaling import (
     MicrobatchStats,
+    ScalingWarning,
     hyperparams,
     scale_by_batch,
     scale_hyperparams,
@@ -109,6 +111,26 @@ def test_inject_hyperparams_composes():
     got, state, _ = train(injected, grads)
     assert_close(got, train(optax.adamw(**STATIC_AT_4), grads)[0], rtol=1e-5, atol=1e-6)
     assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
+
+
+def test_trap_inject_hyperparams_reads_schedules_by_its_own_count():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    schedule = optax.linear_schedule(1e-2, 0.0, 100)
+    injected = optax.inject_hyperparams(make, static_args="learning_rate")(schedule)
+    grads = gradients(20)
+    got, state, _ = train(injected, grads)
+    assert_close(got, train(make(schedule), grads)[0], rtol=1e-5, atol=1e-6)
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2 * (1 - 76 / 100))
+
+
+def test_trap_inject_hyperparams_gives_decays_the_dtype_of_the_parameters():
+    make = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    with pytest.warns(ScalingWarning, match=r"b2 is bfloat16.*hyperparam_dtype"):
+        optax.inject_hyperparams(make)(1e-2).init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)(1e-2).init(params)
 
 
 @pytest.mark.parametrize("rule", ["noise_aware", "invariant"])

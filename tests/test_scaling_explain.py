@@ -13,7 +13,8 @@ from bs_jax.errors import UserError
 from bs_jax.scaling import RULES, explain, scale_by_batch, scale_hyperparams
 from bs_jax.scaling.__main__ import main
 from bs_jax.scaling.explain import COLUMNS
-from bs_jax.scaling.roles import registered
+from bs_jax.scaling.formulas import Noise, Scaler
+from bs_jax.scaling.roles import registered, resolve
 
 RECIPE = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
 
@@ -120,6 +121,34 @@ def test_trap_radam_never_rectifies_by_numbers_alone():
     by_hand, ours = last_update(plain), last_update(scaled)
     assert float(by_hand[0]) == pytest.approx(-1e-3, rel=1e-3)
     assert float(ours[0]) == pytest.approx(-8.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "right"),
+    [
+        ("sgd", "sqrt", "k^1 whatever"),
+        ("lion", "sqrt", "k^1 whatever"),
+        ("adagrad", "linear", "k^0 to k^0.5"),
+        ("adabelief", "linear", "k^0.5 whatever"),
+        ("sgd", "linear", None),
+        ("adam", "linear", None),
+        ("sgd", "none", None),
+    ],
+)
+def test_a_power_of_k_that_no_noise_makes_right_is_warned_of(optimizer, rule, right):
+    table = explain(optimizer, batch_size=256, base_batch_size=64, rule=rule, learning_rate=0.1)
+    found = [warning for warning in table.warnings if "learning rate x k^" in warning]
+    assert len(found) == (right is not None)
+    assert all(right in warning for warning in found)
+    assert table.rows[0]["kept"].startswith("nothing") == (right is not None)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "lion", "lamb", "lars"])
+def test_the_powers_of_a_family_are_its_formula_at_both_ends(name):
+    spec = resolve(registered()[name], {})
+    for power, phi in zip(spec.family.lr_powers, (1e12, 0.0), strict=True):
+        scaler = Scaler(RULES["noise_aware"], spec, {}, 4.0, Noise(1.0, phi))
+        assert scaler.lr_factor(4.0) == pytest.approx(4.0**power, rel=1e-6)
 
 
 def test_approximate_families_say_so():

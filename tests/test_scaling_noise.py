@@ -59,6 +59,42 @@ def test_statistics_are_those_of_the_parts(method):
     assert stats.count == 4
 
 
+def test_interleaved_parts_of_a_sharded_batch_are_not_gathered():
+    batch = data(16)
+    shuffled = jax.tree.map(lambda x: jnp.concatenate([x[i::4] for i in range(4)]), batch)
+    expected = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, shuffled)
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("devices")))
+    params = jax.device_put(PARAMS, jax.NamedSharding(mesh, jax.P()))
+    gathers = []
+    for interleave in (False, True):
+        f = jax.jit(value_grad_and_stats(loss_fn, microbatches=4, interleave=interleave))
+        compiled = f.lower(params, sharded).compile()
+        gathers.append("all-gather" in compiled.as_text())
+    assert gathers == [True, False]
+    value, grads, stats = compiled(params, sharded)
+    assert_close((value, grads), expected[:2], rtol=1e-5, atol=1e-7)
+    assert_close(stats.mean_square, expected[2].mean_square, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trap_shard_map_sums_the_gradient_of_replicated_parameters(parts):
+    batch = data(16)
+    f = value_grad_and_stats(loss_fn, microbatches=parts, axis_name="devices")
+
+    def step(params, batch):
+        value, grads, stats = f(params, batch)
+        return value, grads, stats.mean_square, stats.mean
+
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.P(), jax.P("devices")
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=jax.P()))
+    value, grads, mean_square, mean = run(PARAMS, batch)
+    expected = value_grad_and_stats(loss_fn, microbatches=2 * parts)(PARAMS, batch)
+    assert_close((value, grads, mean), (*expected[:2], expected[2].mean), rtol=1e-5, atol=1e-7)
+    assert_close(mean_square, expected[2].mean_square, rtol=1e-5)
+
+
 def test_devices_count_as_micro_batches():
     batch = data(16)
     f = value_grad_and_stats(loss_fn, microbatches=2, axis_name="devices")

@@ -252,6 +252,16 @@ def test_own_factory_with_roles():
     assert_equal(train(quiet, grads)[0], train(mine(0.2, 0.9**2), grads)[0])
 
 
+def test_a_factory_that_is_not_known_is_named_with_what_to_pass():
+    schedule = optax.linear_schedule(0.1, 0.0, 10)
+    make = scale_by_batch(optax.yogi, batch_size=128, base_batch_size=64, rule="sqrt")
+    with pytest.warns(ScalingWarning, match="the same at every batch size.*'learning_rate': 'lear"):
+        make(schedule)
+    inside = optax.inject_hyperparams(optax.sgd)
+    with pytest.warns(ScalingWarning, match="no role is known for learning_rate"):
+        scale_by_batch(inside, batch_size=128, base_batch_size=64, rule="sqrt")(schedule)
+
+
 def test_own_factory_whose_family_is_needed():
     make = scale_by_batch(
         lambda rate: optax.sgd(rate),
@@ -298,6 +308,21 @@ def test_rules_that_need_micro_batches_say_so(rule):
         tx.update(PARAMS, state, PARAMS)
     with pytest.raises(UserError, match=r"count is 1"):
         tx.update(PARAMS, state, PARAMS, microbatch=MicrobatchStats(PARAMS, 1))
+
+
+def test_a_noise_scale_does_not_serve_where_each_coordinate_needs_its_own():
+    make = scale_by_batch(optax.adam, batch_size=128, base_batch_size=64, noise_scale=1000.0)
+    tx = make(1e-3)
+    with pytest.raises(UserError, match=r"noise: give update\(..., microbatch="):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_role_for_what_the_factory_does_not_take_is_warned_of():
+    make = scale_by_batch(
+        optax.adam, batch_size=128, base_batch_size=64, roles={"beta1": "unchanged"}
+    )
+    with pytest.warns(ScalingWarning, match="names beta1, which adam does not take"):
+        make(1e-3)
 
 
 def test_noise_aware_needs_no_micro_batches_where_q_plays_no_part():

@@ -53,6 +53,26 @@ def check_float32(scaler: Scaler) -> None:
             )
 
 
+def warn_of_narrow_decays(values: Mapping[str, Any], spec: Spec) -> None:
+    """Warn of decays that arrive as bfloat16 or float16, from ``inject_hyperparams`` say."""
+    narrow = [
+        f"{name} is {values[name].dtype}"
+        for name, role in spec.roles.items()
+        if role in DECAYS and _is_narrow(getattr(values.get(name), "dtype", jnp.float32))
+    ]
+    if narrow:
+        warnings.warn(
+            f"{', '.join(narrow)}, which rounds decays near 1 to 1: give float32"
+            " (optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32))",
+            ScalingWarning,
+            stacklevel=3,
+        )
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
+
+
 def warn_of_dtypes(values: Mapping[str, Any], spec: Spec, params: Any) -> None:
     """Warn of decays that round to 1 in the dtype that the moments are kept in."""
     dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
@@ -61,8 +81,7 @@ def warn_of_dtypes(values: Mapping[str, Any], spec: Spec, params: Any) -> None:
         if role not in DECAYS or not is_number(value) or not value < 1:
             continue
         for dtype in dtypes:
-            narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-            if narrow and np.asarray(value, dtype) == 1:
+            if _is_narrow(dtype) and np.asarray(value, dtype) == 1:
                 warnings.warn(
                     f"{name} = {value:.6g} rounds to 1 in {dtype}, the dtype of parameters and"
                     f" moments: the average never forgets; give {name} as a jnp.float32, or keep"
@@ -104,6 +123,7 @@ def find_warnings(
         *_noise(scaler, batch_size, base_batch_size, noise_scale),
         *_updates(batch_size, train_examples),
         *_families(scaler),
+        *_powers(scaler),
     ]
 
 
@@ -196,3 +216,21 @@ def _families(scaler: Scaler) -> list[str]:
     if family is None or family.label == "exact" or not scaler.rule.time_constants:
         return []
     return [f"{factory_name(scaler.spec.factory)} is scaled approximately: {family.note}"]
+
+
+def _powers(scaler: Scaler) -> list[str]:
+    """Warn of a fixed power of k that no noise makes right for this optimizer."""
+    rule, family = scaler.rule, scaler.spec.family
+    rate = scaler.values.get("learning_rate")
+    if rule.lr_power is None or not rule.time_constants or family is None or rate is None:
+        return []
+    if rule.k_of("learning_rate", scaler.k) is None:
+        return []
+    (low, high), given = family.lr_powers, rule.lr_power * rule.k_power
+    if low <= given <= high:
+        return []
+    right = f"k^{low:g} whatever the noise" if low == high else f"k^{low:g} to k^{high:g}"
+    return [
+        f"learning rate x k^{given:g}: {factory_name(scaler.spec.factory)} follows the base at"
+        f" {right}; use rule 'power({high:g})', 'noise_aware' or 'invariant'"
+    ]

@@ -215,6 +215,20 @@ def _factor_names(rule: ScalingRule, spec: Spec) -> tuple[str, str]:
     return family.lr_formula, {"centered": "c", "sum": "q k^-0.5"}.get(family.denominator, "q")
 
 
+def _movement(power: float, spec: Spec) -> str:
+    """What a fixed power of k keeps of the movement per example."""
+    kept = ROLES["learning_rate"].kept
+    if spec.family is None:
+        return kept
+    noise, signal = spec.family.lr_powers
+    if not noise <= power <= signal:
+        return f"nothing: {kept} changes at any noise"
+    if noise == signal:
+        return kept
+    ends = {noise: ", where noise dominates", signal: ", where signal dominates"}
+    return kept + ends.get(power, ", where noise and signal are alike")
+
+
 def _kept(scaler: Scaler, name: str, base: Any, new: Any, base_batch_size: int) -> str:
     role = scaler.spec.roles[name]
     rule = scaler.rule
@@ -225,6 +239,8 @@ def _kept(scaler: Scaler, name: str, base: Any, new: Any, base_batch_size: int) 
         if not rule.time_constants or rule.k_power != 1:
             return f"nothing: half-life {half_life:,.0f} examples before"
         return f"half-life {half_life:,.0f} examples"
+    if role == "learning_rate" and rule.time_constants and rule.lr_power is not None:
+        return _movement(rule.lr_power * rule.k_power, scaler.spec)
     if rule.lr_power is not None and rule.weight_decay_power is not None:
         if not rule.time_constants:
             return "the number itself"

@@ -254,12 +254,14 @@ _FORMULAS: dict[str, Callable[[Scaler, Scalar, Scalar], Scalar]] = {
 }
 
 
-def missing_noise(rule: ScalingRule, spec: Spec) -> UserError:
-    """Return the error for a rule that needs the noise scale and has none."""
+def missing_noise(rule: ScalingRule, spec: Spec, *, by_coordinate: bool = False) -> UserError:
+    """Return the error for a rule that needs the noise and has none, or only its scale."""
+    scale = "" if by_coordinate else "noise_scale= (examples), or "
     return UserError(
         f"rule {rule.name!r} with {factory_name(spec.factory)} needs the gradient noise: give"
-        " noise_scale= (examples), or update(..., microbatch=) from bs_jax.value_grad_and_stats"
-        " with 2 or more micro-batches"
+        f" {scale}update(..., microbatch=) from bs_jax.value_grad_and_stats with 2 or more"
+        " micro-batches. What lies in between must hand it on: flax's TrainState.apply_gradients"
+        " and optax's MultiSteps(...).gradient_transformation() do not"
     )
 
 

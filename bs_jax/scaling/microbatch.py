@@ -109,6 +109,7 @@ def value_grad_and_stats(
     has_aux: bool = False,
     method: Literal["scan", "vmap"] = "scan",
     unroll: int = 1,
+    interleave: bool = False,
 ) -> Callable[..., tuple[Any, PyTree, MicrobatchStats | None]]:
     r"""Return a function that gives loss, gradient and micro-batch statistics of one batch.
 
@@ -124,6 +125,9 @@ def value_grad_and_stats(
         has_aux: whether ``loss_fn`` also returns auxiliary output, which is averaged too.
         method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
         unroll: of the scan.
+        interleave: whether part i holds examples i, i + n, i + 2 n, ... instead of the i-th n-th
+            of the batch. For a batch that ``jit`` shards over devices: each part then lies on all
+            of them, where one whole piece lies on few, and the scan has every device compute it.
 
     Returns:
         ``f(params, batch, *args, rng=None) -> (value, grads, stats)`` with value the loss or
@@ -149,6 +153,9 @@ def value_grad_and_stats(
         raise UserError(f"method is {method!r}; choose 'scan' or 'vmap'")
 
     def fn(params: PyTree, batch: PyTree, *args: Any, rng: Any = None) -> Any:
+        # Under shard_map the gradient of replicated parameters is already summed over the devices:
+        # of their own copies every device keeps its own gradient.
+        params = params if axis_name is None else _own_copy(params, axis_name)
         index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * microbatches
 
         def part(xs: tuple[Any, PyTree]) -> tuple[Any, PyTree, PyTree]:
@@ -159,14 +166,14 @@ def value_grad_and_stats(
             squares = jax.tree.map(abs_square, grads)
             return value, grads, squares
 
-        pieces = _split(batch, microbatches)
+        pieces = _split(batch, microbatches, interleave)
         if microbatches == 1:
             sums = part((0, batch))
         elif method == "vmap":
             parts = jax.vmap(part)((jnp.arange(microbatches), pieces))
             sums = jax.tree.map(lambda x: jnp.sum(_wide(x), axis=0), parts)
         else:
-            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll)
+            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll, axis_name)
         means = jax.tree.map(lambda x: x / microbatches, sums) if microbatches > 1 else sums
         count = microbatches
         if axis_name is not None:
@@ -193,7 +200,7 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _split(batch: PyTree, parts: int) -> PyTree:
+def _split(batch: PyTree, parts: int, interleave: bool) -> PyTree:
     sizes = {x.shape[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(batch)}
     if len(sizes) > 1:
         found = " and ".join(str(size) if size else "no" for size in sorted(sizes))
@@ -207,14 +214,31 @@ def _split(batch: PyTree, parts: int) -> PyTree:
             f"a batch of {size or 'no'} examples cannot be split into {parts} equal micro-batches;"
             f" use a batch size divisible by {parts} or another number of micro-batches"
         )
+    if interleave:
+        return jax.tree.map(
+            lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
     return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
 
 
-def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int) -> Any:
+def _own_copy(tree: PyTree, axis_name: str) -> PyTree:
+    """Let values that are the same on every device of a ``shard_map`` count as each device's."""
+
+    def own(x: Any) -> Any:
+        try:
+            return jax.lax.pcast(x, axis_name, to="varying")
+        except ValueError:  # they are so already, or the axis is a vmap's
+            return x
+
+    return jax.tree.map(own, tree)
+
+
+def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int, axis_name: str | None) -> Any:
     shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(
         lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
     )
+    zeros = zeros if axis_name is None else _own_copy(zeros, axis_name)
 
     def body(carry: Any, x: Any) -> tuple[Any, None]:
         return jax.tree.map(lambda c, v: c + _wide(v), carry, fn(x)), None

@@ -161,14 +161,13 @@ class ScaledOptimizer:
     def _update_static(
         self, updates: Any, state: ScaleByBatchState, params: Any, extra_args: dict[str, Any]
     ) -> tuple[Any, ScaleByBatchState]:
-        values = dict(state.hyperparams)
-        for name, value in self.static_values.items():
-            if callable(value):
-                values[name] = jnp.asarray(value(state.examples // self.batch_size), jnp.float32)
+        # Not the state's: a checkpoint of another batch size holds what was in force there.
+        done = state.examples // self.batch_size
+        values = {n: v(done) if callable(v) else v for n, v in self.static_values.items()}
         updates, inner_state = self.plain.update(updates, state.inner_state, params, **extra_args)
         return updates, state._replace(
             examples=_add_examples(state.examples, self.batch_size),
-            hyperparams=values,
+            hyperparams=_as_float32(values),
             inner_state=inner_state,
         )
 
@@ -233,7 +232,7 @@ class ScaledOptimizer:
         if replaced and identity and microbatch is None and count is None:
             replaced = False
         if replaced and microbatch is None and not identity:
-            raise missing_noise(self.rule, self.spec)
+            raise missing_noise(self.rule, self.spec, by_coordinate=True)
         values = self._with_usable_decay(values) if replaced else values
         inner = self._build_now(values, scaler)
 

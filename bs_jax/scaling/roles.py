@@ -101,6 +101,15 @@ class Family:
             self.denominator
         ]
 
+    @property
+    def lr_powers(self) -> tuple[float, float]:
+        """F as a power of k: where noise dominates, and where signal does."""
+        if self.normalized:
+            return 1.0, 1.0
+        return {"none": (1.0, 1.0), "raw": (0.5, 1.0), "sum": (0.0, 0.5), "centered": (0.5, 0.5)}[
+            self.denominator
+        ]
+
 
 FAMILIES: dict[str, Family] = {}
 

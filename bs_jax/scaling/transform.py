@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 from bs_jax.errors import UserError
 from bs_jax.scaling import invariant
 from bs_jax.scaling import noise_scale as noise_scale_lib
-from bs_jax.scaling.cautions import ScalingWarning, check_float32
+from bs_jax.scaling.cautions import ScalingWarning, check_float32, warn_of_narrow_decays
 from bs_jax.scaling.formulas import Noise, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState, ScaledOptimizer
 from bs_jax.scaling.roles import Spec, bind, factory_name, fill_implied, resolve, resolve_factory
@@ -91,8 +92,10 @@ def scale_by_batch(
             check_value(name, spec.roles[name], arguments[name])
         scaled = {n: v for n, v in arguments.items() if n in spec.roles and v is not None}
         check_float32(Scaler(rule, spec, scaled, batch_size / base_batch_size, noise))
+        warn_of_narrow_decays(scaled, spec)
         _warn_of_unknown(spec, arguments)
         _warn_of_misspelt(rule, spec, arguments)
+        _warn_of_idle_roles(spec, arguments, roles or {})
         optimizer = ScaledOptimizer(
             rule=rule,
             spec=spec,
@@ -109,15 +112,31 @@ def scale_by_batch(
     return scaled_factory
 
 
+# What a schedule is called, where only a name tells it from other functions (masks, say).
+_SCHEDULE_NAMES = re.compile(r"rate|lr|schedule|step_size|decay")
+
+
 def _warn_of_unknown(spec: Spec, arguments: Mapping[str, Any]) -> None:
-    unknown = [n for n, v in arguments.items() if n not in spec.roles and is_numeric(v)]
+    unknown = [
+        n
+        for n, v in arguments.items()
+        if n not in spec.roles and (is_numeric(v) or _is_schedule(n, v))
+    ]
     if unknown:
+        # AdamW's roles serve as an example: most optimizers name the same things alike.
+        usual = resolve(optax.adamw, {}).roles
+        example = {name: usual.get(name, "decay") for name in unknown[:2]}
+        all_of_it = "" if spec.roles else " and so the same at every batch size"
         warnings.warn(
             f"{factory_name(spec.factory)}: no role is known for {', '.join(unknown)}: left as"
-            f" given; pass roles={{{unknown[0]!r}: 'decay'}} (or 'unchanged') to say what it is",
+            f" given{all_of_it}; pass roles={example} (or 'unchanged') to say what each is",
             ScalingWarning,
             stacklevel=3,
         )
+
+
+def _is_schedule(name: str, value: Any) -> bool:
+    return callable(value) and "mask" not in name and bool(_SCHEDULE_NAMES.search(name))
 
 
 def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any]) -> None:
@@ -133,6 +152,17 @@ def _warn_of_misspelt(rule: ScalingRule, spec: Spec, arguments: Mapping[str, Any
                 ScalingWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_idle_roles(spec: Spec, arguments: Mapping[str, Any], roles: Mapping[str, str]) -> None:
+    idle = [name for name in roles if name not in arguments]
+    if idle:
+        warnings.warn(
+            f"roles= names {', '.join(idle)}, which {factory_name(spec.factory)} does not take;"
+            f" it takes {', '.join(arguments)}",
+            ScalingWarning,
+            stacklevel=3,
+        )
 
 
 def hyperparams(state: Any) -> dict[str, jax.Array]:
