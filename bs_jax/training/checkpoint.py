@@ -192,13 +192,15 @@ def _hush_late_answers() -> None:
 
     It would print a traceback for each array that was still to be read.
     """
-    shown = sys.excepthook
+    shown = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if kind is not RuntimeError or str(error) != "Event loop is closed":
-            shown(kind, error, trace)
+    def hook(ignored: Any) -> None:
+        # Errors of ours begin in a module of ours; these begin in asyncio, called from C++.
+        trace = ignored.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            shown(ignored)
 
-    sys.excepthook = hook
+    sys.unraisablehook = hook
 
 
 def _content(state: TrainState, metrics_digest: bytes) -> dict[str, Any]:
