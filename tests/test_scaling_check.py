@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from bs_jax.errors import UserError
-from bs_jax.scaling import invariance_check, scale_by_batch
+from bs_jax.scaling import InvarianceCheck, invariance_check, scale_by_batch
 
 WIDTH = 16
 
@@ -87,3 +87,21 @@ def test_mistakes_are_named(changes, message):
     settings = {"batch_sizes": [64], "base_batch_size": 32, "train_examples": 4096} | changes
     with pytest.raises(UserError, match=message):
         invariance_check(loss_fn, params, data, lambda b, b0: optax.sgd(0.1), **settings)
+
+
+def test_arrays_of_different_lengths_are_named():
+    params, data = problem()
+    with pytest.raises(UserError, match=r"hold \[10, 4096\] examples"):
+        invariance_check(
+            loss_fn, params, {**data, "y": data["y"][:10]}, lambda b, b0: optax.sgd(0.1),
+            batch_sizes=[64], base_batch_size=32, train_examples=4096,
+        )  # fmt: skip
+
+
+def test_a_loss_that_is_not_finite_is_not_called_fast():
+    curves = {32: np.ones((2, 1)), 64: np.full((2, 1), np.nan)}
+    lines = InvarianceCheck(
+        32, np.array([64]), curves, 0.1, {64: np.nan}, {64: np.nan}, 2.0
+    ).to_text()
+    assert "not finite" in lines
+    assert "faster" not in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class InvarianceCheck:
             line = f"batch size {size}: {deviation:.1f} x seed noise"
             if deviation <= self.tolerance:
                 lines.append(f"{line}: follows the base")
+                continue
+            if not math.isfinite(deviation):
+                lines.append(f"{line}: does NOT follow: a loss is not finite, here or at the base")
                 continue
             way = "slower" if self.drifts[size] > 0 else "faster"
             larger = size > self.base_batch_size
@@ -145,7 +149,13 @@ def invariance_check(
         The coordinate check of Yang et al., Tensor Programs V, 2022, does this for width.
     """
     sizes = [base_batch_size, *(b for b in batch_sizes if b != base_batch_size)]
-    available = len(jax.tree.leaves(data)[0])
+    lengths = {jnp.shape(x)[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(data)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UserError(
+            f"the arrays of data hold {sorted(lengths)} examples: each needs the same number, above"
+            " 0, in front"
+        )
+    (available,) = lengths
     for size in sizes:
         check_batch_sizes(size, base_batch_size)
         if train_examples < size * points:
