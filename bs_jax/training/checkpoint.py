@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +87,6 @@ class Checkpoints:
         if not self._folder.is_dir():
             return None
         wanted = _content(template, bytes(32))
-        _hush_late_answers()
         for step in reversed(self._steps()):
             try:
                 if self._archives:
@@ -184,21 +181,6 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
     finally:
         absl.logging.set_verbosity(verbosity)
-
-
-@functools.cache
-def _hush_late_answers() -> None:
-    """Say nothing of what TensorStore answers after a read of a damaged checkpoint was given up.
-
-    It would print a traceback for each array that was still to be read.
-    """
-    shown = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if kind is not RuntimeError or str(error) != "Event loop is closed":
-            shown(kind, error, trace)
-
-    sys.excepthook = hook
 
 
 def _content(state: TrainState, metrics_digest: bytes) -> dict[str, Any]:
