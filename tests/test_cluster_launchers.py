@@ -62,7 +62,7 @@ def test_on_ray_every_run_finishes_once_though_a_node_is_lost(tmp_path):
         [sys.executable, str(ROOT / "tests/helpers/ray_sweep.py"), str(tmp_path), "remove"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
     )
     assert found.returncode == 0, found.stderr[-2000:]
     result = json.loads(found.stdout.strip().splitlines()[-1])
