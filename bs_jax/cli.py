@@ -286,9 +286,12 @@ def _train() -> int:
     from bs_jax.training.plan import with_length
 
     path = storage.to_path(FLAGS.restore_from, "--restore_from")
+    workdir = _workdir(f"{default}-from-{path.name}")
     other = OtherRun(path, with_length(_config())) if distributed.is_first() else None
+    if other:
+        other.check(workdir)
     run.hparams["restored_from"] = str(path)
-    return _train_run(run, _workdir(f"{default}-from-{path.name}"), other)
+    return _train_run(run, workdir, other)
 
 
 def _profile(run: Any, workdir: Path) -> int:

@@ -192,6 +192,27 @@ def test_impossible_numbers_of_processes_are_refused(given, message):
         distributed.initialize("off", *given)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_failure_of_process_0_reaches_all(monkeypatch, first):
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "is_first", lambda: first)
+    told = b'{"failure": "process 0: OSError: no route"}'
+
+    def broadcast(content):
+        assert content == (told if first else b"{}")
+        return told
+
+    monkeypatch.setattr(distributed, "_broadcast", broadcast)
+
+    def fails():
+        assert first, "an action of process 0"
+        raise OSError("no route")
+
+    expected, message = (OSError, "^no route") if first else (RuntimeError, "^process 0: OSError")
+    with pytest.raises(expected, match=message):
+        distributed.on_first(fails)
+
+
 def test_alone_there_is_nothing_to_agree_on():
     assert distributed.initialize("auto", environment={}) is False
     tree = {"a": jnp.ones(2)}

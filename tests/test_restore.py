@@ -97,7 +97,9 @@ def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     with pytest.raises(Interrupted):
         trainer.train([parts], should_stop=lambda: True, other_run=other)
     shutil.rmtree(tmp_path / "source")
-    trainer.train([parts], other_run=other)
+    anew = OtherRun(tmp_path / "source", recipe)  # as the same command does when given again
+    anew.check(parts.path)
+    trainer.train([parts], other_run=anew)
     assert parts.summary()["resumed_at_step"] == 4
     assert rows(parts.path) == rows(whole.path)
 
@@ -122,7 +124,7 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path, overrides, source, mes
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run with a readable config\.json"):
-        OtherRun(tmp_path, tiny_config())
+        OtherRun(tmp_path, tiny_config()).check(tmp_path / "new")
     train(tmp_path / "bare", {"checkpoint_every_examples": 0})
     with pytest.raises(UserError, match="no checkpoint that can be read"):
         state_at(tiny_config(batch_size=32), OtherRun(tmp_path / "bare", tiny_config()))

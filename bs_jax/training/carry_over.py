@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,21 +31,39 @@ class OtherRun:
             change. The other run is taken to have been trained under that rule too, or at the
             base batch size.
 
-    Raises:
-        UserError: there is no such run, or no checkpoint in it.
+    Its files are read when they are needed: by `check`, `batch_size` and `state_for`.
     """
 
     def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
         self.path, self._recipe = path, recipe
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
         try:
-            with records.disk_errors(path, missing=True):
-                self._config = json.loads(storage.read_bytes(path / "config.json"))
-            self.batch_size = int(self._config["batch_size"])
+            with records.disk_errors(self.path, missing=True):
+                config = json.loads(storage.read_bytes(self.path / "config.json"))
+            return {**config, "batch_size": int(config["batch_size"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"--restore_from={path}: no run with a readable config.json ({error}); give the "
-                "folder of a run, which holds config.json and checkpoints/"
+                f"--restore_from={self.path}: no run with a readable config.json ({error}); give "
+                "the folder of a run, which holds config.json and checkpoints/"
             ) from None
+
+    def check(self, workdir: Path) -> None:
+        """Read its config, unless the run in `workdir` has begun: that one goes on without.
+
+        Raises:
+            UserError: there is no such run.
+        """
+        with records.disk_errors(workdir):
+            begun = storage.exists(workdir / "config.json")
+        if not begun:
+            self.batch_size  # noqa: B018
+
+    @property
+    def batch_size(self) -> int:
+        """What it was trained with."""
+        return self._config["batch_size"]
 
     def state_for(
         self, config: Mapping[str, Any], fresh: TrainState, num_classes: int, image_shape: Any

@@ -205,7 +205,7 @@ def is_first() -> bool:
 
 
 def on_first(action: Callable[[], Any]) -> Any:
-    """Do something in process 0 alone; all get its result, or its `UserError`.
+    """Do something in process 0 alone; all get its result, or its error, of whatever type there.
 
     Args:
         action: returns what JSON can hold.
@@ -216,14 +216,19 @@ def on_first(action: Callable[[], Any]) -> Any:
     if process_count() == 1:
         return action()
     told: dict[str, Any] = {}
+    failure: Exception | None = None
     if is_first():
         try:
             told["result"] = action()
         except UserError as error:
             told["error"] = str(error)
+        except Exception as error:  # the others must not wait for what never comes
+            failure, told["failure"] = error, f"process 0: {type(error).__name__}: {error}"
     told = json.loads(_broadcast(json.dumps(told).encode()))
     if "error" in told:
         raise UserError(told["error"])
+    if "failure" in told:
+        raise failure or RuntimeError(told["failure"])
     return told["result"]
 
 
