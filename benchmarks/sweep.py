@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", help="file to write the result to")
     flags = parser.parse_args(arguments)
     ways = flags.ways.split(",")
+    if unknown := set(ways) - set(WAYS):
+        parser.error(f"--ways has {', '.join(sorted(unknown))}; choose from {', '.join(WAYS)}")
     seconds, losses = {}, {}
     for way in ways:
         with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import _measure, _programs
 from bs_jax.data.image_data import ArraySplit
+from bs_jax.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -37,7 +38,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--matmul", type=int, default=2048, help="size of the peak's product")
     parser.add_argument("--json", help="file to write the result to")
     flags = parser.parse_args(arguments)
-    result = measure(flags)
+    try:
+        result = measure(flags)
+    except UserError as error:
+        parser.error(str(error))
     print(_measure.table(result["programs"]))
     print("ours: {images_per_second:.1f} images/s, {share_of_peak:.0%} of peak".format(**result))
     for name in ("ratio_torch_over_ours", "ratio_torch_compiled_over_ours"):
