@@ -164,6 +164,12 @@ def test_approximate_families_say_so():
     )
 
 
+@pytest.mark.parametrize(("rule", "exact"), [("sqrt", False), ("invariant", True)])
+def test_exact_is_said_of_rules_that_measure(rule, exact):
+    title = explain("adam", batch_size=128, base_batch_size=64, rule=rule, learning_rate=0.1).title
+    assert ("exact" in title) == exact
+
+
 def test_every_registered_optimizer_can_be_explained():
     for name, factory in registered().items():
         if name == "lookahead":

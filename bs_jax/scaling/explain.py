@@ -121,9 +121,14 @@ def explain(
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
     scaler = Scaler(rule, spec, values, batch_size / base_batch_size, noise)
     rows = [_row(scaler, name, base_batch_size, batch_size) for name in values]
-    label = spec.family.label if spec.family is not None else "family unknown"
+    label = ""
+    if spec.family is None:
+        label = " (family unknown)"
+    elif rule.lr_power is None or spec.family.label != "exact":
+        # Nothing is exact at a power of k that holds in noise or in signal alone.
+        label = f" ({spec.family.label})"
     title = (
-        f"{factory_name(factory)} ({label}), batch size {base_batch_size} -> {batch_size}"
+        f"{factory_name(factory)}{label}, batch size {base_batch_size} -> {batch_size}"
         f" (k = {scaler.k:g}), rule {rule.name}"
     )
     warnings = find_warnings(
