@@ -12,7 +12,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from helpers.memory import taking_less_than
+from helpers.process import taking_less_than
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image

@@ -1,13 +1,12 @@
 """Long runs stay healthy: memory, file handles and logs do not grow."""
 
-import contextlib
 import gc
-import os
 import time
 from pathlib import Path
 
 import jax
 import pytest
+from helpers.process import open_files, resident_mib
 from training_helpers import rows, tiny_config, tiny_data
 
 from bs_jax.experiments import launchers
@@ -16,20 +15,6 @@ from bs_jax.training.loop import Trainer
 from bs_jax.training.records import RunFolder
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-
-
-def resident_mib():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def open_files():
-    """What this process has open: number -> path, or a name such as ``pipe:[123]``."""
-    links = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # listed, and closed since
-            links[entry.name] = os.readlink(entry)
-    return links
 
 
 @linux

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_long_runs import open_files
+from helpers.process import open_files
 
 from bs_jax.experiments.stopping import StopRequest
 

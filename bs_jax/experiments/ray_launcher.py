@@ -26,6 +26,7 @@ from bs_jax.errors import UserError
 from bs_jax.experiments.launchers import Schedule, open_log
 from bs_jax.experiments.progress import Display, describe
 from bs_jax.experiments.stopping import GRACE_SECONDS, Stopped, StopRequest
+from bs_jax.experiments.sweep import run_folder
 from bs_jax.training.records import Run
 
 _RETRIES = 3  # of a task whose node or process was lost
@@ -161,6 +162,41 @@ class Mailbox:
         return events
 
 
+class Told:
+    """Tells the display of every finished run once, whatever was lost with a node.
+
+    Args:
+        display: to tell.
+        workdir: the sweep's folder.
+    """
+
+    def __init__(self, display: Display, workdir: Path) -> None:
+        self._display, self._workdir = display, workdir
+        self._finished: set[str] = set()
+
+    def event(self, task: int, event: dict[str, Any]) -> None:
+        """Hand an event of a task on."""
+        if event["event"] == "run_finished" and event["status"] != "interrupted":
+            if event["run_id"] in self._finished:
+                return
+            self._finished.add(event["run_id"])
+        self._display.event(task, event)
+
+    def ended(self, task: int, runs: Sequence[Run]) -> None:
+        """Tell of the runs of a task that ended which are recorded as done, and nobody told of.
+
+        A node can be lost after it recorded a run and before it told; the task's next attempt
+        passes over that run in silence.
+        """
+        for run in runs:
+            if run.run_id in self._finished:
+                continue
+            folder = run_folder(self._workdir, run, writes=False)
+            if folder.done:
+                status = folder.summary()["status"]
+                self.event(task, {"event": "run_finished", "run_id": run.run_id, "status": status})
+
+
 def train_share(
     runs: list[dict[str, Any]], setup: dict[str, Any], report: Callable[[dict[str, Any]], None]
 ) -> list[str]:
@@ -266,12 +302,14 @@ def _serve(
         runs = [dataclasses.asdict(run) for run in share]
         open_tasks[remote.remote(number, runs, mailbox)] = (number, share)
     failures: list[str] = []
+    told = Told(display, storage.to_path(setup["workdir"]))
     while open_tasks and not stop():
         ready, _ = ray.wait(list(open_tasks), timeout=_POLL_SECONDS)
         for number, event in ray.get(mailbox.take.remote()):
-            display.event(number, event)
+            told.event(number, event)
         for reference in ready:
             number, share = open_tasks.pop(reference)
+            told.ended(number, share)
             display.idle(number)
             try:
                 found = ray.get(reference)
