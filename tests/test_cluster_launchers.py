@@ -11,7 +11,8 @@ import pytest
 from test_launchers import fake_run
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import MetricsFile, Run
+from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_folder import Run
 from bs_jax.sweep import ray_cluster as ray_launcher
 from bs_jax.sweep.plan import run_folder
 

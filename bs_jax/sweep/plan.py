@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.records import run_folder as records
+from bs_jax.records import sweep_file
 from bs_jax.records.run_folder import Run, RunFolder
 from bs_jax.sweep.points import Point, resolve
 from bs_jax.training import validate
@@ -128,24 +128,21 @@ def write_sweep_file(
         data: one line about the data set.
     """
     report = config["report"]
-    records.write_json(
-        workdir / "sweep.json",
-        {
-            "name": sweep.name,
-            "config_name": config["name"],
-            "title": config["title"],
-            "command": command,
-            "base_batch_size": config["base_batch_size"],
-            "train_examples": with_length(config)["train_examples"],
-            "accuracy_metric": report["accuracy_metric"],
-            "smoothed_metric": report["smoothed_metric"],
-            "loss_metric": report["loss_metric"],
-            "curve_metric": report["curve_metric"],
-            "margin": report["margin"],
-            "data": data,
-            "model": config["model"]["name"],
-            "recipe": config,
-            "warnings": sweep.warnings,
-            "points": sweep.rows,
-        },
+    described = sweep_file.Sweep(
+        name=sweep.name,
+        config_name=config["name"],
+        title=config["title"],
+        command=command,
+        base_batch_size=config["base_batch_size"],
+        accuracy_metric=report["accuracy_metric"],
+        loss_metric=report["loss_metric"],
+        curve_metric=report["curve_metric"],
+        margin=report["margin"],
+        warnings=tuple(sweep.warnings),
+        data=data,
+        model=config["model"]["name"],
+        train_examples=with_length(config)["train_examples"],
+        smoothed_metric=report["smoothed_metric"],
     )
+    points = [sweep_file.SweepPoint(**row) for row in sweep.rows]
+    sweep_file.write_sweep(workdir, described, points, config)

@@ -12,6 +12,7 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
+from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import distributed, memory, parallel, plan, step, validate
 from bs_jax.training.carry_over import OtherRun
@@ -73,7 +74,7 @@ class Trainer:
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
         other_run: OtherRun | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Summary]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
         Args:
@@ -102,7 +103,10 @@ class Trainer:
             for session in sessions:
                 if session:
                     session.close()
-        return distributed.on_first(lambda: [folder.summary() for folder in folders])
+        found = distributed.on_first(
+            lambda: [dataclasses.asdict(folder.summary()) for folder in folders]
+        )
+        return [Summary.parse(content) for content in found]
 
     def _session(
         self, folder: RunFolder, on_event: Callable[[Event], None], other_run: OtherRun | None
