@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bs_jax.errors import UserError
 from bs_jax.records import metrics_file, results
 from bs_jax.records.metrics_file import MetricsFile
-from bs_jax.records.run_files import RunRecord, Summary
-from bs_jax.records.run_folder import RunFolder
+from bs_jax.records.run_files import Summary
+from bs_jax.records.run_folder import Run, RunFolder
 from bs_jax.report import write as report
 from bs_jax.statistics import analysis
 
@@ -98,7 +98,7 @@ def test_any_value_in_a_field_of_the_sweep(sweep, field, value):
 @given(file=st.sampled_from(FILES), content=st.one_of(anything, st.binary(max_size=40)))
 def test_a_run_folder_with_any_content_is_opened_or_refused(tmp_path_factory, file, content):
     folder = tmp_path_factory.mktemp("run")
-    run = RunRecord("r", {"batch_size": 4}, {"k": 1.0})
+    run = Run("r", {"batch_size": 4}, {"k": 1.0})
     RunFolder(folder, run).begin()
     (folder / "metrics.jsonl").write_text('{"examples": 4, "train/loss": 1.0}\n')
     RunFolder(folder, run).finish(Summary("done", {}))

@@ -11,8 +11,7 @@ import pytest
 from helpers.commands import ROOT
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_files import RunRecord
-from bs_jax.records.run_folder import RunFolder
+from bs_jax.records.run_folder import Run, RunFolder
 from bs_jax.records.stores import files, lease
 from bs_jax.records.stores.lease import Lease
 
@@ -150,7 +149,7 @@ def test_a_lost_answer_to_the_creation_is_no_other_holder(root, monkeypatch):
 
 def test_a_run_that_was_taken_over_writes_no_more(root, store, monkeypatch):
     monkeypatch.setattr(Lease, "renew_until_released", lambda self: None)  # as if it stood still
-    run = RunRecord("b8", {"batch_size": 8, "seed": 0}, {"rule": "none"})
+    run = Run("b8", {"batch_size": 8, "seed": 0}, {"rule": "none"})
     first = RunFolder(root, run)
     with first.locked():
         first.begin()

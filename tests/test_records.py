@@ -11,13 +11,11 @@ import pytest
 from bs_jax.errors import UserError
 from bs_jax.records import json_files, stores
 from bs_jax.records.metrics_file import MetricsFile
-from bs_jax.records.run_files import RunRecord, Summary
-from bs_jax.records.run_folder import RunFolder
+from bs_jax.records.run_files import Summary
+from bs_jax.records.run_folder import Run, RunFolder
 from bs_jax.records.stores import lock
 
-RUN = RunRecord(
-    "b8-s0-x", {"batch_size": 8, "seed": 0, "nested": {"a": 1}}, {"rule": "none", "k": 1.0}
-)
+RUN = Run("b8-s0-x", {"batch_size": 8, "seed": 0, "nested": {"a": 1}}, {"rule": "none", "k": 1.0})
 
 
 def test_done_is_written_only_for_complete_runs(tmp_path):
@@ -35,7 +33,7 @@ def test_done_is_written_only_for_complete_runs(tmp_path):
 
 def test_another_config_in_the_folder_is_refused_with_the_difference(tmp_path):
     RunFolder(tmp_path, RUN).begin()
-    other = RunRecord(RUN.run_id, RUN.config | {"nested": {"a": 2}}, RUN.hparams)
+    other = Run(RUN.run_id, RUN.config | {"nested": {"a": 2}}, RUN.hparams)
     with pytest.raises(UserError, match=r"nested\.a is 1 there and 2 here"):
         RunFolder(tmp_path, other)
     RunFolder(tmp_path, RUN)  # the same one is welcome

@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bs_jax.records import stores
 from bs_jax.records.json_files import (
@@ -52,8 +52,7 @@ FINISHED, DIVERGED, INTERRUPTED = "done", "diverged", "interrupted"
 # config.json and hparams.json
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Protocol):
     """What is known of a run before it is trained, as JSON.
 
     Attributes:
@@ -64,14 +63,20 @@ class RunRecord:
             warnings``, and ``restored_from`` where the run goes on from another.
     """
 
-    run_id: str
-    config: dict[str, Any]
-    hparams: dict[str, Any]
+    @property
+    def run_id(self) -> str: ...  # noqa: D102
 
-    def write(self, folder: Path) -> None:
-        """Write ``config.json``, then ``hparams.json``, which says that the first is whole."""
-        checksum = write_json(folder / CONFIG, self.config)
-        write_json(folder / HPARAMS, {**self.hparams, "config_sha256": checksum})
+    @property
+    def config(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def hparams(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+def write_record(folder: Path, run: RunRecord) -> None:
+    """Write ``config.json``, then ``hparams.json``, whose checksum says that the first is whole."""
+    checksum = write_json(folder / CONFIG, run.config)
+    write_json(folder / HPARAMS, {**run.hparams, "config_sha256": checksum})
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from bs_jax.errors import UserError
 from bs_jax.records import stores
@@ -20,14 +21,26 @@ from bs_jax.records.run_files import (
     damaged_files,
     mark_done,
     read_config,
+    write_record,
 )
 
-Run = RunRecord
 # A saved state has no meaning under other values of these.
 _FIXED = ("batch_size", "data.", "ema_decay", "model.", "optimizer.name", "scaling.rule", "seed")
 
 
-class RunFolder:
+AnyRun = TypeVar("AnyRun", bound=RunRecord)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A point met with its recipe: everything that training needs, resolved and frozen."""
+
+    run_id: str
+    config: dict[str, Any]
+    hparams: dict[str, Any]
+
+
+class RunFolder(Generic[AnyRun]):
     """The record of one run; see `bs_jax.records.run_files` for what is in it.
 
     Only one process writes in a folder at a time.
@@ -39,12 +52,16 @@ class RunFolder:
         allow_change: continue a run of another config, if its state has a meaning under this
             config too.
 
+    Attributes:
+        path: the folder.
+        run: the run.
+
     Raises:
         UserError: the folder cannot be written, or holds a run of another config.
     """
 
     def __init__(
-        self, path: Path, run: RunRecord, *, writes: bool = True, allow_change: bool = False
+        self, path: Path, run: AnyRun, *, writes: bool = True, allow_change: bool = False
     ) -> None:
         self.path = path
         self.run = run
@@ -90,7 +107,7 @@ class RunFolder:
         if self._changed:  # what was complete no longer is
             with stores.disk_errors(self.path):
                 stores.unlink(self.path / DONE)
-        self.run.write(self.path)
+        write_record(self.path, self.run)
         self._changed = False
 
     def finish(self, summary: Summary) -> None:
