@@ -50,12 +50,11 @@ def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch)
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     run = fake_run("a0", 8)
-    fields = {"run_id": run.run_id, "config": run.config, "hparams": run.hparams}
     with pytest.raises(ray_launcher.WorkerLost, match="code -9"):
-        ray_launcher.train_share([fields], setup, lambda event: None)
+        ray_launcher.train_share([run.to_json()], setup, lambda event: None)
     crashed = '{"event": "crashed", "message": "ValueError: no"}'
     script.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{crashed}'\n")
-    (failure,) = ray_launcher.train_share([fields], setup, lambda event: None)
+    (failure,) = ray_launcher.train_share([run.to_json()], setup, lambda event: None)
     assert failure == "base recipe, batch size 16 (k = 1), seed 0: ValueError: no"
 
 

@@ -1,6 +1,7 @@
 """Scheduling, real worker processes, signals and kills."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ from helpers.commands import lines, run, start, wait_for
 from rich.console import Console
 from training_helpers import rows
 
-from bs_jax.records.run_folder import Run
 from bs_jax.sweep.launchers import Schedule
+from bs_jax.sweep.points import resolve
 from bs_jax.sweep.progress import Display
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,9 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def fake_run(name, cohort, examples=100):
     from training_helpers import tiny_config
 
-    config = tiny_config(train_examples=examples, **{"data.image_size": cohort})
-    config["scaling"] = {"rule": "fixed"}
-    return Run(name, config | {"micro_batch_size": 16}, {"k": 1.0, "rule": "none"})
+    run = resolve(tiny_config(train_examples=examples, **{"data.image_size": cohort}))
+    return dataclasses.replace(run, run_id=name)
 
 
 def test_a_worker_stays_with_its_cohort_and_then_helps_another():

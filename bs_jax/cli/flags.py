@@ -16,7 +16,7 @@ from bs_jax.errors import UserError
 from bs_jax.records.stores import storage
 
 if TYPE_CHECKING:
-    from bs_jax.records.run_folder import Run
+    from bs_jax.recipe import ResolvedRun
     from bs_jax.sweep.progress import Display
 
 FLAGS = flags.FLAGS
@@ -97,7 +97,7 @@ def join_processes() -> bool:
 
 
 def train_runs(
-    pending: Sequence[Run], runs: Sequence[Run], workdir: Path, display: Display
+    pending: Sequence[ResolvedRun], runs: Sequence[ResolvedRun], workdir: Path, display: Display
 ) -> list[str]:
     """Train runs of a sweep by the launcher of the flags.
 
@@ -152,7 +152,7 @@ def _worker_count(pending: int) -> int:
     return min(cores or 1, pending)
 
 
-def print_commands(pending: Sequence[Run], workdir: Path) -> None:
+def print_commands(pending: Sequence[ResolvedRun], workdir: Path) -> None:
     """Print a shell command for each run, or for each cohort where they are vmapped."""
     from bs_jax.sweep.launchers import Schedule
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -23,8 +24,8 @@ from bs_jax.cli.flags import (
     train_runs,
 )
 from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe, choose
 from bs_jax.records.stores import storage
-from bs_jax.training.form import check_form
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _OF_A_SWEEP = ("launcher", "only", "run_axis", "seeds", "workers")
@@ -129,13 +130,11 @@ def one_line(error: Exception) -> str:
 
 
 def _config() -> dict[str, Any]:
-    """The config as plain nested data, of the right form."""
+    """The config as plain nested data."""
     try:
-        config = json.loads(FLAGS.config.to_json())
+        return json.loads(FLAGS.config.to_json())
     except OSError as error:  # config_flags keeps its failure to load until the first use
         raise UserError(f"--config: {one_line(error)}") from error
-    check_form(config)
-    return config
 
 
 def _config_module() -> ModuleType:
@@ -152,12 +151,10 @@ def _config_module() -> ModuleType:
 
 
 def _points() -> list[Any]:
-    from bs_jax.training import validate
-
     module = _config_module()
     prefix = "sweep_"
     known = [name.removeprefix(prefix) for name in vars(module) if name.startswith(prefix)]
-    validate.choose("sweep", FLAGS.sweep, known)
+    choose("sweep", FLAGS.sweep, known)
     return getattr(module, prefix + FLAGS.sweep)()
 
 
@@ -193,12 +190,12 @@ def _sweep() -> int:
     from bs_jax.sweep import progress
     from bs_jax.sweep.points import with_seeds
     from bs_jax.sweep.stopping import Stopped
-    from bs_jax.training import compilation, distributed, plan, validate
+    from bs_jax.training import compilation, distributed
 
     if FLAGS.workers < 0:
         raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
     config = _config()
-    validate.check_config(plan.with_length(config))
+    Recipe.parse(config)  # its mistakes are told before those of its points
     points = _points()
     _refuse_overridden(points)
     if seeds := given_seeds():
@@ -206,7 +203,7 @@ def _sweep() -> int:
     planned = sweep.plan_sweep(FLAGS.sweep, config, points)
     only = [run_id for run_id in FLAGS.only.split(",") if run_id]
     for run_id in only:
-        validate.choose("run in --only", run_id, [run.run_id for run in planned.runs])
+        choose("run in --only", run_id, [run.run_id for run in planned.runs])
     if FLAGS.dry_run:
         print(sweep.listing(planned))
         return 0
@@ -259,15 +256,15 @@ def _sweep() -> int:
 
 def _load_data(runs: list[Any]) -> str:
     """Load each data set once, before anything compiles: it is checked, and cached for workers."""
-    from bs_jax.training import inputs, validate
+    from bs_jax.training import checks, inputs
 
     loaded = {}
     for run in runs:
-        key = inputs.data_key(run.config)
+        key = inputs.data_key(run.data)
         if key not in loaded:
-            loaded[key] = inputs.load_data(run.config)
+            loaded[key] = inputs.load_data(run.data)
         data = loaded[key]
-        validate.check_data(run.config, len(data.train), data.image_shape[-1])
+        checks.check_data(run, len(data.train), data.image_shape[-1])
     return "; ".join(
         f"{data.description}: {len(data.train):,} to train on, {len(data.eval):,} to evaluate"
         for data in loaded.values()
@@ -285,14 +282,13 @@ def _train() -> int:
         return _train_run(run, _workdir(default))
     from bs_jax.training import distributed
     from bs_jax.training.carry_over import OtherRun
-    from bs_jax.training.plan import with_length
 
     path = storage.to_path(FLAGS.restore_from, "--restore_from")
     workdir = _workdir(f"{default}-from-{path.name}")
-    other = OtherRun(path, with_length(_config())) if distributed.is_first() else None
+    other = OtherRun(path, Recipe.parse(_config())) if distributed.is_first() else None
     if other:
         other.check(workdir)
-    run.hparams["restored_from"] = str(path)
+    run = dataclasses.replace(run, scaled=dataclasses.replace(run.scaled, restored_from=str(path)))
     return _train_run(run, workdir, other)
 
 
@@ -305,7 +301,7 @@ def _profile(run: Any, workdir: Path) -> int:
     records.check_writable(workdir)
     compilation.enable_cache()
     found = profiling.profile(
-        run.config, inputs.load_data(run.config), jax.local_devices(), workdir / "profile"
+        run, inputs.load_data(run.data), jax.local_devices(), workdir / "profile"
     )
     print(found.to_text())
     return 0
@@ -331,14 +327,14 @@ def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
     from bs_jax.records import run_folder as records
     from bs_jax.records.run_folder import RunFolder
     from bs_jax.sweep import launchers, progress
-    from bs_jax.training import compilation, distributed, validate
+    from bs_jax.training import checks, compilation, distributed
 
     distributed.check_same("config", run.run_id)
     print(progress.describe(run))
-    for name, value in run.hparams["scaled"].items():
+    for name, value in run.scaled.values.items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
-        print(f"  {name}: {run.hparams['base'][name]:.6g} -> {shown}")
-    for warning in run.hparams["warnings"]:
+        print(f"  {name}: {run.scaled.base[name]:.6g} -> {shown}")
+    for warning in run.scaled.warnings:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
@@ -350,7 +346,7 @@ def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
 
     if not distributed.on_first(lambda: open_folder().done):
         compilation.enable_cache()
-        validate.check_devices(run.config, jax.device_count())
+        checks.check_devices(run, jax.device_count())
         folder = open_folder(distributed.is_first())
         with progress.Display([run], 0, quiet=not distributed.is_first()) as display:
             display.pending([run])
@@ -393,9 +389,9 @@ def _write_report(workdir: Path) -> None:
 
 
 def _explain() -> int:
-    from bs_jax.training import optimizers, plan
+    from bs_jax.training.resolve import explain_recipe
 
-    explanation = optimizers.explain_recipe(plan.with_length(_config()))
+    explanation = explain_recipe(Recipe.parse(_config()))
     render = {
         "text": explanation.to_text,
         "markdown": explanation.to_markdown,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe, ResolvedRun
 from bs_jax.records import run_folder as records
-from bs_jax.records.run_folder import Run
 from bs_jax.records.stores import storage
 from bs_jax.scaling.noise_scale import ERRORS
 
@@ -97,7 +97,7 @@ class NoiseScaleCurve:
         return text.getvalue()
 
 
-def plan(config: Mapping[str, Any]) -> Run:
+def plan(config: Mapping[str, Any]) -> ResolvedRun:
     """Resolve a recipe to a run that measures the noise beside its training, whatever its rule.
 
     A rule whose factors are known before training would take the batch in one piece: it is split
@@ -114,25 +114,26 @@ def plan(config: Mapping[str, Any]) -> Run:
         UserError: a batch that cannot be split, gradients that are not independent, or whatever
             else cannot be trained.
     """
-    from bs_jax.sweep.points import default_micro_batch_size, resolve
-    from bs_jax.training import validate
+    from bs_jax.sweep.points import resolve
+    from bs_jax.training.resolve import default_micro_batch_size
 
-    run = resolve(config)
-    batch, micro = run.config["batch_size"], run.config["micro_batch_size"]
-    if not config["micro_batch_size"] and batch > 1:
-        micro = min(micro, default_micro_batch_size(batch, config["base_batch_size"]))
-    validate.check_two_micro_batches("--mode=noise_scale", batch, micro)
-    if run.config["bn_cross_device"]:
+    recipe, run = Recipe.parse(config), resolve(config)
+    batch, micro = run.batch_size, run.micro_batch_size
+    if not recipe.micro_batch_size and batch > 1:
+        micro = min(micro, default_micro_batch_size(batch, recipe.base_batch_size))
+    if run.bn_cross_device and batch // micro > 1:
         raise UserError(
             "config.bn_cross_device couples the gradients of all devices, which hides the noise "
             "between them; set it to False for --mode=noise_scale"
         )
-    measured = {**run.config, "micro_batch_size": micro, "measure_noise": True}
-    validate.check_run(measured)
-    return Run(f"{run.run_id}-noise", measured, run.hparams)
+    measured = dataclasses.replace(
+        run, run_id=f"{run.run_id}-noise", micro_batch_size=micro, measures_noise=True
+    )
+    measured.check_two_micro_batches("--mode=noise_scale")
+    return measured
 
 
-def read(folder: Path, run: Run) -> NoiseScaleCurve:
+def read(folder: Path, run: ResolvedRun) -> NoiseScaleCurve:
     """Read the noise scale out of a run's metrics.
 
     Args:
@@ -150,8 +151,8 @@ def read(folder: Path, run: Run) -> NoiseScaleCurve:
         lines = storage.read_bytes(path).decode().splitlines()
     return from_metrics(
         [json.loads(line) for line in lines],
-        batch_size=run.config["batch_size"],
-        base_batch_size=run.hparams["base_batch_size"],
+        batch_size=run.batch_size,
+        base_batch_size=run.scaled.base_batch_size,
         where=str(path),
     )
 

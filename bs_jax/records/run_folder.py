@@ -61,7 +61,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, run: Run, *, writes: bool = True, allow_change: bool = False
+        self, path: Path, run: Any, *, writes: bool = True, allow_change: bool = False
     ) -> None:
         self.path = path
         self.run = run

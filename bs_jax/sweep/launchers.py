@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.records.stores import storage
 from bs_jax.sweep import plan as sweep
 from bs_jax.sweep.progress import Display, describe
@@ -41,14 +42,14 @@ class Schedule:
         at_once: the most runs in one assignment (more than 1 where they are vmapped).
     """
 
-    def __init__(self, runs: Sequence[Run], at_once: int = 1) -> None:
-        self._cohorts: dict[str, list[Run]] = {}
+    def __init__(self, runs: Sequence[ResolvedRun], at_once: int = 1) -> None:
+        self._cohorts: dict[str, list[ResolvedRun]] = {}
         for run in runs:
-            self._cohorts.setdefault(optimizers.cohort_key(run.config), []).append(run)
+            self._cohorts.setdefault(optimizers.cohort_key(run), []).append(run)
         self._at_once = at_once
         self._held: dict[int, str] = {}
 
-    def next(self, worker: int) -> list[Run]:
+    def next(self, worker: int) -> list[ResolvedRun]:
         """The next assignment of a worker; empty where none is left."""
         open_keys = [key for key, runs in self._cohorts.items() if runs]
         if not open_keys:
@@ -65,26 +66,24 @@ class Schedule:
         return taken
 
 
-def with_cohorts(pending: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+def with_cohorts(pending: Sequence[ResolvedRun], runs: Sequence[ResolvedRun]) -> list[ResolvedRun]:
     """What is pending and the finished runs of the same cohorts, which are vmapped with it.
 
     Args:
         pending: what is to be trained.
         runs: all runs of the sweep.
     """
-    keys = {optimizers.cohort_key(run.config) for run in pending}
-    return [run for run in runs if optimizers.cohort_key(run.config) in keys]
+    keys = {optimizers.cohort_key(run) for run in pending}
+    return [run for run in runs if optimizers.cohort_key(run) in keys]
 
 
-def _cost(runs: Sequence[Run]) -> float:
+def _cost(runs: Sequence[ResolvedRun]) -> float:
     # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
-    return sum(
-        run.config["train_examples"] * (1 + 20 / run.config["micro_batch_size"]) for run in runs
-    )
+    return sum(run.train_examples * (1 + 20 / run.micro_batch_size) for run in runs)
 
 
 def run_inline(
-    runs: Sequence[Run],
+    runs: Sequence[ResolvedRun],
     workdir: Path,
     display: Display,
     *,
@@ -147,7 +146,7 @@ def run_one(
 def _train_here(
     trainer: Any, folders: list[RunFolder], display: Display, stop: StopRequest, other: Any = None
 ) -> None:
-    from bs_jax.training.loop import Interrupted
+    from bs_jax.training.train import Interrupted
 
     display.starting(0, folders[0].run)
     try:
@@ -172,11 +171,11 @@ class _Worker:
 
     number: int
     process: subprocess.Popen[str]
-    assignment: list[Run]
+    assignment: list[ResolvedRun]
 
 
 def run_processes(
-    runs: Sequence[Run],
+    runs: Sequence[ResolvedRun],
     workdir: Path,
     display: Display,
     *,
@@ -218,7 +217,7 @@ def run_processes(
 class _Pool:
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[ResolvedRun],
         workdir: Path,
         display: Display,
         run_axis: str,
@@ -293,7 +292,7 @@ class _Pool:
             self._close(worker)
             return
         self._display.starting(worker.number, worker.assignment[0])
-        self._tell(worker, {"runs": [dataclasses.asdict(run) for run in worker.assignment]})
+        self._tell(worker, {"runs": [run.to_json() for run in worker.assignment]})
 
     def _tell(self, worker: _Worker, message: dict[str, Any]) -> None:
         assert worker.process.stdin is not None
@@ -325,7 +324,7 @@ class _Pool:
         fresh = self._start(worker.number)
         if again:
             fresh.assignment = again
-            self._tell(fresh, {"runs": [dataclasses.asdict(run) for run in again]})
+            self._tell(fresh, {"runs": [run.to_json() for run in again]})
         else:
             self._assign(fresh)
 

@@ -8,7 +8,6 @@ what is done.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
+from bs_jax.recipe import ResolvedRun
 from bs_jax.records.stores import storage
 from bs_jax.sweep.launchers import Schedule, open_log
 from bs_jax.sweep.plan import run_folder
@@ -35,7 +34,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ray(
-    runs: Sequence[Run],
+    runs: Sequence[ResolvedRun],
     workdir: Path,
     display: Display,
     *,
@@ -114,7 +113,7 @@ def _slots(resources: dict[str, float], cpus: float, gpus: float) -> int:
     return max(min(limits, default=1), 1)
 
 
-def shares_of(runs: Sequence[Run], slots: int, run_axis: str) -> list[list[Run]]:
+def shares_of(runs: Sequence[ResolvedRun], slots: int, run_axis: str) -> list[list[ResolvedRun]]:
     """Split runs into the shares of tasks: each of one cohort, as many as can run at once.
 
     Args:
@@ -182,7 +181,7 @@ class Told:
             self._finished.add(event["run_id"])
         self._display.event(task, event)
 
-    def ended(self, task: int, runs: Sequence[Run]) -> None:
+    def ended(self, task: int, runs: Sequence[ResolvedRun]) -> None:
         """Tell of the runs of a task that ended which are recorded as done, and nobody told of.
 
         A node can be lost after it recorded a run and before it told; the task's next attempt
@@ -203,7 +202,7 @@ def train_share(
     """Train runs in a fresh worker process: the body of a task.
 
     Args:
-        runs: the fields of each `Run`, of one cohort.
+        runs: the JSON form of each run, of one cohort.
         setup: of the worker.
         report: given every event that the display shows.
 
@@ -238,7 +237,8 @@ def train_share(
                 done += 1
             if event["event"] in ("crashed", "user_error"):
                 failures += [
-                    f"{describe(Run(**run))}: {event['message']}" for run in assignments[done - 1]
+                    f"{describe(ResolvedRun.from_json(run))}: {event['message']}"
+                    for run in assignments[done - 1]
                 ]
             elif event["event"] != "assignment_done":
                 report(event)
@@ -265,7 +265,7 @@ def _python_path() -> str:
 
 def _serve(
     ray: Any,
-    shares: list[list[Run]],
+    shares: list[list[ResolvedRun]],
     setup: dict[str, Any],
     display: Display,
     stop: StopRequest,
@@ -299,7 +299,7 @@ def _serve(
     open_tasks = {}
     for number, share in enumerate(shares):
         display.starting(number, share[0])
-        runs = [dataclasses.asdict(run) for run in share]
+        runs = [run.to_json() for run in share]
         open_tasks[remote.remote(number, runs, mailbox)] = (number, share)
     failures: list[str] = []
     told = Told(display, storage.to_path(setup["workdir"]))

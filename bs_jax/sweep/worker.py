@@ -17,7 +17,8 @@ import traceback
 from typing import Any, TextIO
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.records.stores import storage
 from bs_jax.sweep.stopping import StopRequest
 from bs_jax.training import distributed
@@ -36,23 +37,23 @@ class CohortTrainer:
         self._vmapped = run_axis == "vmap"
         self._key: str | None = None
         self._trainer: Any = None
-        self._data: dict[str, Any] = {}
+        self._data: dict[Any, Any] = {}
 
     def train(
         self, folders: list[RunFolder], on_event: Any, should_stop: Any, other_run: Any = None
     ) -> None:
         """Train runs of one cohort to their ends; see `Trainer.train`."""
-        from bs_jax.training import inputs, loop, optimizers, parallel
+        from bs_jax.training import inputs, optimizers, parallel, train
 
-        config = folders[0].run.config
-        key = optimizers.cohort_key(config)
+        run: ResolvedRun = folders[0].run
+        key = optimizers.cohort_key(run)
         if key != self._key:
             self._trainer = None  # frees the old programs before new ones are made
-            source = inputs.data_key(config)
+            source = inputs.data_key(run.data)
             if source not in self._data:
-                self._data[source] = inputs.load_data(config)
-            self._trainer = loop.Trainer(
-                config, self._data[source], parallel.training_devices(), vmapped=self._vmapped
+                self._data[source] = inputs.load_data(run.data)
+            self._trainer = train.Trainer(
+                run, self._data[source], parallel.training_devices(), vmapped=self._vmapped
             )
             self._key = key
         with contextlib.ExitStack() as stack:
@@ -89,13 +90,13 @@ def _die_with_parent() -> None:
 def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:
     from bs_jax.sweep import plan as sweep
     from bs_jax.training import compilation
-    from bs_jax.training.loop import Interrupted
+    from bs_jax.training.train import Interrupted
 
     compilation.enable_cache()
     trainer = CohortTrainer(setup["run_axis"])
     workdir = storage.to_path(setup["workdir"])
     for line in sys.stdin:
-        runs = [Run(**fields) for fields in json.loads(line)["runs"]]
+        runs = [ResolvedRun.from_json(fields) for fields in json.loads(line)["runs"]]
         try:
             folders = [sweep.run_folder(workdir, run) for run in runs]
             trainer.train(folders, lambda event: _send(events, event), stop)
