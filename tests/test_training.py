@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     trainer.train([folder])
-    assert "trying the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
     assert rows(folder.path) == whole
     assert 0 < folder.summary()["resumed_at_step"] < int(newest.name)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from bs_jax.errors import UserError
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 
 if TYPE_CHECKING:
     from bs_jax.recipe import ResolvedRun
@@ -162,4 +162,4 @@ def print_commands(pending: Sequence[ResolvedRun], workdir: Path) -> None:
     while assignment := schedule.next(0):
         only = ",".join(run.run_id for run in assignment)
         words = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
-        print(shlex.join([*words, f"--workdir={storage.text_of(workdir)}", f"--only={only}"]))
+        print(shlex.join([*words, f"--workdir={stores.text_of(workdir)}", f"--only={only}"]))

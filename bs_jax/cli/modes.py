@@ -25,7 +25,7 @@ from bs_jax.cli.flags import (
 )
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, choose
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 
 _MODES = ("sweep", "train", "report", "explain", "noise_scale")
 _OF_A_SWEEP = ("launcher", "only", "run_axis", "seeds", "workers")
@@ -173,7 +173,7 @@ def _refuse_overridden(points: list[Any]) -> None:
 
 
 def _workdir(default: str) -> Path:
-    return storage.to_path(FLAGS.workdir or default)
+    return stores.to_path(FLAGS.workdir or default)
 
 
 def _sweep_workdir() -> Path:
@@ -185,7 +185,7 @@ def _command() -> str:
 
 
 def _sweep() -> int:
-    from bs_jax.records import run_folder as records
+    from bs_jax.records import stores
     from bs_jax.sweep import plan as sweep
     from bs_jax.sweep import progress
     from bs_jax.sweep.points import with_seeds
@@ -209,16 +209,16 @@ def _sweep() -> int:
         return 0
     distributed.check_same("config", json.dumps([config, [run.run_id for run in planned.runs]]))
     workdir = _sweep_workdir()
-    distributed.on_first(lambda: records.check_writable(workdir))
+    distributed.on_first(lambda: stores.check_writable(workdir))
     data = _load_data(planned.runs)
 
     def prepare() -> list[str]:
-        folders = storage.each(workdir, lambda run: sweep.run_folder(workdir, run), planned.runs)
-        with records.disk_errors(workdir):
-            listed = storage.exists(workdir / "sweep.json")
+        folders = stores.each(workdir, lambda run: sweep.run_folder(workdir, run), planned.runs)
+        with stores.disk_errors(workdir):
+            listed = stores.exists(workdir / "sweep.json")
         if not only or not listed:  # else the whole sweep's stays
             sweep.write_sweep_file(planned, workdir, config, command=_command(), data=data)
-        done = storage.each(workdir, lambda folder: folder.done, folders)
+        done = stores.each(workdir, lambda folder: folder.done, folders)
         return [f.run.run_id for f, finished in zip(folders, done, strict=True) if not finished]
 
     open_ids = set(distributed.on_first(prepare))
@@ -283,7 +283,7 @@ def _train() -> int:
     from bs_jax.training import distributed
     from bs_jax.training.carry_over import OtherRun
 
-    path = storage.to_path(FLAGS.restore_from, "--restore_from")
+    path = stores.to_path(FLAGS.restore_from, "--restore_from")
     workdir = _workdir(f"{default}-from-{path.name}")
     other = OtherRun(path, Recipe.parse(_config())) if distributed.is_first() else None
     if other:
@@ -295,10 +295,10 @@ def _train() -> int:
 def _profile(run: Any, workdir: Path) -> int:
     import jax
 
-    from bs_jax.records import run_folder as records
+    from bs_jax.records import stores
     from bs_jax.training import compilation, inputs, profiling
 
-    records.check_writable(workdir)
+    stores.check_writable(workdir)
     compilation.enable_cache()
     found = profiling.profile(
         run, inputs.load_data(run.data), jax.local_devices(), workdir / "profile"
@@ -324,7 +324,7 @@ def _noise_scale() -> int:
 def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
     import jax
 
-    from bs_jax.records import run_folder as records
+    from bs_jax.records import stores
     from bs_jax.records.run_folder import RunFolder
     from bs_jax.sweep import launchers, progress
     from bs_jax.training import checks, compilation, distributed
@@ -338,7 +338,7 @@ def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
-    distributed.on_first(lambda: records.check_writable(workdir))
+    distributed.on_first(lambda: stores.check_writable(workdir))
     _load_data([run])
 
     def open_folder(writes: bool = True) -> RunFolder:
@@ -360,8 +360,8 @@ def _train_run(run: Any, workdir: Path, other_run: Any = None) -> int:
     if not distributed.is_first():
         return 0
     summary = RunFolder(workdir, run).summary()
-    print(f"{summary['status']} after {summary['examples']:,} examples; records in {workdir}")
-    for name, value in summary["final"].items():
+    print(f"{summary.status} after {summary.examples:,} examples; records in {workdir}")
+    for name, value in summary.final.items():
         print(f"  {name}: {value:.4f}")
     return 0
 

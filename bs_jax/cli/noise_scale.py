@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, ResolvedRun
-from bs_jax.records import run_folder as records
-from bs_jax.records.stores import storage
+from bs_jax.records import json_files, metrics_file, stores
 from bs_jax.scaling.noise_scale import ERRORS
 
 COLUMNS: tuple[str, ...] = (
@@ -147,10 +145,10 @@ def read(folder: Path, run: ResolvedRun) -> NoiseScaleCurve:
         UserError: the records hold no noise.
     """
     path = folder / "metrics.jsonl"
-    with records.disk_errors(path):
-        lines = storage.read_bytes(path).decode().splitlines()
+    with stores.disk_errors(path):
+        rows = metrics_file.read_rows(path)
     return from_metrics(
-        [json.loads(line) for line in lines],
+        rows,
         batch_size=run.batch_size,
         base_batch_size=run.scaled.base_batch_size,
         where=str(path),
@@ -229,10 +227,10 @@ def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
     figure = plots_noise.noise_scale_figure(curve)
-    with records.disk_errors(folder):
-        storage.write_bytes(paths[0], curve.to_csv().encode())
-        records.write_json(paths[1], dataclasses.asdict(curve))
-        storage.write_bytes(paths[2], style.to_png(figure))
+    with stores.disk_errors(folder):
+        stores.write_bytes(paths[0], curve.to_csv().encode())
+        json_files.write_json(paths[1], dataclasses.asdict(curve))
+        stores.write_bytes(paths[2], style.to_png(figure))
     return paths
 
 

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.records.stores import storage
 from bs_jax.sweep import plan as sweep
 from bs_jax.sweep.progress import Display, describe
 from bs_jax.sweep.stopping import GRACE_SECONDS, Stopped, StopRequest
@@ -226,7 +226,7 @@ class _Pool:
         self._grace_seconds = grace_seconds
         self._schedule = Schedule(runs, at_once=len(runs) if run_axis == "vmap" else 1)
         self._workdir, self._display, self._run_axis = workdir, display, run_axis
-        self._logs = storage.Outbox(workdir / "logs")
+        self._logs = stores.Outbox(workdir / "logs")
         self._events: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self._workers: dict[int, _Worker] = {}
         self._tries: dict[str, int] = {}
@@ -269,7 +269,7 @@ class _Pool:
         worker = _Worker(number, process, [])
         core = self._cores[number % len(self._cores)] if self._cores else None
         setup = {
-            "workdir": storage.text_of(self._workdir),
+            "workdir": stores.text_of(self._workdir),
             "core": core,
             "run_axis": self._run_axis,
             "grace_seconds": self._grace_seconds,

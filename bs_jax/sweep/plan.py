@@ -9,7 +9,7 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, ResolvedRun
-from bs_jax.records import run_folder as records
+from bs_jax.records import sweep_file
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import Point, resolve
 from bs_jax.training import checks
@@ -126,25 +126,21 @@ def write_sweep_file(
         data: one line about the data set.
     """
     recipe = Recipe.parse(config)
-    report = recipe.report
-    records.write_json(
-        workdir / "sweep.json",
-        {
-            "name": sweep.name,
-            "config_name": recipe.name,
-            "title": recipe.title,
-            "command": command,
-            "base_batch_size": recipe.base_batch_size,
-            "train_examples": recipe.train_examples,
-            "accuracy_metric": report.accuracy_metric,
-            "smoothed_metric": report.smoothed_metric,
-            "loss_metric": report.loss_metric,
-            "curve_metric": report.curve_metric,
-            "margin": report.margin,
-            "data": data,
-            "model": recipe.model.name,
-            "recipe": config,
-            "warnings": sweep.warnings,
-            "points": sweep.rows,
-        },
+    described = sweep_file.Sweep(
+        name=sweep.name,
+        config_name=recipe.name,
+        title=recipe.title,
+        command=command,
+        base_batch_size=recipe.base_batch_size,
+        accuracy_metric=recipe.report.accuracy_metric,
+        loss_metric=recipe.report.loss_metric,
+        curve_metric=recipe.report.curve_metric,
+        margin=recipe.report.margin,
+        warnings=tuple(sweep.warnings),
+        data=data,
+        model=recipe.model.name,
+        train_examples=recipe.train_examples,
+        smoothed_metric=recipe.report.smoothed_metric,
     )
+    points = [sweep_file.SweepPoint(**row) for row in sweep.rows]
+    sweep_file.write_sweep(workdir, described, points, config)

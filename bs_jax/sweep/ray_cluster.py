@@ -22,7 +22,7 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import ResolvedRun
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 from bs_jax.sweep.launchers import Schedule, open_log
 from bs_jax.sweep.plan import run_folder
 from bs_jax.sweep.progress import Display, describe
@@ -67,7 +67,7 @@ def run_ray(
     try:
         gpus = gpus if gpus >= 0 else float(ray.cluster_resources().get("GPU", 0) > 0)
         setup = {
-            "workdir": storage.text_of(workdir),
+            "workdir": stores.text_of(workdir),
             "core": None,
             "run_axis": run_axis,
             "grace_seconds": grace_seconds,
@@ -192,7 +192,7 @@ class Told:
                 continue
             folder = run_folder(self._workdir, run, writes=False)
             if folder.done:
-                status = folder.summary()["status"]
+                status = folder.summary().status
                 self.event(task, {"event": "run_finished", "run_id": run.run_id, "status": status})
 
 
@@ -215,7 +215,7 @@ def train_share(
     name = f"worker-{socket.gethostname()}-{os.getpid()}.log"
     assignments = [runs] if setup["run_axis"] == "vmap" else [[run] for run in runs]
     failures: list[str] = []
-    logs = storage.Outbox(storage.to_path(setup["workdir"]) / "logs")
+    logs = stores.Outbox(stores.to_path(setup["workdir"]) / "logs")
     with open_log(logs.folder / name) as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "bs_jax.sweep.worker"],
@@ -302,7 +302,7 @@ def _serve(
         runs = [run.to_json() for run in share]
         open_tasks[remote.remote(number, runs, mailbox)] = (number, share)
     failures: list[str] = []
-    told = Told(display, storage.to_path(setup["workdir"]))
+    told = Told(display, stores.to_path(setup["workdir"]))
     while open_tasks and not stop():
         ready, _ = ray.wait(list(open_tasks), timeout=_POLL_SECONDS)
         for number, event in ray.get(mailbox.take.remote()):

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.records.stores import storage
 from bs_jax.sweep.stopping import StopRequest
 from bs_jax.training import distributed
 
@@ -94,7 +94,7 @@ def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:
 
     compilation.enable_cache()
     trainer = CohortTrainer(setup["run_axis"])
-    workdir = storage.to_path(setup["workdir"])
+    workdir = stores.to_path(setup["workdir"])
     for line in sys.stdin:
         runs = [ResolvedRun.from_json(fields) for fields in json.loads(line)["runs"]]
         try:

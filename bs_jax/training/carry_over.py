@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +12,7 @@ import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, ResolvedRun
-from bs_jax.records import run_folder as records
-from bs_jax.records.stores import storage
+from bs_jax.records import metrics_file, run_files, stores
 from bs_jax.scaling.carry import carry_moments
 from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState
@@ -40,10 +38,12 @@ class OtherRun:
     @functools.cached_property
     def _run(self) -> ResolvedRun:
         try:
-            with records.disk_errors(self.path, missing=True):
-                config = json.loads(storage.read_bytes(self.path / "config.json"))
+            with stores.disk_errors(self.path):
+                config = run_files.read_config(self.path)
+            if config is None:
+                raise UserError("missing or damaged")
             return ResolvedRun.from_json({"config": config})
-        except (OSError, ValueError, AttributeError, UserError) as error:
+        except (OSError, UserError) as error:
             raise UserError(
                 f"--restore_from={self.path}: no run with a readable config.json ({error}); give "
                 "the folder of a run, which holds config.json and checkpoints/"
@@ -55,8 +55,8 @@ class OtherRun:
         Raises:
             UserError: there is no such run.
         """
-        with records.disk_errors(workdir):
-            begun = storage.exists(workdir / "config.json")
+        with stores.disk_errors(workdir):
+            begun = stores.exists(workdir / "config.json")
         if not begun:
             self._run  # noqa: B018
 
@@ -106,7 +106,7 @@ class OtherRun:
         template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         metrics = self.path / "metrics.jsonl"
         checkpoints = Checkpoints(
-            self.path / "checkpoints", lambda seen: records.metrics_digest(metrics, seen)
+            self.path / "checkpoints", lambda seen: metrics_file.metrics_digest(metrics, seen)
         )
         try:
             found = checkpoints.restore(template, set_aside=False)

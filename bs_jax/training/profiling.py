@@ -17,8 +17,7 @@ import numpy as np
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.recipe import ResolvedRun
-from bs_jax.records import run_folder as records
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 from bs_jax.training import checks, parallel, plan, step
 
 UPDATES = 10
@@ -93,13 +92,13 @@ def profile(
         return state
 
     state = once(state)
-    storage.make_folder(folder)
-    outbox = storage.Outbox(folder)
+    stores.make_folder(folder)
+    outbox = stores.Outbox(folder)
     with contextlib.closing(outbox):
         with jax.profiler.trace(str(outbox.folder), create_perfetto_trace=True):
             once(state)
         found = operations(outbox.folder)
-        with records.disk_errors(folder):
+        with stores.disk_errors(folder):
             outbox.send()
     return Profile(folder, elapsed / updates, found)
 

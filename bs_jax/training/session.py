@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from bs_jax.recipe import ResolvedRun
-from bs_jax.records import run_folder as records
-from bs_jax.records.run_folder import MetricsFile, RunFolder
-from bs_jax.records.stores import storage
+from bs_jax.records import json_files, metrics_file, stores
+from bs_jax.records.metrics_file import CLOCKS, CONDITIONS, MetricsFile
+from bs_jax.records.run_files import Summary
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import distributed, parallel, provenance
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.plan import Chunk, Plan
@@ -54,12 +55,12 @@ class Session:
         self._metrics_path = folder.path / "metrics.jsonl"
         self._checkpoints = Checkpoints(
             folder.path / "checkpoints",
-            lambda examples: records.metrics_digest(self._metrics_path, examples),
+            lambda examples: metrics_file.metrics_digest(self._metrics_path, examples),
         )
         self._restored = False
         self._metrics_file: MetricsFile | None = None
         self._tensorboard: Any = None
-        self._events: storage.Outbox | None = None
+        self._events: stores.Outbox | None = None
         self._final: dict[str, float] = {}
 
     def restore(
@@ -111,7 +112,7 @@ class Session:
         if self.run.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = storage.Outbox(self._folder.path / "tensorboard")
+            self._events = stores.Outbox(self._folder.path / "tensorboard")
             self._tensorboard = SummaryWriter(str(self._events.folder), purge_step=self.start_step)
 
     def record(self, chunk: Chunk, metrics: Mapping[str, np.ndarray], sums: Any) -> None:
@@ -149,7 +150,7 @@ class Session:
             self._keep_final(row)
             if self._tensorboard is not None:
                 for name, value in row.items():
-                    if name not in ("step", "examples"):
+                    if name not in CLOCKS:
                         self._tensorboard.add_scalar(name, value, row["examples"])
         self._on_event(
             {
@@ -157,24 +158,24 @@ class Session:
                 "run_id": self.run.run_id,
                 "examples": self._last[1],
                 "train_examples": self._plan.last_examples(self.run.batch_size),
-                "metrics": records.finite(self._final),
+                "metrics": json_files.finite(self._final),
             }
         )
 
     def _keep_final(self, row: Mapping[str, Any]) -> None:
         self._last = (row["step"], row["examples"])
-        self._final |= {n: v for n, v in row.items() if n not in ("step", "examples")}
+        self._final |= {n: v for n, v in row.items() if n not in CLOCKS + CONDITIONS}
 
     def checkpoint(self, state: TrainState) -> None:
         """Save a state (numpy arrays), unless the run has diverged before it."""
         if self._metrics_file is not None and self.diverged_at is None:
             self._folder.check_held()
             self._metrics_file.flush()
-            with records.disk_errors(self._folder.path):
+            with stores.disk_errors(self._folder.path):
                 self._checkpoints.save(state, self._metrics_file.digest)
             if self._tensorboard is not None and self._events is not None:
                 self._tensorboard.flush()
-                with records.disk_errors(self._folder.path):
+                with stores.disk_errors(self._folder.path):
                     self._events.send()
 
     def finish(self, status: str) -> None:
@@ -183,22 +184,22 @@ class Session:
             return
         step_now, examples = self._last
         device = self._devices[0]
-        summary = {
-            "run_id": self.run.run_id,
-            "status": status,
-            "final": self._final if status != "diverged" else {},
-            "step": step_now,
-            "examples": examples,
-            "diverged_at_step": self.diverged_at,
-            "git_revision": provenance.git_revision(),
-            "versions": provenance.versions(),
-            "device": f"{len(self._devices)} x {device.device_kind} ({device.platform})",
-            "processes": jax.process_count(),
-            "resumed_at_step": self.start_step,
-            "wall_time_seconds": round(time.monotonic() - self._clock, 3),
-            "started_at": self._started_at,
-            "finished_at": provenance.now(),
-        }
+        summary = Summary(
+            status=status,
+            final=self._final if status != "diverged" else {},
+            run_id=self.run.run_id,
+            step=step_now,
+            examples=examples,
+            diverged_at_step=self.diverged_at,
+            resumed_at_step=self.start_step,
+            processes=jax.process_count(),
+            device=f"{len(self._devices)} x {device.device_kind} ({device.platform})",
+            wall_time_seconds=round(time.monotonic() - self._clock, 3),
+            started_at=self._started_at,
+            finished_at=provenance.now(),
+            git_revision=provenance.git_revision() or "",
+            versions=provenance.versions(),
+        )
         if self._metrics_file is not None:
             self._folder.check_held()
             self._metrics_file.flush()
@@ -209,8 +210,8 @@ class Session:
                 "event": "run_finished",
                 "run_id": self.run.run_id,
                 "status": status,
-                "metrics": records.finite(summary["final"]),
-                "wall_time_seconds": summary["wall_time_seconds"],
+                "metrics": json_files.finite(summary.final),
+                "wall_time_seconds": summary.wall_time_seconds,
             }
         )
 

@@ -6,6 +6,7 @@ this folder are what it calls.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 
 from bs_jax.data.image_data import ImageData
 from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import checks, distributed, parallel, step
 from bs_jax.training.carry_over import OtherRun
@@ -66,11 +68,11 @@ class Trainer:
 
     def train(
         self,
-        folders: Sequence[RunFolder],
+        folders: Sequence[RunFolder[ResolvedRun]],
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
         other_run: OtherRun | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[Summary]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
         Args:
@@ -105,7 +107,10 @@ class Trainer:
                 if session:
                     session.close()
         # What process 0 has recorded is what all processes return.
-        return distributed.on_first(lambda: [folder.summary() for folder in folders])
+        found = distributed.on_first(
+            lambda: [dataclasses.asdict(folder.summary()) for folder in folders]
+        )
+        return [Summary.parse(content) for content in found]
 
     def _train_group(
         self, group: list[Session], lanes: int, should_stop: Callable[[], bool]
@@ -161,10 +166,13 @@ class Trainer:
             session.record(chunk, *own)
 
     def _restored(
-        self, folder: RunFolder, on_event: Callable[[Event], None], other_run: OtherRun | None
+        self,
+        folder: RunFolder[ResolvedRun],
+        on_event: Callable[[Event], None],
+        other_run: OtherRun | None,
     ) -> Session:
         """An unfinished run at the state that it goes on from."""
-        run: ResolvedRun = folder.run
+        run = folder.run
         inputs = self._lanes.join([step.run_inputs(run)])
         (fresh,) = self._lanes.split(jax.device_get(self._programs.init(inputs)), 1)
         session = Session(run, folder, self._plan, self._devices, on_event)
