@@ -38,7 +38,7 @@ def test_on_another_number_of_devices(tmp_path):
     whole = train(tmp_path / "whole")
     folder = interrupted(tmp_path / "parts", devices=1)
     found = train(tmp_path / "parts", devices=2)
-    assert folder.summary()["resumed_at_step"] == 6
+    assert folder.summary().resumed_at_step == 6
     np.testing.assert_allclose(losses(found), losses(whole), rtol=2e-3)
 
 
@@ -98,7 +98,7 @@ def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     anew = OtherRun(tmp_path / "source", recipe)  # as the same command does when given again
     anew.check(parts.path)
     trainer.train([parts], other_run=anew)
-    assert parts.summary()["resumed_at_step"] == 4
+    assert parts.summary().resumed_at_step == 4
     assert rows(parts.path) == rows(whole.path)
 
 

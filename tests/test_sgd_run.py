@@ -22,5 +22,5 @@ def test_sgd_trains(tmp_path, rule, hyperparams):
     # SGD is linear in the gradient: nothing has to be measured, whatever the noise.
     assert isinstance(run.optimizer, FixedValues)
     (summary,) = Trainer(run, tiny_data(), jax.devices()[:1]).train([RunFolder(tmp_path, run)])
-    assert summary["status"] == "done"
-    assert summary["final"]["train/loss"] < 1.2
+    assert summary.status == "done"
+    assert summary.final["train/loss"] < 1.2

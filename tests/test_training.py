@@ -198,13 +198,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
         if interrupt:
             with pytest.raises(Interrupted):
                 trainer.train([folder], should_stop=stop_after(1))
-            assert folder.summary()["status"] == "interrupted"
+            assert folder.summary().status == "interrupted"
             assert not folder.done
         trainer.train([folder])
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
-    assert folder.summary()["resumed_at_step"] == 3
+    assert folder.summary().resumed_at_step == 3
 
 
 def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeyp
     with pytest.raises(Interrupted):
         trainer.train([folder], should_stop=stop_after(2))
     trainer.train([folder])
-    assert folder.summary()["resumed_at_step"] == 5  # in the second epoch
+    assert folder.summary().resumed_at_step == 5  # in the second epoch
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert rows(tmp_path / "whole")[-1]["examples"] == 160
 
@@ -258,7 +258,7 @@ def test_vmapped_runs_meet_at_a_step_that_all_have_and_keep_their_lanes(tmp_path
     shutil.copytree(whole[2].path, parts[2].path)
     assert parts[2].done
     trainer.train(parts)
-    assert parts[0].summary()["resumed_at_step"] == parts[1].summary()["resumed_at_step"] == 3
+    assert parts[0].summary().resumed_at_step == parts[1].summary().resumed_at_step == 3
     for part, intact in zip(parts, whole, strict=True):
         assert rows(part.path) == rows(intact.path)
 
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     trainer.train([folder])
     assert "trying the previous one" in caplog.text
     assert rows(folder.path) == whole
-    assert 0 < folder.summary()["resumed_at_step"] < int(newest.name)
+    assert 0 < folder.summary().resumed_at_step < int(newest.name)
 
 
 def test_data_that_do_not_fit_on_the_device_are_streamed(tmp_path, monkeypatch):
