@@ -7,7 +7,7 @@ import numpy as np
 from bs_jax.experiments import _report_style as style
 from bs_jax.experiments.noise_scale import NoiseScaleCurve
 from bs_jax.experiments.plots import end_labels, examples_label
-from bs_jax.scaling.noise_scale import ERRORS
+from bs_jax.scaling.noise import ERRORS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

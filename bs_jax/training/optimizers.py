@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax import scaling
-from bs_jax.scaling import rebuild, roles
-from bs_jax.scaling.formulas import Noise, Scaler, named_values
+from bs_jax.scaling.hyperparameters import Noise
+from bs_jax.scaling.optimizers import Recipe, registered
 from bs_jax.training.state import TrainState
 
 # Decays per update that live in the model and the trainer; the rule scales them with the others.
@@ -30,7 +30,7 @@ class ScaledRecipe:
         values: for the batch size in use; None where the value is found while training.
         defaults: new values of the factory's defaults that the rule changes and the recipe does
             not name.
-        clock: what the optimizer is built anew with (see ``rebuild.clock_of``), or None.
+        clock: keywords by which the optimizer's own clock counts base-size updates, or None.
         rule_while_training: whether the optimizer applies the rule itself, step by step.
         rows: the explanation, a dict a hyperparameter.
         warnings: where the rule stops being true.
@@ -50,7 +50,7 @@ def names() -> tuple[str, ...]:
     return tuple(
         sorted(
             name
-            for name, factory in roles.registered().items()
+            for name, factory in registered().items()
             if "learning_rate" in inspect.signature(factory).parameters
         )
     )
@@ -96,7 +96,7 @@ def scale_recipe(config: Mapping[str, Any]) -> ScaledRecipe:
         defaults={
             row["hyperparameter"]: row["new"] for row in unnamed if row["new"] != row["base"]
         },
-        clock=None if rule_while_training else _clock(config, explanation.rows),
+        clock=None if rule_while_training else _clock(config),
         rule_while_training=rule_while_training,
         rows=explanation.rows,
         warnings=list(explanation.warnings),
@@ -106,7 +106,7 @@ def scale_recipe(config: Mapping[str, Any]) -> ScaledRecipe:
 def explain_recipe(config: Mapping[str, Any]) -> scaling.Explanation:
     """The table of a recipe's hyperparameters before and after."""
     return scaling.explain(
-        roles.resolve_factory(config["optimizer"]["name"]),
+        config["optimizer"]["name"],
         batch_size=config["batch_size"],
         base_batch_size=config["base_batch_size"],
         rule=rule_of(config),
@@ -127,31 +127,26 @@ def _base_values(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _found_while_training(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Whether some factor, or the second moment itself, comes from the gradients of each step."""
-    rule, k = rule_of(config), config["batch_size"] / config["base_batch_size"]
-    if rule.is_identity(k):
+    rule, recipe = rule_of(config), recipe_of(config)
+    if recipe.at(rule, config["batch_size"] / config["base_batch_size"]).is_identity:
         return False
-    family = spec_of(config).family
-    measured_moment = rule.invariant and family is not None and family.can_be_invariant
-    return measured_moment or any(row["new"] is None for row in rows)
+    return recipe.invariant_moment(rule) is not None or any(row["new"] is None for row in rows)
 
 
-def _clock(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _clock(config: Mapping[str, Any]) -> dict[str, Any] | None:
     base, noise_scale = config["base_batch_size"], config["scaling"]["noise_scale"]
-    return rebuild.clock_of(
-        Scaler(
-            rule=rule_of(config),
-            spec=spec_of(config),
-            values={row["hyperparameter"]: row["base"] for row in rows},
-            k=config["batch_size"] / base,
-            noise=Noise.from_scale(noise_scale, base) if noise_scale else None,
-        )
+    recipe = recipe_of(config)
+    scaled = recipe.at(
+        rule_of(config),
+        config["batch_size"] / base,
+        Noise.from_scale(noise_scale, base) if noise_scale else None,
     )
+    return recipe.clock(scaled) or None
 
 
-def spec_of(config: Mapping[str, Any]) -> roles.Spec:
+def recipe_of(config: Mapping[str, Any]) -> Recipe:
     """What a config's optimizer and its hyperparameters mean to the rules."""
-    factory = roles.resolve_factory(config["optimizer"]["name"])
-    return roles.resolve(factory, named_values(factory, config["optimizer"]["hyperparams"], None))
+    return Recipe.of(config["optimizer"]["name"], kwargs=config["optimizer"]["hyperparams"])
 
 
 def traced_values(config: Mapping[str, Any]) -> dict[str, float]:
@@ -201,7 +196,7 @@ def make_optimizer(
         A transformation whose `update` takes ``microbatch=`` (and needs it where the rule works
         while training).
     """
-    spec, shape = spec_of(config), schedule_shape(config)
+    shape = schedule_shape(config)
     kwargs: dict[str, Any] = {
         name: value if isinstance(value, bool) else hyperparams[name]
         for name, value in config["optimizer"]["hyperparams"].items()
@@ -211,14 +206,14 @@ def make_optimizer(
     # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch.
     fixed = config["scaling"]["rule"] == "fixed"
     size = config["batch_size"] if fixed else config["base_batch_size"]
-    for name in kwargs.keys() & spec.roles.keys():
-        if spec.roles[name] in ("learning_rate", "divided_learning_rate"):
+    for name, role in recipe_of(config).roles.items():
+        if name in kwargs and role.name in ("learning_rate", "divided_learning_rate"):
             kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size)
     if fixed:
         clock = {name: hyperparams[f"clock.{name}"] for name in _clock_in(config)}
-        return rebuild.build(spec, roles.bind(spec.factory, (), kwargs), clock or None)
+        return Recipe.of(config["optimizer"]["name"], kwargs=kwargs).build({}, clock)
     return scaling.scale_by_batch(
-        spec.factory,
+        config["optimizer"]["name"],
         batch_size=config["batch_size"],
         base_batch_size=config["base_batch_size"],
         rule=rule_of(config),
