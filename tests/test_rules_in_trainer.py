@@ -8,7 +8,8 @@ from training_helpers import tiny_config
 
 from bs_jax import scale_by_batch
 from bs_jax.recipe import FixedValues
-from bs_jax.scaling import explain, roles
+from bs_jax.scaling import explain
+from bs_jax.scaling.optimizers import Recipe, resolve_factory
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
@@ -34,12 +35,8 @@ HYPERPARAMS = {  # what is not named has the factory's default, and follows the 
 
 def with_a_clock_of_their_own():
     """Of those that a config may name: what counts updates inside is not a hyperparameter."""
-    found = []
-    for name in optimizers.names():
-        factory = roles.resolve_factory(name)
-        entry = roles.resolve(factory, {"centered": False, "eps_in_sqrt": False}).entry
-        found += [name] if entry is not None and entry.build is not None else []
-    return found
+    recipes = {name: Recipe.of(name) for name in optimizers.names()}
+    return [name for name, recipe in recipes.items() if recipe.optimizer.clocked is not None]
 
 
 def config_of(optimizer, rule, batch_size, **overrides):
@@ -111,7 +108,7 @@ def test_a_published_arm_is_the_plain_optimizer_with_other_numbers(optimizer, ru
         period = round(8 / s)
         arguments |= {"weight_decay": 0.1 * s, "sync_period": period}
     rates = {"learning_rate": lambda count: s * 1e-2 * shape(count * 4 * BASE)}
-    plain = roles.resolve_factory(optimizer)(**rates, **arguments)
+    plain = resolve_factory(optimizer)(**rates, **arguments)
     want = train_by(plain, grads)[2]
     assert not resolve(config).optimizer.clock
     assert_close(trainers_updates(config, grads), want, rtol=1e-3, atol=1e-7)

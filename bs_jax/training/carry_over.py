@@ -13,9 +13,8 @@ import numpy as np
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, ResolvedRun
 from bs_jax.records import metrics_file, run_files, stores
-from bs_jax.scaling.carry import carry_moments
-from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
-from bs_jax.scaling.optimizer import ScaleByBatchState
+from bs_jax.scaling import ScaleByBatchState, moments
+from bs_jax.scaling.hyperparameters import Noise, NoiseScaleNeeded, Scaled
 from bs_jax.training import optimizers, step
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.state import TrainState
@@ -65,7 +64,7 @@ class OtherRun:
     ) -> TrainState:
         """The other run's state as the state of this one.
 
-        Weights and averages are taken as they are, the optimizer's moments by `carry_moments`. The
+        Weights and averages are taken as they are, the optimizer's moments by `moments.carry`. The
         clock of examples goes on: schedules, data order and metrics with it.
 
         Args:
@@ -126,7 +125,7 @@ class OtherRun:
         inner = old.inner_state if isinstance(old, ScaleByBatchState) else old
         if self._run.batch_size != self._recipe.batch_size:
             measured = old.noise if isinstance(old, ScaleByBatchState) else ()
-            inner = carry_moments(inner, *self._scalers(measured))
+            inner = moments.carry(inner, *self._scaled(measured))
         # Counts are updates done: of the new size, which is what their schedules are read at.
         inner = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(count, leaf.dtype) if _is_count(path) else leaf, inner
@@ -142,21 +141,17 @@ class OtherRun:
                     kept[field] = getattr(old, field)
         return new._replace(**kept)
 
-    def _scalers(self, measured: Any) -> tuple[Scaler, Scaler]:
+    def _scaled(self, measured: Any) -> tuple[Scaled, Scaled]:
         recipe = self._recipe
         base, noise_scale = recipe.base_batch_size, recipe.scaling.noise_scale
-        spec = optimizers.spec_of(recipe.optimizer)
         noise = None
         if noise_scale:
             noise = Noise.from_scale(noise_scale, base)
         elif measured:
             noise = Noise(max(float(measured.signal), 0.0), float(measured.noise) / base)
-        values = recipe.optimizer.hyperparams
-        scaled = {name: values[name] for name in spec.roles if name in values}
-        rule = optimizers.rule_of(recipe.scaling)
+        rule, call = optimizers.rule_of(recipe.scaling), optimizers.call_of(recipe.optimizer)
         old, new = (
-            Scaler(rule, spec, scaled, size / base, noise)
-            for size in (self._run.batch_size, recipe.batch_size)
+            call.at(rule, size / base, noise) for size in (self._run.batch_size, recipe.batch_size)
         )
         try:
             old.denominator_factor(old.k)

@@ -1,4 +1,12 @@
-"""The optimizer of a run, built from its hyperparameters as arrays, and what it reports."""
+"""The optimizer of a run, built from its hyperparameters as arrays, and what it reports.
+
+There are two ways, and both are the library's. A rule is data of the program: it decides what is
+traced. So a rule that measures is compiled in, by `scale_by_batch`. A rule that knows its numbers
+before training leaves nothing but numbers, computed once in double precision. They are arguments of
+the program: runs under any such rule share one compiled program, are one run where their numbers
+agree, and keep the state of the plain optax optimizer in their checkpoints. Sent through
+`scale_by_batch`, each rule would be a program of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,7 @@ import optax
 
 from bs_jax import scaling
 from bs_jax.recipe import FixedValues, Optimizer, ResolvedRun, Scaling, Schedule
-from bs_jax.scaling import rebuild, roles
-from bs_jax.scaling.formulas import named_values
+from bs_jax.scaling import optimizers as library
 from bs_jax.training.state import TrainState
 
 
@@ -23,7 +30,7 @@ def names() -> tuple[str, ...]:
     return tuple(
         sorted(
             name
-            for name, factory in roles.registered().items()
+            for name, factory in registered().items()
             if "learning_rate" in inspect.signature(factory).parameters
         )
     )
@@ -36,10 +43,9 @@ def rule_of(settings: Scaling) -> scaling.ScalingRule:
     return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 
 
-def spec_of(optimizer: Optimizer) -> roles.Spec:
-    """What an optimizer and its hyperparameters mean to the rules."""
-    factory = roles.resolve_factory(optimizer.name)
-    return roles.resolve(factory, named_values(factory, optimizer.hyperparams, None))
+def call_of(optimizer: Optimizer) -> library.Recipe:
+    """The library's view of an optimizer: what each of its arguments means to the rules."""
+    return library.Recipe.of(optimizer.name, kwargs=optimizer.hyperparams)
 
 
 def traced_values(run: ResolvedRun) -> Mapping[str, float]:
@@ -86,7 +92,7 @@ def make_optimizer(
         while training).
     """
     optimizer = run.optimizer
-    spec, shape = spec_of(optimizer), schedule_shape(run.schedule, run.train_examples)
+    shape = schedule_shape(run.schedule, run.train_examples)
     kwargs: dict[str, Any] = {
         name: value if isinstance(value, bool) else hyperparams[name]
         for name, value in optimizer.hyperparams.items()
@@ -96,14 +102,14 @@ def make_optimizer(
     # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch.
     fixed = isinstance(optimizer, FixedValues)
     size = run.batch_size if fixed else optimizer.base_batch_size
-    for name in kwargs.keys() & spec.roles.keys():
-        if spec.roles[name] in ("learning_rate", "divided_learning_rate"):
+    for name, role in call_of(optimizer).roles.items():
+        if name in kwargs and role.name in ("learning_rate", "divided_learning_rate"):
             kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size)
     if isinstance(optimizer, FixedValues):
         clock = {name: hyperparams[f"clock.{name}"] for name in optimizer.clock}
-        return rebuild.build(spec, roles.bind(spec.factory, (), kwargs), clock or None)
+        return library.Recipe.of(optimizer.name, kwargs=kwargs).build({}, clock)
     return scaling.scale_by_batch(
-        spec.factory,
+        optimizer.name,
         batch_size=run.batch_size,
         base_batch_size=optimizer.base_batch_size,
         rule=rule_of(optimizer.scaling),

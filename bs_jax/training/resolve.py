@@ -15,8 +15,7 @@ from bs_jax.recipe import (
     Scaled,
     choose,
 )
-from bs_jax.scaling import rebuild, roles
-from bs_jax.scaling.formulas import Noise, Scaler
+from bs_jax.scaling.hyperparameters import Noise
 from bs_jax.training import optimizers
 
 # Decays per update that live in the model and the trainer; the rule scales them with the others.
@@ -80,7 +79,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
 def explain_recipe(recipe: Recipe) -> scaling.Explanation:
     """The table of a recipe's hyperparameters before and after."""
     return scaling.explain(
-        roles.resolve_factory(recipe.optimizer.name),
+        recipe.optimizer.name,
         batch_size=recipe.batch_size,
         base_batch_size=recipe.base_batch_size,
         rule=optimizers.rule_of(recipe.scaling),
@@ -122,28 +121,22 @@ def _optimizer(
         if name not in recipe.base_values and row["new"] != row["base"]
     }
     hyperparams = {name: values[name] for name in own.hyperparams} | unnamed
-    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe, rows))
+    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe))
 
 
 def _measures(recipe: Recipe, rows: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether some factor, or the second moment itself, comes from the gradients of each step."""
-    rule = optimizers.rule_of(recipe.scaling)
-    if rule.is_identity(recipe.k):
+    rule, call = optimizers.rule_of(recipe.scaling), optimizers.call_of(recipe.optimizer)
+    if call.at(rule, recipe.k).is_identity:
         return False
-    family = optimizers.spec_of(recipe.optimizer).family
-    measured_moment = rule.invariant and family is not None and family.can_be_invariant
-    return measured_moment or any(row["new"] is None for row in rows.values())
-
-
-def _clock(recipe: Recipe, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    noise_scale, base = recipe.scaling.noise_scale, recipe.base_batch_size
-    clock = rebuild.clock_of(
-        Scaler(
-            rule=optimizers.rule_of(recipe.scaling),
-            spec=optimizers.spec_of(recipe.optimizer),
-            values={name: row["base"] for name, row in rows.items()},
-            k=recipe.k,
-            noise=Noise.from_scale(noise_scale, base) if noise_scale else None,
-        )
+    return call.invariant_moment(rule) is not None or any(
+        row["new"] is None for row in rows.values()
     )
-    return dict(clock or {})
+
+
+def _clock(recipe: Recipe) -> dict[str, Any]:
+    """Further arguments of optimizers that count updates internally; none where k is 1."""
+    noise_scale, base = recipe.scaling.noise_scale, recipe.base_batch_size
+    noise = Noise.from_scale(noise_scale, base) if noise_scale else None
+    call = optimizers.call_of(recipe.optimizer)
+    return dict(call.clock(call.at(optimizers.rule_of(recipe.scaling), recipe.k, noise)))
