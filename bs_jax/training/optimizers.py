@@ -30,7 +30,7 @@ def names() -> tuple[str, ...]:
     return tuple(
         sorted(
             name
-            for name, factory in registered().items()
+            for name, factory in library.registered().items()
             if "learning_rate" in inspect.signature(factory).parameters
         )
     )
