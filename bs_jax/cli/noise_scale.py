@@ -224,10 +224,10 @@ def _estimates(states: Sequence[Any]) -> dict[str, list[float]]:
 
 def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     """Write ``noise_scale.csv``, ``.json`` and ``.png`` into a folder; return their paths."""
-    from bs_jax.report import plots_noise, style
+    from bs_jax.report import plots, style
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
-    figure = plots_noise.noise_scale_figure(curve)
+    figure = plots.noise_scale_figure(curve.rows, curve.batch_size, curve.base_batch_size, ERRORS)
     with records.disk_errors(folder):
         storage.write_bytes(paths[0], curve.to_csv().encode())
         records.write_json(paths[1], dataclasses.asdict(curve))
