@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bs_jax.cli.noise_scale import NoiseScaleCurve
 from bs_jax.report import style
 from bs_jax.report.plots import end_labels, examples_label
 from bs_jax.scaling.noise_scale import ERRORS
+from bs_jax.statistics.noise_curve import NoiseScaleCurve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,44 @@
+"""--mode=report: the report of a sweep from its records, and its table in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bs_jax.cli import sweep
+
+FLAG_NAMES = sweep.FLAG_NAMES  # the command of the sweep, with another mode
+
+
+def define_flags() -> None:
+    """This mode has no flag of its own."""
+
+
+def run() -> int:
+    """Write the report of the sweep in ``--workdir``."""
+    write_report(sweep.workdir())
+    return 0
+
+
+def write_report(workdir: Path) -> None:
+    """Write a report, and print its table.
+
+    Args:
+        workdir: the sweep's folder.
+
+    Raises:
+        UserError: there is no sweep in it, or the report cannot be written.
+    """
+    from rich.console import Console
+
+    from bs_jax.records import results
+    from bs_jax.report import write as report
+    from bs_jax.statistics import analysis
+
+    found = results.load_results(workdir)
+    analysed = analysis.analyse(found)
+    path = report.write_report(workdir, found, analysed)
+    console = Console()
+    console.print(report.terminal_table(analysed))
+    if (answers := report.terminal_findings(analysed)) is not None:
+        console.print(answers)
+    print(f"Report: {path}")
