@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from bs_jax.cli import recipes
 from bs_jax.cli.flags import (
     define_run_flags,
     given_seeds,
@@ -35,7 +36,7 @@ _WITHOUT_EFFECT = {
     "train": _OF_A_SWEEP,
     "noise_scale": (*_OF_A_SWEEP, *_OF_ONE_RUN, *_OF_MANY_PROCESSES),
 }
-_DEFAULT_CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "fashion_mnist.py")
+_DEFAULT_CONFIG = str(recipes.folder() / "fashion_mnist.py")
 FLAGS = flags.FLAGS
 
 
