@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import lines, run, start, wait_for
+from helpers.training import rows
 from rich.console import Console
-from training_helpers import rows
 
 from bs_jax.records.run_folder import Run
 from bs_jax.sweep.launchers import Schedule
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def fake_run(name, cohort, examples=100):
-    from training_helpers import tiny_config
+    from helpers.training import tiny_config
 
     config = tiny_config(train_examples=examples, **{"data.image_size": cohort})
     config["scaling"] = {"rule": "fixed"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from helpers.process import open_files, resident_mib
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep import launchers

@@ -4,9 +4,9 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers.training import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from training_helpers import tiny_config
 
 from bs_jax.cli import flags
 from bs_jax.errors import UserError
