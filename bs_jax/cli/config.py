@@ -6,18 +6,17 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from absl import flags
 
+from bs_jax.cli import recipes
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import Run
 from bs_jax.sweep.points import Point
 
 FLAGS = flags.FLAGS
-_DEFAULT = str(Path(__file__).resolve().parents[2] / "configs" / "fashion_mnist.py")
 _SWEEP = "sweep_"  # how the name of a function begins that makes the points of a sweep
 
 
@@ -26,7 +25,9 @@ def define_flags() -> None:
     from ml_collections import config_flags
 
     config_flags.DEFINE_config_file(
-        "config", _DEFAULT, "The recipe; override a field by --config.batch_size=256."
+        "config",
+        str(recipes.folder() / "fashion_mnist.py"),
+        "The recipe; override a field by --config.batch_size=256.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The program behind ``python main.py`` and ``bs-jax``: parse the flags, do what --mode says."""
+"""From the command line to a mode: the flags are parsed, and those without effect rejected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 from absl import app, flags, logging
 
-from bs_jax.cli import common, config, processes
+from bs_jax.cli import common, config, processes, recipes
 from bs_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -21,14 +21,13 @@ _MODES = {
     "explain": "the hyperparameters before and after scaling",
     "noise_scale": "one run, and its gradient noise scale beside its batch size",
 }
+# The command of a sweep with --mode=report behind it reports, that of a run explains: these modes
+# pass over the flags of those.
+_SAME_COMMAND = {"report": "sweep", "explain": "train"}
 
 
-def main() -> None:
-    """Run the program and exit.
-
-    The exit code is 0 when all is done, 1 if some runs failed, 2 for a mistake in the flags or the
-    config, 128 + n after signal n, and 75 if another process of a joined run was lost.
-    """
+def run() -> None:
+    """Parse the flags, do what ``--mode`` says and exit; see `bs_jax.cli.main`."""
     app.run(_run, flags_parser=_parse)
 
 
@@ -36,7 +35,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parse the flags; a misspelt field or a value of the wrong type ends in one line."""
     try:
         define_flags()
-        return FLAGS(argv)
+        return FLAGS(recipes.found(argv))
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"error: {config.one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -76,7 +75,8 @@ def _run(argv: list[str]) -> int:
 def _reject_flags_without_effect() -> None:
     """Reject flags that have no effect in this mode."""
     users = {mode: set(_module(mode).FLAG_NAMES) for mode in _MODES}
-    for name in sorted(set().union(*users.values()) - users[FLAGS.mode]):
+    accepted = users[FLAGS.mode] | users.get(_SAME_COMMAND.get(FLAGS.mode, ""), set())
+    for name in sorted(set().union(*users.values()) - accepted):
         if FLAGS[name].value != FLAGS[name].default:
             modes = " or ".join(f"--mode={mode}" for mode in _MODES if name in users[mode])
             raise UserError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from absl import flags
 
-from bs_jax.cli import config, train
+from bs_jax.cli import config
 
 FLAGS = flags.FLAGS
-FLAG_NAMES = (*train.FLAG_NAMES, "format")  # the command of a run, with another mode
+FLAG_NAMES = ("format",)
 
 
 def define_flags() -> None:

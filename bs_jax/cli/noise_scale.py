@@ -24,7 +24,7 @@ FLAG_NAMES = (*common.FLAG_NAMES, "allow_config_change", "distributed")
 
 
 def define_flags() -> None:
-    """This mode has no flag of its own."""
+    """Define the flags of this mode: none of its own."""
 
 
 def run() -> int:

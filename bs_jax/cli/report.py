@@ -6,11 +6,11 @@ from pathlib import Path
 
 from bs_jax.cli import sweep
 
-FLAG_NAMES = sweep.FLAG_NAMES  # the command of the sweep, with another mode
+FLAG_NAMES = ("sweep", "workdir")
 
 
 def define_flags() -> None:
-    """This mode has no flag of its own."""
+    """Define the flags of this mode: none of its own."""
 
 
 def run() -> int:

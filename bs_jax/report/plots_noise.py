@@ -17,7 +17,7 @@ def noise_scale_figure(curve: NoiseScaleCurve, width: float = 7.4, height: float
     """Noise scale over examples seen, its spread as a band, the batch size in use as a line.
 
     Args:
-      curve: of `noise_scale.from_metrics`.
+      curve: of `noise_curve.from_metrics`.
       width: in inches.
       height: in inches.
 
