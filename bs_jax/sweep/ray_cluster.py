@@ -223,8 +223,11 @@ def train_share(
     except KeyboardInterrupt:  # Ray cancels the task
         stopped = True
         worker.interrupt()
+        for event in worker.events():  # it saves its state meanwhile
+            report(event)
     except BaseException:
-        worker.interrupt()
+        worker.kill()
+        list(worker.events())
         raise
     finally:
         code = worker.wait()

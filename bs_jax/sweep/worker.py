@@ -106,6 +106,7 @@ class WorkerProcess:
         for line in self._output:
             with contextlib.suppress(ValueError):  # a line torn by a kill
                 yield json.loads(line)
+        self._output.close()
 
     def interrupt(self) -> None:
         """Ask it to save its state and end."""
