@@ -42,9 +42,7 @@ print("in force:", bs_jax.hyperparams(opt_state))
 
 recipe = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
 print(
-    bs_jax.explain(
-        optax.adamw, batch_size=512, base_batch_size=64, rule="sqrt", **recipe
-    ).to_text()
+    bs_jax.explain(optax.adamw, batch_size=512, base_batch_size=64, rule="sqrt", **recipe).to_text()
 )
 check = bs_jax.invariance_check(
     loss_fn,
