@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import bs_jax
 
@@ -115,3 +116,18 @@ def test_images_come_from_their_own_wheel(installed, tmp_path):
     assert python(code, *installed, cwd=tmp_path).stdout == "8000\n"
     without = python(code, installed[0], cwd=tmp_path)
     assert "UserError: the images of fashion_mnist_10k are not in the wheel" in without.stderr
+
+
+def test_the_forge_tests_the_pythons_that_the_metadata_names():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r":: (3\.\d+)", "\n".join(project["classifiers"]))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["jobs"]["run"]["strategy"]["matrix"]["python"] == named
+    assert project["requires-python"] == f">={named[0]}"
+    assert workflow["jobs"]["run"]["steps"][-1] == {"run": "bash .ci/run"}
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == bs_jax.__version__
