@@ -6,7 +6,17 @@ import sys
 
 # Import names of what the extra `trainer` installs.
 _TRAINER = frozenset(
-    {"PIL", "flax", "matplotlib", "ml_collections", "orbax", "pyarrow", "rich", "tensorboardX"}
+    {
+        "PIL",
+        "absl",
+        "flax",
+        "matplotlib",
+        "ml_collections",
+        "orbax",
+        "pyarrow",
+        "rich",
+        "tensorboardX",
+    }
 )
 
 
