@@ -5,7 +5,7 @@ import json
 import pathlib
 
 import pytest
-from training_helpers import tiny_config
+from helpers.training import tiny_config
 
 from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError

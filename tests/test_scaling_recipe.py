@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from training_helpers import tiny_config
+from helpers.training import tiny_config
 
 from bs_jax.recipe import MeasuredWhileTraining
 from bs_jax.scaling import MicrobatchStats, hyperparams
