@@ -9,9 +9,10 @@ import types
 
 import pytest
 from helpers.commands import ROOT
+from helpers.synthetic_records import Run
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.records.stores import files, lease
 from bs_jax.records.stores.lease import Lease
 

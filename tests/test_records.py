@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from helpers.synthetic_records import Run
 
 from bs_jax.errors import UserError
 from bs_jax.records import json_files, stores
 from bs_jax.records.metrics_file import MetricsFile
 from bs_jax.records.run_files import Summary
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.records.stores import lock
 
 RUN = Run("b8-s0-x", {"batch_size": 8, "seed": 0, "nested": {"a": 1}}, {"rule": "none", "k": 1.0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -29,15 +28,6 @@ _FIXED = ("batch_size", "data.", "ema_decay", "model.", "optimizer.name", "scali
 
 
 AnyRun = TypeVar("AnyRun", bound=RunRecord)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A point met with its recipe: everything that training needs, resolved and frozen."""
-
-    run_id: str
-    config: dict[str, Any]
-    hparams: dict[str, Any]
 
 
 class RunFolder(Generic[AnyRun]):
