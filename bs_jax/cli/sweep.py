@@ -29,13 +29,13 @@ _RAY = ("ray_address", "ray_cpus", "ray_gpus")
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
-    *_RAY,
-    "launcher",
+    "sweep",
+    "seeds",
     "only",
     "run_axis",
-    "seeds",
-    "sweep",
     "workers",
+    "launcher",
+    *_RAY,
 )
 
 

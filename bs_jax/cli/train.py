@@ -15,9 +15,9 @@ FLAGS = flags.FLAGS
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
+    "restore_from",
     "allow_config_change",
     "profile",
-    "restore_from",
 )
 
 
@@ -34,8 +34,8 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "profile",
         False,
-        "With --mode=train: write a trace of ten updates and an evaluation to WORKDIR/profile, for "
-        "TensorBoard, xprof or Perfetto, and say what takes the time, instead of training.",
+        "Instead of training, write a trace of ten updates and an evaluation to WORKDIR/profile, "
+        "for TensorBoard, xprof or Perfetto, and say what takes the time.",
     )
 
 
