@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import fake_run
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import MetricsFile, Run
+from bs_jax.records.metrics_file import MetricsFile
 from bs_jax.sweep import ray_cluster
 from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
@@ -63,7 +63,7 @@ def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch)
 
 
 def test_a_run_that_a_lost_node_recorded_and_did_not_tell_of_is_told_once(tmp_path):
-    runs = [Run(f"b8-s{seed}-x", {"seed": seed}, {}) for seed in range(3)]
+    runs = [fake_run(f"b8-s{seed}-x", 8) for seed in range(3)]
     for run in runs[:2]:
         folder = run_folder(tmp_path, run)
         folder.begin()

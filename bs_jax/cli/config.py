@@ -16,7 +16,7 @@ from absl import flags
 from bs_jax.cli import recipes
 from bs_jax.cli.fields import Field, fields_of, nearest
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
+from bs_jax.recipe import ResolvedRun, choose
 from bs_jax.sweep.points import Point
 
 FLAGS = flags.FLAGS
@@ -42,13 +42,11 @@ def define_flags() -> None:
 
 
 def plain() -> dict[str, Any]:
-    """The recipe with the overrides of the command line, as nested data of the right form.
+    """The recipe with the overrides of the command line, as nested data.
 
     Raises:
-        UserError: the file cannot be read, or a field holds another kind of value.
+        UserError: the file cannot be read.
     """
-    from bs_jax.training.form import check_form
-
     try:
         found = json.loads(FLAGS.config.to_json())
     except OSError as error:  # config_flags keeps its failure to load until the first use
@@ -58,7 +56,6 @@ def plain() -> dict[str, Any]:
             + ", ".join(sorted(file.stem for file in recipes.folder().glob("*.py")))
         ) from error
     _replace_optimizer(found)
-    check_form(found)
     return found
 
 
@@ -128,11 +125,9 @@ def points(name: str) -> list[Point]:
     Raises:
         UserError: there is no such function.
     """
-    from bs_jax.training import validate
-
     module = _module(path())
     known = [name.removeprefix(_SWEEP) for name in vars(module) if name.startswith(_SWEEP)]
-    validate.choose("sweep", name, known)
+    choose("sweep", name, known)
     return getattr(module, _SWEEP + name)()
 
 
@@ -167,7 +162,7 @@ def _module(recipe: str) -> ModuleType:
     return module
 
 
-def load_data(runs: Iterable[Run]) -> str:
+def load_data(runs: Iterable[ResolvedRun]) -> str:
     """Load each data set that runs name, before anything compiles.
 
     The data is checked against the recipe, and cached for worker processes.
@@ -178,15 +173,15 @@ def load_data(runs: Iterable[Run]) -> str:
     Raises:
         UserError: the data is missing, damaged, or does not fit the recipe.
     """
-    from bs_jax.training import inputs, validate
+    from bs_jax.training import checks, inputs
 
     loaded = {}
     for run in runs:
-        key = inputs.data_key(run.config)
+        key = inputs.data_key(run.data)
         if key not in loaded:
-            loaded[key] = inputs.load_data(run.config)
+            loaded[key] = inputs.load_data(run.data)
         data = loaded[key]
-        validate.check_data(run.config, len(data.train), data.image_shape[-1])
+        checks.check_data(run, len(data.train), data.image_shape[-1])
     return "; ".join(
         f"{data.description}: {len(data.train):,} to train on, {len(data.eval):,} to evaluate"
         for data in loaded.values()

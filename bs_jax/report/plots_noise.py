@@ -6,7 +6,7 @@ import numpy as np
 
 from bs_jax.report import style
 from bs_jax.report.plots import end_labels, examples_label
-from bs_jax.scaling.noise_scale import ERRORS
+from bs_jax.scaling.noise import ERRORS
 from bs_jax.statistics.noise_curve import NoiseScaleCurve
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bs_jax.errors import UserError
+from bs_jax.records import stores
 from bs_jax.records.results import Results, load_results
-from bs_jax.records.stores import storage
 from bs_jax.report import origin, plots, sections, style
 from bs_jax.report.numbers import Units
 from bs_jax.report.page import page
@@ -30,7 +30,7 @@ __all__ = ["terminal_findings", "terminal_table", "write_report"]
 _SIGNS = {INVARIANT: ("✓", "green"), NOT_INVARIANT: ("✗", "red"), UNDECIDED: ("?", "yellow")}
 
 
-@storage.plainly()
+@stores.store_errors()
 def write_report(
     workdir: str | Path, results: Results | None = None, analysis: Analysis | None = None
 ) -> Path:
@@ -51,7 +51,7 @@ def write_report(
     analysis = analysis or analyse(results)
     folder = results.workdir / "report"
     try:
-        storage.make_folder(folder)
+        stores.make_folder(folder)
         files = write_tables(results, folder)
         smoothed = smoothed_analysis(results)
         answers = {a.sweep.accuracy_metric: answer(a) for a in (analysis, smoothed) if a}
@@ -62,7 +62,7 @@ def write_report(
             ("deviation", plots.deviation_figure(analysis)),
         ):
             files.append(folder / f"{name}.png")
-            storage.write_bytes(files[-1], style.to_png(figure))
+            stores.write_bytes(files[-1], style.to_png(figure))
         content = page(
             results.sweep.title or f"Sweep {results.sweep.name}",
             sections.opening(results, analysis),
@@ -76,8 +76,8 @@ def write_report(
             origin.without_result(results),
         )
         path = folder / "index.html"
-        storage.write_bytes(path, content.encode("utf-8", "backslashreplace"))
-    except storage.StoreError:
+        stores.write_bytes(path, content.encode("utf-8", "backslashreplace"))
+    except stores.StoreError:
         raise
     except OSError as error:
         raise UserError(
