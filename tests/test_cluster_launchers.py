@@ -12,6 +12,7 @@ from helpers.runs import fake_run
 
 from bs_jax.errors import UserError
 from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_files import Summary
 from bs_jax.sweep import ray_cluster
 from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
@@ -68,7 +69,7 @@ def test_a_run_that_a_lost_node_recorded_and_did_not_tell_of_is_told_once(tmp_pa
         folder = run_folder(tmp_path, run)
         folder.begin()
         MetricsFile(folder.path / "metrics.jsonl", 0).close()
-        folder.finish({"status": "diverged"})
+        folder.finish(Summary("diverged", {}))
     events = []
     display = types.SimpleNamespace(event=lambda task, event: events.append((task, event)))
     told = ray_cluster.Told(display, tmp_path)

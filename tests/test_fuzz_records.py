@@ -14,7 +14,7 @@ from bs_jax.records import metrics_file, results
 from bs_jax.records.metrics_file import MetricsFile
 from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.report import write as report
+from bs_jax.report import terminal
 from bs_jax.statistics import analysis
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def restored(path, content):
 def check(sweep):
     found = results.load_results(sweep)
     analysed = analysis.analyse(found)
-    report.terminal_table(analysed)
+    terminal.verdict_table(analysed)
     return found
 
 

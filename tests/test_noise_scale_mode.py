@@ -21,7 +21,7 @@ from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
 from bs_jax.recipe import FixedValues
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.report import plots_noise
+from bs_jax.report import plots
 from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.statistics import noise_curve
 from bs_jax.training.train import Interrupted, Trainer
@@ -95,7 +95,7 @@ def test_the_table_and_the_figure():
     assert len(lines) <= 18
     assert lines[0].split()[:4] == ["examples", "B_noise", "from", "to"]
     assert lines[-2].split()[0] == "64,000"
-    figure = plots_noise.noise_scale_figure(curve)
+    figure = plots.noise_scale_figure(curve.rows, BATCH, BASE, errors=2.0)
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     texts = {text.get_text() for text in axes.texts}

@@ -58,17 +58,20 @@ def plan(recipe: Mapping[str, Any]) -> ResolvedRun:
     from bs_jax.sweep.points import resolve
     from bs_jax.training.resolve import default_micro_batch_size
 
-    parsed, planned = Recipe.parse(recipe), resolve(recipe)
+    base, planned = Recipe.parse(recipe), resolve(recipe)
     batch, micro = planned.batch_size, planned.micro_batch_size
-    if not parsed.micro_batch_size and batch > 1:
-        micro = min(micro, default_micro_batch_size(batch, parsed.base_batch_size))
+    if not base.micro_batch_size and batch > 1:
+        micro = min(micro, default_micro_batch_size(batch, base.base_batch_size))
     if planned.bn_cross_device and batch // micro > 1:
         raise UserError(
             "config.bn_cross_device couples the gradients of all devices, which hides the noise "
             "between them; set it to False for --mode=noise_scale"
         )
     measured = dataclasses.replace(
-        planned, run_id=f"{planned.run_id}-noise", micro_batch_size=micro, measures_noise=True
+        planned,
+        run_id=f"{planned.run_id}-noise",
+        micro_batch_size=micro,
+        measures_noise=True,
     )
     measured.check_two_micro_batches("--mode=noise_scale")
     return measured
@@ -102,10 +105,11 @@ def read(folder: Path, planned: ResolvedRun) -> NoiseScaleCurve:
 
 def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     """Write ``noise_scale.csv``, ``.json`` and ``.png`` into a folder; return their paths."""
-    from bs_jax.report import plots_noise, style
+    from bs_jax.report import plots, style
+    from bs_jax.scaling.noise import ERRORS
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
-    figure = plots_noise.noise_scale_figure(curve)
+    figure = plots.noise_scale_figure(curve.rows, curve.batch_size, curve.base_batch_size, ERRORS)
     with stores.disk_errors(folder):
         stores.write_bytes(paths[0], curve.to_csv().encode())
         json_files.write_json(paths[1], dataclasses.asdict(curve))

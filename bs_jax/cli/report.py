@@ -30,15 +30,18 @@ def write_report(workdir: Path) -> None:
     """
     from rich.console import Console
 
+    from bs_jax import studies
     from bs_jax.records import results
+    from bs_jax.report import terminal
     from bs_jax.report import write as report
     from bs_jax.statistics import analysis
 
     found = results.load_results(workdir)
     analysed = analysis.analyse(found)
-    path = report.write_report(workdir, found, analysed)
+    extras = studies.extras(found, analysed)
+    path = report.write_report(found, analysed, extras)
     console = Console()
-    console.print(report.terminal_table(analysed))
-    if (answers := report.terminal_findings(analysed)) is not None:
-        console.print(answers)
+    console.print(terminal.verdict_table(analysed))
+    for extra in extras:
+        console.print(extra.terminal)
     print(f"Report: {path}")

@@ -114,7 +114,7 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     distributed.on_first(lambda: stores.check_writable(workdir))
     config.load_data([planned])
 
-    def open_folder(writes: bool = True) -> RunFolder:
+    def open_folder(writes: bool = True) -> RunFolder[ResolvedRun]:
         return RunFolder(workdir, planned, writes=writes, allow_change=FLAGS.allow_config_change)
 
     if not distributed.on_first(lambda: open_folder().done):

@@ -104,7 +104,7 @@ class CohortTrainer:
 
     def train(
         self,
-        folders: list[RunFolder],
+        folders: list[RunFolder[ResolvedRun]],
         vmapped: bool,
         on_event: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
@@ -125,7 +125,7 @@ class CohortTrainer:
         """
         from bs_jax.training import inputs, optimizers, parallel, train
 
-        run: ResolvedRun = folders[0].run
+        run = folders[0].run
         key = (optimizers.cohort_key(run), vmapped)
         if key != self._key:
             self._trainer = None  # frees the old programs before new ones are made

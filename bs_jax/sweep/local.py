@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
+from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep import plan as sweep
@@ -50,7 +51,7 @@ def train_here(
 
 
 def train_one(
-    folder: RunFolder,
+    folder: RunFolder[ResolvedRun],
     display: Display,
     *,
     grace_seconds: float = GRACE_SECONDS,
@@ -74,7 +75,7 @@ def train_one(
 
 def _train(
     trainer: CohortTrainer,
-    folders: list[RunFolder],
+    folders: list[RunFolder[ResolvedRun]],
     vmapped: bool,
     display: Display,
     stop: StopRequest,
