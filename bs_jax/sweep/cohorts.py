@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,7 @@ class CohortTrainer:
         on_event: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
         other_run: Any = None,
+        until_examples: float = math.inf,
     ) -> None:
         """Train runs of one cohort to their ends.
 
@@ -118,6 +120,7 @@ class CohortTrainer:
             on_event: see `train.Trainer.train`.
             should_stop: see `train.Trainer.train`.
             other_run: see `train.Trainer.train`.
+            until_examples: see `train.Trainer.train`.
 
         Raises:
             Interrupted: `should_stop` said so; the states are saved.
@@ -143,4 +146,4 @@ class CohortTrainer:
                     stack.enter_context(folder.locked())
 
             distributed.on_first(lock)
-            self._trainer.train(folders, on_event, should_stop, other_run)
+            self._trainer.train(folders, on_event, should_stop, other_run, until_examples)

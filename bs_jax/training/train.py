@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +74,7 @@ class Trainer:
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
         other_run: OtherRun | None = None,
+        until_examples: float = math.inf,
     ) -> list[Summary]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
@@ -81,6 +84,8 @@ class Trainer:
             on_event: called with ``{"event": "progress" | "run_finished", "run_id": ..., ...}``.
             should_stop: asked between chunks; where it says so, all state is saved.
             other_run: a run without checkpoints of its own begins with the state of that one.
+            until_examples: leave a run at the end of the chunk that has seen so many, with its
+                state saved and its summary "interrupted".
 
         Returns:
             The summaries, in the order of `folders`.
@@ -101,7 +106,7 @@ class Trainer:
                 part = sessions[at : at + size]
                 group = [session for session in part if session is not None]
                 if group:
-                    self._train_group(group, len(part), should_stop)
+                    self._train_group(group, len(part), should_stop, until_examples)
         finally:
             for session in sessions:
                 if session:
@@ -113,7 +118,11 @@ class Trainer:
         return [Summary.parse(content) for content in found]
 
     def _train_group(
-        self, group: list[Session], lanes: int, should_stop: Callable[[], bool]
+        self,
+        group: list[Session],
+        lanes: int,
+        should_stop: Callable[[], bool],
+        until_examples: float,
     ) -> None:
         """Train runs that advance together; a program of more lanes has its last run repeated."""
         # Begin: all at the newest step that each of them has, their records cut back to it.
@@ -130,6 +139,8 @@ class Trainer:
         late: Callable[[], None] | None = None
         first = group[0]
         chunks = self._plan.chunks(first.run.batch_size, first.start_step, first.start_examples)
+        chunks = itertools.takewhile(lambda chunk: chunk.examples < until_examples, chunks)
+        seen = first.start_examples
         for chunk, batches in self._feed.batches(seeds, chunks):
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
             state, metrics = self._programs.train_chunk(state, inputs, train_data, batches)
@@ -140,8 +151,8 @@ class Trainer:
             if late is not None:
                 late()
             late = functools.partial(self._record, group, chunk, metrics, sums)
-            stopping = distributed.any_process(should_stop())
-            if chunk.checkpoint or stopping:
+            stopping, seen = distributed.any_process(should_stop()), chunk.end_examples
+            if chunk.checkpoint or stopping or seen >= until_examples:
                 late()
                 late = None
                 found = self._lanes.split(jax.device_get(state), len(group))
@@ -157,8 +168,9 @@ class Trainer:
         # Finish: the last chunk's metrics and the summary; a run that diverged has its own.
         if late is not None:
             late()
+        status = "done" if seen >= self._plan.last_examples(first.run.batch_size) else "interrupted"
         for session in group:
-            session.finish("done")
+            session.finish(status)
 
     def _record(self, group: list[Session], chunk: Chunk, metrics: Any, sums: Any) -> None:
         fetched = self._lanes.split(jax.device_get((metrics, sums)), len(group))
