@@ -180,7 +180,7 @@ def _find_warnings(
     batch_size: int,
     base_batch_size: int,
     noise_scale: float | None = None,
-    train_examples: int | None = None,
+    train_examples: float | None = None,
     numbers_alone: bool = True,
 ) -> list[str]:
     """Return what a user should know before training, each with the largest safe batch size.
@@ -284,7 +284,7 @@ def _noise(
     ]
 
 
-def _updates(batch_size: int, train_examples: int | None) -> list[str]:
+def _updates(batch_size: int, train_examples: float | None) -> list[str]:
     if train_examples is None or train_examples >= MIN_UPDATES * batch_size:
         return []
     return [

@@ -279,7 +279,7 @@ def _is_floating(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def at_count(step: Step, count: Scalar | None) -> Step:
+def at_count(step: Step, count: Scalar) -> Step:
     r"""Let bias corrections see ``count`` in place of the number of updates.
 
     The decays used so far multiply up to ``decay^(examples/B0)``, which a single count and the
@@ -288,13 +288,11 @@ def at_count(step: Step, count: Scalar | None) -> Step:
 
     Args:
         step: the optimizer's own update.
-        count: updates of the present size that the examples seen so far amount to, or ``None``.
+        count: updates of the present size that the examples seen so far amount to.
 
     Returns:
         The step; in the state that it returns, counts are updates done.
     """
-    if count is None:
-        return step
     shown = jnp.asarray(count, jnp.float32)
 
     def is_counted(node: object) -> bool:
@@ -335,7 +333,7 @@ class BaseMoment:
     """
 
     kind: str
-    decay: Scalar | Callable[[Any], Scalar]
+    decay: Any
     k: Scalar
     square: tuple[PyTree, PyTree]
     floor: float = VARIANCE_FLOOR
@@ -346,7 +344,7 @@ class BaseMoment:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
         if self.kind == "sum":
             return 1.0, self.k, 1.0, 1.0
-        keep = self.decay(node.count) if callable(self.decay) else self.decay
+        keep: Scalar = self.decay(node.count) if callable(self.decay) else self.decay
         if self.kind == "layer":
             first = node.count == 0
             return jnp.where(first, 0.0, keep), jnp.where(first, 1.0, 1 - keep), keep, 1 - keep

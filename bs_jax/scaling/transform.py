@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
@@ -237,11 +237,10 @@ def _transformation(
             used = {**values, decay_name: _usable_decay(values[decay_name])}
         optimizer = recipe.build(used, clock)
 
-        def step(inner_state: Any) -> tuple[PyTree, Any]:
+        def own_step(inner_state: Any) -> tuple[PyTree, Any]:
             return optimizer.update(updates, inner_state, params, **extra_args)
 
-        if count is not None:
-            step = moments.at_count(step, count)
+        step = own_step if count is None else moments.at_count(own_step, count)
         if replaces:
             if microbatch is None and not scaled.is_identity:
                 raise missing_noise(recipe, rule, by_coordinate=True)
@@ -302,7 +301,7 @@ def _transformation(
             return static_update(plain, updates, state, params, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def _measured(online: NoiseScaleState, base_batch_size: int) -> Noise:
