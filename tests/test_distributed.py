@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import finish, joined, lines, run, wait_for
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
 from bs_jax.data import pipeline
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, distributed, parallel, step
 
 TRAIN = "--mode=train"

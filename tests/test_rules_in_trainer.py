@@ -2,14 +2,14 @@
 
 import jax
 import pytest
-from scaling_helpers import assert_close, gradients
-from scaling_helpers import train as train_by
-from training_helpers import tiny_config
+from helpers.scaling import assert_close, gradients
+from helpers.scaling import train as train_by
+from helpers.training import tiny_config
 
 from bs_jax import scale_by_batch
-from bs_jax.experiments.points import resolve
 from bs_jax.scaling import explain
 from bs_jax.scaling.optimizers import Recipe, resolve_factory
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
 BASE = 64

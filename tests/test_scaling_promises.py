@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from scaling_helpers import PARAMS, assert_close, functions_run, gradients, train
+from helpers.scaling import PARAMS, assert_close, functions_run, gradients, train
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import MicrobatchStats, ScalingWarning, hyperparams, scale_by_batch

@@ -11,12 +11,15 @@ import pytest
 from helpers.fake_gcs import BUCKET, serving
 from helpers.synthetic_records import edit_json, write_records
 
-from bs_jax import storage
 from bs_jax.data import sources
 from bs_jax.errors import UserError
-from bs_jax.experiments import report, results
-from bs_jax.experiments._report_tables import write_tables
-from bs_jax.training import checkpoint, compilation, records
+from bs_jax.records import results
+from bs_jax.records import run_folder as records
+from bs_jax.records.stores import storage
+from bs_jax.report import write as report
+from bs_jax.report.tables import write_tables
+from bs_jax.statistics.analysis import analyse
+from bs_jax.training import checkpoint, compilation
 from bs_jax.training.state import TrainState
 
 fsspec = pytest.importorskip("fsspec")
@@ -238,7 +241,7 @@ def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(store, roo
     assert found.rows == wanted.rows
     assert found.problems == wanted.problems
     assert len(found.problems) == 1
-    assert report.write_report(root, found) == root / "report" / "index.html"
+    assert report.write_report(found, analyse(found)) == root / "report" / "index.html"
     (local / "tables").mkdir()
     for path in write_tables(wanted, local / "tables"):
         assert storage.read_bytes(root / "report" / path.name) == path.read_bytes()
