@@ -212,6 +212,20 @@ def test_arrays_that_nothing_is_known_of_are_warned_of_when_the_batch_size_chang
         tx.update(PARAMS, state, PARAMS, batch_size=jnp.int32(512))
 
 
+class OtherCount(NamedTuple):
+    mu: Any
+    nu: Any
+    step: Any
+
+
+def test_a_count_that_is_not_called_so_is_warned_of_when_the_batch_size_changes():
+    tx = scaled(own_adam(OtherCount), "sqrt", family="adam")(1e-2)
+    state = tx.init(PARAMS)
+    tx.update(PARAMS, state, PARAMS)
+    with pytest.warns(ScalingWarning, match=r"OtherCount\(mu, nu, step\) has no field 'count'"):
+        tx.update(PARAMS, state, PARAMS, batch_size=jnp.int32(512))
+
+
 def test_momentum_that_is_switched_off_has_nothing_to_follow():
     def mine(rate, momentum=0.0):
         return optax.sgd(rate, momentum or None)

@@ -192,19 +192,13 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
         UserError: if the state does not hold a moment that has to be restated.
 
     Warns:
-        ScalingWarning: if the state holds arrays of which nothing is known.
+        ScalingWarning: if the state holds arrays, or a count, of which nothing is known.
     """
     family = new.family
     if not new.rule.time_constants:
         return state
-    for found in _unknown_states(state):
-        warnings.warn(
-            f"{new.optimizer}: nothing is known of its state {found}, which stays as it is while"
-            f" the batch size changes; call fields that hold moments by optax's names"
-            f" ({', '.join(_MOMENTS)})",
-            ScalingWarning,
-            stacklevel=2,
-        )
+    for caution in _cautions(state):
+        warnings.warn(f"{new.optimizer}: {caution}", ScalingWarning, stacklevel=2)
     if family is None:
         if any(map(_holds_moments, _nodes(state))):
             raise UserError(
@@ -225,21 +219,19 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
         "ema": step if family.trace_after_lr else 1.0,
     }
 
-    def restate(node: Any) -> Any:
-        moments = _moments_of(node)
-        if not moments:
-            return node
-        if family.second_moment == "centered_raw":
-            # Only the spread about the average changes with the batch size.
-            def spread(n: jax.Array, m: jax.Array) -> jax.Array:
-                return jnp.square(m) + second * (n - jnp.square(m))
+    def spread(nu: jax.Array, mu: jax.Array) -> jax.Array:
+        # Of a raw second moment only the spread about the average changes with the batch size.
+        return jnp.square(mu) + second * (nu - jnp.square(mu))
 
-            return _replace(node, {"nu": tree_map(spread, node.nu, node.mu)})
+    def restate(node: Any) -> Any:
         changes: dict[str, PyTree] = {}
-        for name in moments:
+        for name in _moments_of(node):
             factor = factors.get(name, second)
-            changes[name] = tree_map(lambda x, f=factor: x * f, getattr(node, name))
-        return _replace(node, changes)
+            if name == "nu" and family.second_moment == "centered_raw":
+                changes[name] = tree_map(spread, node.nu, node.mu)
+            else:
+                changes[name] = tree_map(lambda x, f=factor: x * f, getattr(node, name))
+        return _replace(node, changes) if changes else node
 
     return jax.tree.map(restate, state, is_leaf=_holds_moments)
 
@@ -262,21 +254,34 @@ def _check_carried(state: State, scaled: Scaled, family: Family) -> None:
             )
 
 
-def _unknown_states(state: State) -> list[str]:
-    """Return class and fields of the states that hold arrays of which nothing is known."""
+def _cautions(state: State) -> list[str]:
+    """Return a sentence for each state with something that may have to follow the batch size."""
     found: list[str] = []
     for node in _nodes(state):
-        if _moments_of(node) or type(node).__name__ in _NO_MOMENTS:
-            continue
-        own = [getattr(node, name) for name in _fields(node)]
-        own = [x for x in own if not any(True for _ in _nodes(x))]
-        if any(jnp.ndim(x) and _is_floating(x) for x in jax.tree.leaves(own)):
-            found.append(f"{type(node).__name__}({', '.join(_fields(node))})")
+        own = {name: getattr(node, name) for name in _fields(node)}
+        shown = f"{type(node).__name__}({', '.join(own)})"
+        if _moments_of(node):
+            if "count" not in own and any(map(_is_count, own.values())):
+                found.append(
+                    f"its state {shown} has no field 'count'; if one of them counts updates for a"
+                    " bias correction, call it so: it has to follow the batch size"
+                )
+        elif type(node).__name__ not in _NO_MOMENTS and any(map(_has_arrays, own.values())):
+            found.append(
+                f"nothing is known of its state {shown}, which stays as it is while the batch size"
+                f" changes; call fields that hold moments by optax's names ({', '.join(_MOMENTS)})"
+            )
     return found
 
 
-def _is_floating(x: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+def _is_count(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) and jnp.ndim(x) == 0
+
+
+def _has_arrays(x: Any) -> bool:
+    """Whether a field is a tree of floating arrays, with no state inside."""
+    leaves = [] if any(True for _ in _nodes(x)) else jax.tree.leaves(x)
+    return any(jnp.ndim(y) and jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in leaves)
 
 
 def at_count(step: Step, count: Scalar) -> Step:
