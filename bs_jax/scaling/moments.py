@@ -350,10 +350,11 @@ class BaseMoment:
         if self.kind == "sum":
             return 1.0, self.k, 1.0, 1.0
         keep: Scalar = self.decay(node.count) if callable(self.decay) else self.decay
+        add = 1 - keep
         if self.kind == "layer":
             first = node.count == 0
-            return jnp.where(first, 0.0, keep), jnp.where(first, 1.0, 1 - keep), keep, 1 - keep
-        return keep, 1 - keep, keep, 1 - keep
+            return jnp.where(first, 0.0, keep), jnp.where(first, 1.0, add), keep, add
+        return keep, add, keep, add
 
 
 def update_with_base_moment(

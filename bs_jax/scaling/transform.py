@@ -285,7 +285,8 @@ def _transformation(
         decay = noise_decay**k
         if second_moment == "sum":
             # What the optimizer sums without end is compared with a noise averaged likewise.
-            decay = (examples / size) / (examples / size + 1)
+            done = examples / size
+            decay = done / (done + 1)
         return noise.update_noise_scale(online, updates, microbatch, batch_size=size, decay=decay)
 
     def update(
