@@ -64,7 +64,7 @@ def scale_by_batch(
     noise_decay: float = noise.DECAY,
     variance_floor: float = moments.VARIANCE_FLOOR,
 ) -> Callable[P, optax.GradientTransformationExtraArgs]:
-    r"""Let an optax factory take hyperparameters tuned at one batch size and serve another.
+    r"""Wrap an optax factory: hyperparameters tuned at one batch size, training at another.
 
     Every hyperparameter becomes what the rule says at ``k = batch_size / base_batch_size``; for
     Adam under ``"invariant"``: ``lr k``, ``b1^k``, ``b2^k``, and the second moment estimated as
