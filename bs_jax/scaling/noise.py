@@ -81,7 +81,9 @@ def value_grad_and_stats(
         >>> value.shape, grads.shape, stats.count
         ((), (3,), 2)
     """
-    whole = isinstance(cast(object, microbatches), int | np.integer) and not isinstance(microbatches, bool)
+    whole = isinstance(cast(object, microbatches), int | np.integer) and not isinstance(
+        microbatches, bool
+    )
     if not whole or microbatches < 1:
         raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
     microbatches = int(microbatches)
