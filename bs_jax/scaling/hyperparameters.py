@@ -168,6 +168,7 @@ class Scaled:
         rule: the scaling rule.
         k: batch size over base batch size.
         noise: the noise of the base batch's gradient; ``None`` where it is not known.
+        known: whether the optimizer stands in the table, so that its state is known as well.
     """
 
     optimizer: str
@@ -177,6 +178,7 @@ class Scaled:
     rule: ScalingRule
     k: Scalar
     noise: Noise | None = None
+    known: bool = False
 
     @functools.cached_property
     def is_identity(self) -> bool:

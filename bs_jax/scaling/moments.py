@@ -93,21 +93,21 @@ def _fields(node: object) -> tuple[str, ...]:
     return getattr(node, "_fields", ()) if isinstance(node, tuple) else ()
 
 
-def _moments_of(node: object) -> tuple[str, ...]:
-    """Return the names of the fields that hold moments; none for anything but a state of them."""
+def _moments_of(node: object, known: bool) -> tuple[str, ...]:
+    """Return the names of the fields that hold moments; none for anything but a state of them.
+
+    Names decide in a user's own optimizer alone: parameters may have fields called "mu" too.
+    """
     if type(node).__module__.partition(".")[0] == "optax":
         return _KNOWN.get(type(node).__name__, ())
-    named = isinstance(node, tuple) or dataclasses.is_dataclass(node)
+    named = not known and (isinstance(node, tuple) or dataclasses.is_dataclass(node))
     return tuple(name for name in _MOMENTS if hasattr(node, name)) if named else ()
 
 
-def _holds_moments(node: object) -> bool:
-    return bool(_moments_of(node))
-
-
-def _states(state: State) -> list[Any]:
+def _states(state: State, known: bool) -> list[Any]:
     """Return the states with moments inside a state."""
-    return [x for x in jax.tree.leaves(state, is_leaf=_holds_moments) if _holds_moments(x)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: bool(_moments_of(node, known)))
+    return [leaf for leaf in leaves if _moments_of(leaf, known)]
 
 
 def _replace(node: Any, changes: Mapping[str, Any]) -> Any:
@@ -125,10 +125,10 @@ def _described(state: State) -> str:
 
 
 def _nodes(state: State) -> Iterator[Any]:
-    """Walk through the named states in a state, down to those that hold moments."""
+    """Walk through the named states in a user's own state, down to those that hold moments."""
     if _fields(state):
         yield state
-        if not _holds_moments(state):
+        if not _moments_of(state, known=False):
             for name in _fields(state):
                 yield from _nodes(getattr(state, name))
     elif isinstance(state, (tuple, list)):
@@ -154,13 +154,13 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
     """
     family = scaled.family
     kind = family.second_moment if family is not None else "none"
-    nodes = [n for n in _states(state) if next(iter(_SECOND[kind])) in _moments_of(n)]
+    first, known = next(iter(_SECOND[kind])), scaled.known
+    nodes = [n for n in _states(state, known) if first in _moments_of(n, known)]
     if not nodes:
-        names = " or ".join(repr(name) for name in list(_SECOND[kind])[:1])
         raise UserError(
             f"rule {scaled.rule.name!r} makes the second moment of {scaled.optimizer} that of the"
             f" base batch size, but its state has none: found {_described(state)}; name the field"
-            f" {names} if it is one of family {family.name if family else None!r}, give the family"
+            f" {first!r} if it keeps one as optax's optimizers of that family do, give the family"
             " that fits, or use rule='noise_aware'"
         )
     if kind == "layer" and any("count" not in _fields(node) for node in nodes):
@@ -197,10 +197,10 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
     family = new.family
     if not new.rule.time_constants:
         return state
-    for caution in _cautions(state):
+    for caution in [] if new.known else _cautions(state):
         warnings.warn(f"{new.optimizer}: {caution}", ScalingWarning, stacklevel=2)
     if family is None:
-        if any(map(_holds_moments, _nodes(state))):
+        if _states(state, new.known):
             raise UserError(
                 f"the batch size changes, and how the moments of {new.optimizer} follow depends on"
                 " its family: pass family= (e.g. family='adam'), or keep the batch size constant"
@@ -225,7 +225,7 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
 
     def restate(node: Any) -> Any:
         changes: dict[str, PyTree] = {}
-        for name in _moments_of(node):
+        for name in _moments_of(node, new.known):
             factor = factors.get(name, second)
             if name == "nu" and family.second_moment == "centered_raw":
                 changes[name] = tree_map(spread, node.nu, node.mu)
@@ -233,12 +233,13 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
                 changes[name] = tree_map(lambda x, f=factor: x * f, getattr(node, name))
         return _replace(node, changes) if changes else node
 
-    return jax.tree.map(restate, state, is_leaf=_holds_moments)
+    return jax.tree.map(restate, state, is_leaf=lambda node: bool(_moments_of(node, new.known)))
 
 
 def _check_carried(state: State, scaled: Scaled, family: Family) -> None:
     """Raise a ``UserError`` unless the state holds what this recipe has to restate."""
-    held = {name for node in _states(state) for name in _moments_of(node)}
+    states = _states(state, scaled.known)
+    held = {name for node in states for name in _moments_of(node, scaled.known)}
     wanted: list[tuple[str, set[str]]] = []
     if family.second_moment != "none":
         wanted.append(("second moment", {"nu", "sum_of_squares", "v_row"}))
@@ -260,7 +261,7 @@ def _cautions(state: State) -> list[str]:
     for node in _nodes(state):
         own = {name: getattr(node, name) for name in _fields(node)}
         shown = f"{type(node).__name__}({', '.join(own)})"
-        if _moments_of(node):
+        if _moments_of(node, known=False):
             if "count" not in own and any(map(_is_count, own.values())):
                 found.append(
                     f"its state {shown} has no field 'count'; if one of them counts updates for a"
@@ -284,7 +285,7 @@ def _has_arrays(x: Any) -> bool:
     return any(jnp.ndim(y) and jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in leaves)
 
 
-def at_count(step: Step, count: Scalar) -> Step:
+def at_count(step: Step, count: Scalar, *, known: bool = False) -> Step:
     r"""Let bias corrections see ``count`` in place of the number of updates.
 
     The decays used so far multiply up to ``decay^(examples/B0)``, which a single count and the
@@ -294,6 +295,7 @@ def at_count(step: Step, count: Scalar) -> Step:
     Args:
         step: the optimizer's own update.
         count: updates of the present size that the examples seen so far amount to.
+        known: whether the optimizer is in the table (see ``Scaled``).
 
     Returns:
         The step; in the state that it returns, counts are updates done.
@@ -301,7 +303,7 @@ def at_count(step: Step, count: Scalar) -> Step:
     shown = jnp.asarray(count, jnp.float32)
 
     def is_counted(node: object) -> bool:
-        return _holds_moments(node) and "count" in _fields(node)
+        return bool(_moments_of(node, known)) and "count" in _fields(node)
 
     def show(node: Any) -> Any:
         return _replace(node, {"count": shown}) if is_counted(node) else node
@@ -333,8 +335,8 @@ class BaseMoment:
         square: v0 and its noise part, from ``noise.base_square``.
         floor: smallest share of the averaged noise part.
         eps: what the optimizer adds to each squared gradient.
-        direct: whether the optimizer squares the gradients as given; otherwise (a user's own
-            chain with, say, clipping in front) what it squares is found by a trial update.
+        known: whether the optimizer is in the table, so that it squares the gradients as given;
+            what a user's own squares (behind clipping, say) is found by a trial update.
     """
 
     kind: str
@@ -343,7 +345,7 @@ class BaseMoment:
     square: tuple[PyTree, PyTree]
     floor: float = VARIANCE_FLOOR
     eps: Scalar = 0.0
-    direct: bool = True
+    known: bool = False
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
@@ -381,7 +383,7 @@ def update_with_base_moment(
     first_field = next(iter(fields))
 
     def holds(node: object) -> bool:
-        return first_field in _moments_of(node)
+        return first_field in _moments_of(node, moment.known)
 
     def leaf(
         reduce: _Reduce,
@@ -407,7 +409,7 @@ def update_with_base_moment(
     given = tree_map(abs_square, grads)
     leaves, treedef = jax.tree.flatten(state, is_leaf=holds)
     held = [i for i, node in enumerate(leaves) if holds(node)]
-    trial = None if moment.direct else _trial(step, leaves, treedef, held, first_field)
+    trial = None if moment.known else _trial(step, leaves, treedef, held, first_field)
     old_widths, widths = iter(variance), list[PyTree]()
     kept: dict[int, dict[str, Any]] = {i: {} for i in held}
     for i in held:

@@ -45,8 +45,8 @@ class Optimizer:
         clock: ``clock(scaled)`` gives those keywords; empty where the plain factory serves.
         implied: hyperparameter -> the value, or the name of the argument, that ``None`` stands for.
         variant: arguments -> the optimizer, where its roles depend on them.
-        known: whether it is known to square the gradients as they are given. A user's own chain
-            may clip them in front.
+        known: whether its state is known, and that it squares gradients as they are given; a
+            user's own chain may clip them in front.
     """
 
     factory: Factory
@@ -345,6 +345,7 @@ class Recipe:
             rule=rule,
             k=k,
             noise=noise,
+            known=self.optimizer.known,
         )
 
     def clock(self, scaled: Scaled) -> dict[str, Scalar]:

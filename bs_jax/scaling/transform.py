@@ -240,7 +240,7 @@ def _transformation(
         def own_step(inner_state: Any) -> tuple[PyTree, Any]:
             return optimizer.update(updates, inner_state, params, **extra_args)
 
-        step = own_step if count is None else moments.at_count(own_step, count)
+        step = own_step if count is None else moments.at_count(own_step, count, known=scaled.known)
         if replaces:
             if microbatch is None and not scaled.is_identity:
                 raise missing_noise(recipe, rule, by_coordinate=True)
@@ -251,7 +251,7 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
-                direct=recipe.optimizer.known,
+                known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
                 step, inner_state, updates, state.variance, moment
