@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bs_jax.records.files import number
 from bs_jax.records.results import DAMAGED, DIVERGED, MISSING, UNFINISHED, Results
+from bs_jax.report.numbers import duration
 from bs_jax.report.page import Html, Section, bullets, html, tag
 
 _MAX_NAMED = 50
@@ -31,7 +32,7 @@ def reproduce(results: Results, files: Sequence[Path]) -> Section:
         "device": _distinct(results, "device"),
         "code revision": _distinct(results, "git_revision"),
         "versions": ", ".join(f"{name} {' / '.join(found)}" for name, found in versions.items()),
-        "training time, all runs added up": _duration(total) if total else "",
+        "training time, all runs added up": duration(total) if total else "",
     }
     items = [html(tag("b", name), f": {value}") for name, value in facts.items() if value]
     links = [tag("a", path.name, href=path.name) for path in files]
@@ -50,19 +51,6 @@ def _distinct(results: Results, field: str) -> str:
         if isinstance(value := run.summary.get(field), str) and value
     )
     return " / ".join(list(found)[:5])
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> _duration(95), _duration(7300)
-    ('1 min 35 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def without_result(results: Results) -> Section | None:
