@@ -104,6 +104,7 @@ def read(folder: Path, planned: Run) -> NoiseScaleCurve:
 def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     """Write ``noise_scale.csv``, ``.json`` and ``.png`` into a folder; return their paths."""
     from bs_jax.report import plots, style
+    from bs_jax.statistics.noise_curve import ERRORS
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
     figure = plots.noise_scale_figure(curve.rows, curve.batch_size, curve.base_batch_size, ERRORS)

@@ -275,7 +275,8 @@ def price(analysis: Analysis) -> Section | None:
         )
     notes = [
         f"“The base's loss” is its {in_words(analysis.sweep.curve_metric)} after "
-        f"{share(LEVEL_AT)} of its training, where every rule is still on its way.",
+        f"{share(LEVEL_AT)} of its training, where every rule is still on its way. "
+        "Where the curves are flat already, the examples to it say little.",
         "Times are medians over runs of wall time as it was, evaluations included, beside whatever "
         "else ran on the machine.",
     ]
