@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bs_jax.scaling import MicrobatchStats, ScalingRule, hyperparams, quadratic, scale_by_batch
+from bs_jax.scaling import MicrobatchStats, ScalingRule, hyperparams, problems, scale_by_batch
 
 SIGMAS = (10.0, 1.0, 0.3)
 RAMP = (64, 128, 256, 512)
@@ -43,16 +43,16 @@ RAMPED = {
 @pytest.mark.parametrize("name", RAMPED)
 def test_a_ramp_tracks_the_constant_run(name):
     factory, rule, recipe = RAMPED[name]
-    base = quadratic.run(make(factory, "none", **recipe), k=1, sigmas=SIGMAS)
-    ramped = quadratic.run(
+    base = problems.run(make(factory, "none", **recipe), k=1, sigmas=SIGMAS)
+    ramped = problems.run(
         make(factory, rule, **recipe), k=1, sigmas=SIGMAS, microbatches=2, batch_sizes=RAMP
     )
     np.testing.assert_allclose(ramped, base, atol=0.012)
 
 
 def test_a_ramp_down_tracks_too():
-    base = quadratic.run(make(optax.adam, "none", **ADAM), k=1, sigmas=SIGMAS)
-    down = quadratic.run(
+    base = problems.run(make(optax.adam, "none", **ADAM), k=1, sigmas=SIGMAS)
+    down = problems.run(
         make(optax.adam, "noise_aware", **ADAM),
         k=8,
         sigmas=SIGMAS,

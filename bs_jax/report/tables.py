@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bs_jax.records import stores
 from bs_jax.records.results import Results
-from bs_jax.records.stores import storage
 from bs_jax.statistics.analysis import Analysis
 from bs_jax.statistics.contrasts import Comparison
 from bs_jax.statistics.curves import Deviation
@@ -25,7 +25,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     """
     columns = _columns(results)
     written = [folder / "results.csv"]
-    storage.write_bytes(written[0], _csv(list(columns), zip(*columns.values(), strict=True)))
+    stores.write_bytes(written[0], _csv(list(columns), zip(*columns.values(), strict=True)))
     try:
         import pyarrow
         import pyarrow.parquet
@@ -33,7 +33,7 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
         return written
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    storage.write_bytes(folder / "results.parquet", buffer.getvalue())
+    stores.write_bytes(folder / "results.parquet", buffer.getvalue())
     return [*written, folder / "results.parquet"]
 
 

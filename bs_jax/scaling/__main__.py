@@ -9,7 +9,7 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.explain import explain
-from bs_jax.scaling.roles import registered
+from bs_jax.scaling.optimizers import registered
 from bs_jax.scaling.rules import RULES
 
 

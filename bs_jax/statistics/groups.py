@@ -125,10 +125,11 @@ def collect(
 def aged_curve(run: Run, metric: str, batch_size: int) -> curves.Aged:
     """A metric of a run over the age of the weights, by the batch size recorded at each row."""
     curve = run.curves[metric]
-    sizes: float | np.ndarray = batch_size
+    sizes = np.full(len(curve.examples), float(batch_size))
     if (recorded := run.curves.get("batch_size")) is not None and len(recorded.examples):
         rows = np.searchsorted(recorded.examples, curve.examples)
-        sizes = recorded.values[np.minimum(rows, len(recorded.values) - 1)]
+        found = recorded.values[np.minimum(rows, len(recorded.values) - 1)]
+        sizes = np.where(np.isfinite(found) & (found > 0), found, sizes)
     # Only what is measured while a batch trains lags behind the weights.
     return curves.at_age(curve, sizes if metric.startswith("train/") else 0)
 

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from bs_jax.records.files import number
 from bs_jax.records.results import Curve, Run
 
 # Of the base's training: its last loss is reached at the very end by whoever follows, and not at
@@ -47,28 +45,26 @@ class Price:
 
 
 def price(runs: Sequence[Run]) -> Price:
-    """Medians over the finished runs of what their summaries say.
+    """Medians over finished runs of what their summaries say.
+
+    A run's seconds are those of its last process, so a resumed run's are scaled up to all updates.
 
     Args:
       runs: finished.
 
     Returns:
-      The `Price`; a resumed run counts what it trained since.
+      The `Price`.
     """
-    found = [_of_run(run.summary) for run in runs]
-    columns = zip(*found, strict=True) if found else [(), (), ()]
-    return Price(*(_median(column) for column in columns))
-
-
-def _of_run(summary: Mapping[str, Any]) -> tuple[float, float, float]:
-    step, examples, seconds = (
-        math.nan if (value := number(summary.get(name))) is None else value
-        for name in ("step", "examples", "wall_time_seconds")
-    )
-    resumed = number(summary.get("resumed_at_step", 0)) or 0.0
-    trained = 1 - resumed / step if step > 0 else math.nan
-    whole = seconds / trained if trained > 0 else math.nan
-    return step, whole, examples / whole if whole > 0 else math.nan
+    updates, seconds, speeds = [], [], []
+    for summary in (run.summary for run in runs if run.summary is not None):
+        trained = summary.step - summary.resumed_at_step
+        if summary.step <= 0 or trained <= 0:
+            continue
+        updates.append(summary.step)
+        seconds.append(summary.wall_time_seconds * summary.step / trained)
+        if seconds[-1] > 0:
+            speeds.append(summary.examples / seconds[-1])
+    return Price(_median(updates), _median(seconds), _median(speeds))
 
 
 def _median(values: Sequence[float]) -> float:
@@ -95,7 +91,7 @@ def share_inside(runs: Sequence[Run]) -> Inside | None:
     ...     "noise_scale": Curve(seen, np.array([np.nan, 32.0, 80.0, 90.0])),
     ...     "noise_scale_low": Curve(seen, np.array([np.nan, 20.0, 60.0, 70.0])),
     ... }
-    >>> found = share_inside([Run("r", "done", {}, "", {}, {}, (), curves, {})])
+    >>> found = share_inside([Run("r", "done", {}, "", {}, {}, (), curves, None)])
     >>> f"{found.share:.2f} {found.low:.2f} {found.high:.2f} {found.unknown:.2f}"
     '0.67 0.33 0.67 0.25'
     """

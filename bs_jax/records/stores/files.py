@@ -1,8 +1,7 @@
-"""Where records lie: a disk, or an object store (``gs://``, ``s3://``) by fsspec's drivers.
+"""Reads and writes files on a disk, or objects in an object store by fsspec's drivers.
 
-A path is a `pathlib.Path`, or for a URL an `etils.epath.Path`: names are joined alike. Whatever
-reads or writes goes through this module, which knows what a disk can (append, rename, fsync) and
-what an object store can (put a whole object, list a prefix; no folders, no appending).
+A disk can append, rename and fsync. An object store can put a whole object and list a prefix; it
+has no folders and cannot append. Every function here gives the same result on both.
 """
 
 from __future__ import annotations
@@ -19,32 +18,29 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from bs_jax.errors import UserError
+from bs_jax.records.stores.errors import StoreError, disk_errors, driver_errors
 
 _DRIVERS = {  # scheme: package, its class, extra of bs_jax
     "gs": ("gcsfs", "GCSFileSystem", "gcs"),
     "s3": ("s3fs", "S3FileSystem", "s3"),
 }
 _REQUESTS_AT_ONCE = 32
-_HAND_OVER_SECONDS = 5.0
+_SECONDS_BETWEEN_PUTS = 5.0  # of a file that grows in an object store
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class StoreError(OSError):
-    """An object store refused, or cannot be reached; ``strerror`` says why in one line."""
 
 
 def to_path(text: str, flag: str = "--workdir") -> Path:
     """The path that a flag names.
 
     Args:
-        text: a folder, or the URL of one in an object store.
-        flag: for the error.
+        text: a folder, or the URL of a folder in an object store.
+        flag: the flag's name, for the error.
 
     Returns:
         A `pathlib.Path`; for a URL an `etils.epath.Path`, which joins names in the same way.
@@ -64,29 +60,29 @@ def to_path(text: str, flag: str = "--workdir") -> Path:
     found = re.fullmatch(r"(\w+)://([^/]+)(/.*)?", text)
     if found is None or found[1] not in _DRIVERS:
         raise UserError(f"{flag}={text}: give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH")
-    _store(found[1])  # says what is not installed
+    driver(found[1])  # says what is not installed
     from etils import epath
 
     return cast(Path, epath.Path(text))
 
 
 def local_path(text: str, name: str) -> Path:
-    """The path of what must lie on a disk.
+    """A path that must be on a disk.
 
     Args:
         text: a folder or a file.
-        name: of the setting, for the error.
+        name: the setting's name, for the error.
 
     Raises:
-        UserError: it is a URL.
+        UserError: the text is a URL.
 
     >>> local_path("gs://images", "folder:")
     Traceback (most recent call last):
     ...
-    bs_jax.errors.UserError: folder: gs://images is no path of a disk; copy it to one, or mount it
+    bs_jax.errors.UserError: folder: gs://images is not on a disk; copy it to one, or mount it
     """
     if "://" in text:
-        raise UserError(f"{name} {text} is no path of a disk; copy it to one, or mount it")
+        raise UserError(f"{name} {text} is not on a disk; copy it to one, or mount it")
     return _expanded(text, name)
 
 
@@ -98,7 +94,7 @@ def _expanded(text: str, name: str) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is of an object store.
+    """Whether a path is in an object store.
 
     >>> is_remote(Path("runs/one"))
     False
@@ -107,86 +103,71 @@ def is_remote(path: Path) -> bool:
 
 
 def text_of(path: Path) -> str:
-    """What `to_path` makes the same path of, in any working directory."""
+    """The text that `to_path` turns into the same path, in any working directory."""
     return str(path if is_remote(path) else path.absolute())
 
 
 @functools.cache
-def _store(scheme: str) -> Any:
+def driver(scheme: str) -> Any:
+    """The fsspec file system of a scheme, made once.
+
+    Raises:
+        UserError: its package is not installed.
+    """
     package, name, extra = _DRIVERS[scheme]
     # gcsfs has a second driver, for zonal buckets, that asks by another API what a bucket is.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
-        driver = getattr(importlib.import_module(f"{package}.core"), name)
+        found = getattr(importlib.import_module(f"{package}.core"), name)
     except ImportError as error:
         raise UserError(
             f"{scheme}:// needs {package} ({error}); install it: pip install {package}, or "
             f"'bs_jax[{extra}]'"
         ) from error
-    # It would tell in a traceback what is raised as well.
+    # It would log a traceback for every error that it also raises.
     logging.getLogger(package).setLevel("CRITICAL")
-    with _errors(f"{scheme}://"):
-        return driver(use_listings_cache=False)  # others write there as well
+    with driver_errors(f"{scheme}://"):
+        return found(use_listings_cache=False)  # other processes write there as well
 
 
-def _store_of(path: Path) -> Any:
-    return _store(str(path).split("://")[0])
+def _driver_of(path: Path) -> Any:
+    return driver(str(path).split("://")[0])
 
 
-@contextlib.contextmanager
-def _errors(path: object, *, missing: bool = False) -> Iterator[None]:
-    """Raise as `StoreError` whatever a driver raises, but FileNotFoundError where it may be."""
-    try:
-        yield
-    except (UserError, FileExistsError, StoreError):
-        raise
-    except Exception as error:  # of aiohttp, botocore, google.auth, ...
-        if missing and isinstance(error, FileNotFoundError):
-            raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            reason = "no such bucket"  # objects are made by writing them
-        raise StoreError(errno.EIO, reason[:200], str(path)) from error
-
-
-@contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Raise a `StoreError` as a `UserError` that says what to do. A decorator as well."""
-    try:
-        yield
-    except StoreError as error:
-        raise UserError(
-            f"cannot use {error.filename}: {error.strerror}; check the bucket's name, your "
-            "credentials and the network, then give the same command again"
-        ) from error
-
-
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The content of a file.
+
+    Args:
+        path: an ordinary file: opening a pipe would wait for somebody to write in it.
+        limit: bytes; a larger file is refused.
 
     Raises:
         FileNotFoundError: there is none.
-        OSError: it cannot be read.
+        IsADirectoryError: it is a folder, a pipe or a device.
+        OSError: it cannot be read, or is larger than the limit.
     """
     if is_remote(path):
-        with _errors(path, missing=True):
-            return _store_of(path).cat_file(str(path))
-    # A pipe would be waited for until somebody writes in it.
+        with driver_errors(path, missing=True):
+            return _driver_of(path).cat_file(str(path))
     with open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise IsADirectoryError(errno.EISDIR, "Is no ordinary file", str(path))
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "Not an ordinary file", str(path))
+        if limit is not None and status.st_size > limit:
+            size = f"{status.st_size:,} bytes, more than any record has"
+            raise OSError(errno.EFBIG, size, str(path))
         return file.read()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or leave the old one: a reader never sees half of it.
+    """Write a whole file, or leave the old one: a reader never sees half a file.
 
     Raises:
         OSError: it cannot be written.
     """
     if is_remote(path):
-        with _errors(path):
-            _store_of(path).pipe_file(str(path), content)
+        with driver_errors(path):
+            _driver_of(path).pipe_file(str(path), content)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -202,76 +183,76 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def create(path: Path, content: bytes) -> None:
-    """Write an object that is not there yet: of many who try, one succeeds.
+    """Create an object. If several processes try at once, one succeeds.
 
     Raises:
         FileExistsError: there is one already.
         StoreError: it cannot be written.
     """
-    with _errors(path):
-        _store_of(path).pipe_file(str(path), content, mode="create")
+    with driver_errors(path):
+        _driver_of(path).pipe_file(str(path), content, mode="create")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file."""
+    """Whether the file exists."""
     if not is_remote(path):
         return path.exists()
-    with _errors(path):
-        return _store_of(path).exists(str(path))
+    with driver_errors(path):
+        return _driver_of(path).exists(str(path))
 
 
 def unlink(path: Path) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file if it exists."""
     if not is_remote(path):
         path.unlink(missing_ok=True)
         return
-    with contextlib.suppress(FileNotFoundError), _errors(path, missing=True):
-        _store_of(path).rm_file(str(path))
+    with contextlib.suppress(FileNotFoundError), driver_errors(path, missing=True):
+        _driver_of(path).rm_file(str(path))
 
 
 def rename(path: Path, target: Path) -> None:
-    """Rename a file; of an object store: copy it, then delete it."""
+    """Rename a file; an object is copied, then deleted."""
     if not is_remote(path):
         path.rename(target)
         return
-    with _errors(path):
-        _store_of(path).cp_file(str(path), str(target))
-        _store_of(path).rm_file(str(path))
+    with driver_errors(path):
+        _driver_of(path).cp_file(str(path), str(target))
+        _driver_of(path).rm_file(str(path))
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder where there is none; an object store has no folders to make."""
+    """Make a folder if it does not exist; an object store has no folders."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def names(folder: Path) -> set[str]:
-    """What is in a folder; nothing if there is none."""
+    """Names in a folder; none if the folder does not exist."""
     if not is_remote(folder):
         try:
             return set(os.listdir(folder))
         except (OSError, ValueError):
             return set()
     try:
-        with _errors(folder, missing=True):
-            found = _store_of(folder).ls(str(folder), detail=False)
+        with driver_errors(folder, missing=True):
+            found = _driver_of(folder).ls(str(folder), detail=False)
     except FileNotFoundError:
         return set()
     return {name for item in found if (name := item.rstrip("/").rsplit("/", 1)[-1])}
 
 
 def stamps(folder: Path) -> dict[str, list[Any]]:
-    """All objects below a folder of an object store -> what changes when one does.
+    """Every object below a folder of an object store, with values that change when it does.
 
     Args:
         folder: where to look.
 
     Returns:
-        Paths relative to the folder, each with its size and its generation, tag or time.
+        Path relative to the folder -> size, and generation, tag or time.
     """
     try:
-        with _errors(folder, missing=True):
-            found = _store_of(folder).find(str(folder), detail=True)
+        with driver_errors(folder, missing=True):
+            found = _driver_of(folder).find(str(folder), detail=True)
     except FileNotFoundError:
         return {}
     start = len(str(folder).split("://")[1].rstrip("/")) + 1
@@ -286,11 +267,15 @@ def stamps(folder: Path) -> dict[str, list[Any]]:
 
 
 def upload(files: Mapping[Path, Path]) -> None:
-    """Copy files of this disk to an object store, many at once; each is there whole or not."""
+    """Copy files of this disk to an object store, many at once; each arrives whole or not at all.
+
+    Args:
+        files: file on this disk -> where it goes.
+    """
     if files:
         first = next(iter(files.values()))
-        with _errors(first):
-            _store_of(first).put([str(file) for file in files], [str(p) for p in files.values()])
+        with driver_errors(first):
+            _driver_of(first).put([str(file) for file in files], [str(p) for p in files.values()])
 
 
 def download(path: Path, target: Path) -> None:
@@ -300,17 +285,17 @@ def download(path: Path, target: Path) -> None:
         FileNotFoundError: there is none.
         StoreError: it cannot be read.
     """
-    with _errors(path, missing=True):
-        _store_of(path).get_file(str(path), str(target))
+    with driver_errors(path, missing=True):
+        _driver_of(path).get_file(str(path), str(target))
 
 
 def each(path: Path, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``[function(item) for item in items]``; of an object store, many items at once.
+    """Return ``[function(item) for item in items]``; in an object store many calls run at once.
 
     Args:
         path: where the function reads or writes.
-        function: of an item.
-        items: to call it with.
+        function: reads or writes one item.
+        items: its arguments.
     """
     if not is_remote(path):
         return [function(item) for item in items]
@@ -318,12 +303,12 @@ def each(path: Path, function: Callable[[Item], Result], items: Sequence[Item]) 
         return list(pool.map(function, items))
 
 
-class Appender:
-    """A text file that grows. An object store cannot append: there the whole is put again.
+class GrowingFile:
+    """A text file that grows. An object store cannot append, so the whole file is put again.
 
     Args:
         path: the file.
-        text: what it holds.
+        text: what it holds now.
     """
 
     def __init__(self, path: Path, text: str) -> None:
@@ -339,29 +324,29 @@ class Appender:
             self._file.flush()
             return
         self._content += text.encode()
-        if time.monotonic() > self._at + _HAND_OVER_SECONDS:
+        if time.monotonic() > self._at + _SECONDS_BETWEEN_PUTS:
             self.flush()
 
     def flush(self) -> None:
-        """Return when all that was added can be read."""
+        """Return when everything added can be read."""
         if self._file is None and len(self._content) > self._put:
             write_bytes(self._path, self._content)
             self._put, self._at = len(self._content), time.monotonic()
 
     def close(self) -> None:
-        """Close the file. What was not flushed is lost to an object store."""
+        """Close the file. An object store loses what was not flushed."""
         if self._file is not None:
             self._file.close()
 
 
 class Outbox:
-    """A folder for what can write to a disk alone: a temporary one where its path is remote.
+    """A folder on a disk for libraries that can write nowhere else, such as TensorBoard's.
 
     Args:
         path: where the files belong.
 
     Attributes:
-        folder: to write in.
+        folder: where to write: `path`, or a temporary folder if `path` is in an object store.
     """
 
     def __init__(self, path: Path) -> None:
@@ -369,7 +354,7 @@ class Outbox:
         self.folder = Path(tempfile.mkdtemp(prefix="bs_jax-")) if is_remote(path) else path
 
     def send(self) -> None:
-        """Copy what is new to where it belongs.
+        """Copy new and changed files to where they belong.
 
         Raises:
             StoreError: it cannot be written there.
@@ -384,8 +369,20 @@ class Outbox:
         self._sent = found
 
     def close(self) -> None:
-        """Send what is new; an object store that cannot be reached now costs these files alone."""
+        """Send new files. If the object store cannot be reached now, only these are lost."""
         if is_remote(self._path):
             with contextlib.suppress(StoreError):
                 self.send()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_writable(workdir: Path) -> None:
+    """Raise a `UserError` at once if the work folder cannot take files."""
+    with disk_errors(workdir):
+        make_folder(workdir)
+        probe = workdir / f".probe-{os.getpid()}"
+        if is_remote(probe):
+            write_bytes(probe, b"x")
+        else:
+            probe.write_bytes(b"x" * 4096)
+        unlink(probe)
