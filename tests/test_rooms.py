@@ -11,6 +11,8 @@ MAY_IMPORT = {
     "report": {"statistics", "records", "errors"},
     "studies": {"report", "statistics", "records", "errors"},
 }
+# What the library measures while training is read back by the library's own formulas.
+ALSO = {"statistics/noise_curve.py": {"scaling"}}
 
 
 def imported(path):
@@ -32,6 +34,7 @@ def test_a_room_imports_only_those_below_it_and_nothing_private(room):
             if top != "bs_jax":
                 continue
             seen = inside[0] if inside else name
-            assert seen in {*MAY_IMPORT[room], room}, f"{path} imports {module}"
+            also = ALSO.get(path.relative_to(ROOT).as_posix(), set())
+            assert seen in {*MAY_IMPORT[room], *also, room}, f"{path} imports {module}"
             private = [part for part in (*inside, name) if part.startswith("_")]
             assert not private, f"{path} imports {module}.{name}"
