@@ -134,18 +134,3 @@ def test_an_unknown_run_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert "unknown run in --only 'b16-s0-nothing'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--mode=train", "--launcher=print"), "--launcher has no effect with --mode=train"),
-        (("--sweep=tiny", "--restore_from=x"), "--restore_from has no effect with --mode=sweep"),
-    ],
-)
-def test_a_flag_that_the_mode_would_pass_over_is_refused(flags, said):
-    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stdout == ""

@@ -29,13 +29,13 @@ _RAY = ("ray_address", "ray_cpus", "ray_gpus")
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
-    *_RAY,
-    "launcher",
+    "sweep",
+    "seeds",
     "only",
     "run_axis",
-    "seeds",
-    "sweep",
     "workers",
+    "launcher",
+    *_RAY,
 )
 
 
@@ -160,7 +160,7 @@ def _plan(recipe: Mapping[str, Any]) -> Sweep:
     from bs_jax.sweep import plan
     from bs_jax.sweep.points import with_seeds
 
-    Recipe.parse(recipe)  # tell its mistakes before those of a point
+    Recipe.parse(recipe)  # its mistakes are told before those of its points
     points = config.points(FLAGS.sweep)
     _reject_overridden(points)
     if seeds := given_seeds():

@@ -16,9 +16,9 @@ FLAGS = flags.FLAGS
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
+    "restore_from",
     "allow_config_change",
     "profile",
-    "restore_from",
 )
 
 
@@ -35,8 +35,8 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "profile",
         False,
-        "With --mode=train: write a trace of ten updates and an evaluation to WORKDIR/profile, for "
-        "TensorBoard, xprof or Perfetto, and say what takes the time, instead of training.",
+        "Instead of training, write a trace of ten updates and an evaluation to WORKDIR/profile, "
+        "for TensorBoard, xprof or Perfetto, and say what takes the time.",
     )
 
 
@@ -70,7 +70,6 @@ def _train() -> int:
 def _profile(planned: ResolvedRun, workdir: Path) -> int:
     import jax
 
-    from bs_jax.records import stores
     from bs_jax.training import compilation, inputs, profiling
 
     stores.check_writable(workdir)
@@ -98,7 +97,6 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     """
     import jax
 
-    from bs_jax.records import stores
     from bs_jax.records.run_folder import RunFolder
     from bs_jax.sweep import local, progress
     from bs_jax.sweep.stopping import Stopped

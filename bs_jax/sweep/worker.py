@@ -4,7 +4,7 @@
 ``python -m bs_jax.sweep.worker``. Both speak one JSON object a line:
 
 - in: first the `Setup`; then an assignment a line; the end of the input ends the process.
-- out: events. Those of `loop.Trainer.train`, and after each assignment one that ends it:
+- out: events. Those of `train.Trainer.train`, and after each assignment one that ends it:
   ``assignment_done``, ``crashed`` or ``user_error`` (both with a ``message``), ``interrupted``.
 """
 
