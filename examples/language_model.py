@@ -120,9 +120,9 @@ def mean_loss(model: GPT, sequences: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, sequences[:, 1:]).mean()
 
 
-def learning_rate(updates: int = BASE_UPDATES) -> optax.Schedule:
+def learning_rate(updates: int = BASE_UPDATES, peak: float = 2e-3) -> optax.Schedule:
     """Warm-up over a tenth, then a cosine to zero; in updates of the base batch size."""
-    return optax.warmup_cosine_decay_schedule(0.0, 2e-3, updates // 10, updates)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, updates // 10, updates)
 
 
 def matrices(params: Any) -> Any:
@@ -130,13 +130,13 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-def make_optimizer(batch_size: int, base_batch_size: int, rule: Any) -> Any:
+def make_optimizer(batch_size: int, base_batch_size: int, rule: Any, schedule: Any) -> Any:
     """The recipe of the base batch size, scaled: clipping and AdamW by the same rule."""
     sizes = {"batch_size": batch_size, "base_batch_size": base_batch_size, "rule": rule}
     return optax.chain(
         bs_jax.scale_by_batch(optax.clip_by_global_norm, **sizes)(1.0),
         bs_jax.scale_by_batch(optax.adamw, **sizes)(
-            learning_rate(), b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices
+            schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices
         ),
     )
 
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> float:
     order = np.random.default_rng(flags.seed).permutation(len(text.train))
     model = GPT(rngs=nnx.Rngs(flags.seed))
     graph, params = nnx.split(model)
-    tx = make_optimizer(flags.batch_size, flags.base_batch_size, flags.rule)
+    tx = make_optimizer(flags.batch_size, flags.base_batch_size, flags.rule, learning_rate())
     opt_state = tx.init(params)
     loss_and_grad = bs_jax.value_grad_and_stats(
         lambda params, batch: mean_loss(nnx.merge(graph, params), batch),
