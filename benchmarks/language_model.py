@@ -1,4 +1,4 @@
-"""How far a language model's batch may grow: rules, guards, ramps and published recipes side by side.
+"""How far a language model's batch may grow: rules, guards, ramps and published recipes.
 
 Command:  python -m benchmarks.language_model --out=build/language_model.jsonl
           python -m benchmarks.language_model --out=FILE --arms=sqrt,guard:invariant --scales=4
@@ -7,17 +7,20 @@ Run time: a minute a run on one CPU core; all arms and sizes with eight seeds si
           minutes on a GPU
 
 It trains the model of ``examples/language_model.py`` on the same examples under every arm, at k
-times the base batch size, and writes a line of JSON a run as soon as it is done. Lines that the
-file has already are not trained again. Then it prints the mean difference of the validation loss
-from the base's, paired by seed (a seed sets the initial weights and the order of the examples), with
-its 95 % t interval.
+times the base batch size, and writes a line of JSON a run as soon as it is done. Runs that the file
+has already are not trained again. Then it prints the mean difference of the validation loss from
+the base's with its 95 % t interval, paired by seed. A seed sets the initial weights and the order
+of the examples.
 
-An arm is a rule of the library (``invariant``), or a form and a rule, or a name in ``RECIPES``:
+An arm is a rule of the library (``invariant``), a name in ``RECIPES``, or one of these in a form:
 
     guard:RULE    steps grow with the batch only up to the measured noise scale
     ramp:RULE     the batch grows in given stages, up to k
     follow:RULE   the batch doubles, up to k, as the measured noise scale allows
-    order         the base with its examples in another order inside blocks of 128
+
+``guard2:RULE`` reads twice the noise scale, ``follow.5:RULE`` half of it; forms combine, as in
+``guard:ramp:invariant``. The arm ``order`` is the base with its examples in another order inside
+blocks of 128: how much order alone moves the loss.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -96,7 +100,7 @@ class Measured(NamedTuple):
 
 
 PLAIN, ADAM, ADAPTDL = 0, 1, 2
-POWERS = jnp.array([0.0, 0.5, 1.0])
+POWERS = (0.0, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,9 @@ class Arm:
             scale over the base batch size.
         metric: of the noise scale that ``gain`` and ``follow`` read.
         decay: k -> decay of that measurement per update.
+        guard_share: the share of phi that ``gain`` is given.
         form: "fixed", "ramp" (given stages) or "follow" (the measured noise scale).
+        follow_share: the share of the noise scale that a following batch may reach.
         optimizer: (problem, k) -> a transformation of its own instead of a rule.
         shuffled: examples change places inside blocks of 128.
     """
@@ -120,7 +126,9 @@ class Arm:
     gain: Callable[[Any, Any], Any] | None = None
     metric: int = ADAM
     decay: Callable[[float], float] = lambda k: 0.98**k
+    guard_share: float = 1.0
     form: str = "fixed"
+    follow_share: float = 0.3
     optimizer: Callable[[Problem, float], Any] | None = None
     shuffled: bool = False
 
@@ -178,25 +186,25 @@ RECIPES = {
 }
 # Where the batch of a ramp doubles, as shares of all examples.
 STAGES = ((0.0, 1), (0.3, 2), (0.45, 4), (0.75, 8))
-FOLLOW_SHARE = 0.3  # of the noise scale that a following batch may reach
 
 
 def find_arm(name: str) -> Arm:
     """Return the arm of this name, e.g. ``"sqrt"``, ``"guard:invariant"`` or ``"adascale"``."""
     if name in RECIPES:
         return RECIPES[name]
-    form, _, rule = name.rpartition(":")
-    forms = {
-        "": {},
-        "guard": {"gain": guard},
-        "ramp": {"form": "ramp"},
-        "follow": {"form": "follow"},
-        "guard:follow": {"gain": guard, "form": "follow"},
-    }
-    if form not in forms:
-        raise SystemExit(f"arm {name!r}: the forms are {', '.join(f for f in forms if f)}")
-    rule = RECIPES[rule].rule if rule in RECIPES else bs_jax.scaling.resolve_rule(rule)
-    return Arm(name, rule, **forms[form])
+    *forms, rule = name.split(":")
+    fields: dict[str, Any] = {}
+    for form in forms:
+        match = re.fullmatch(r"(guard|ramp|follow)(\d*\.?\d*)", form)
+        if not match or (match[1] == "ramp" and match[2]):
+            raise SystemExit(
+                f"arm {name!r}: {form!r} is no form; write guard:RULE, ramp:RULE or follow:RULE"
+            )
+        fields |= {"gain": guard} if match[1] == "guard" else {"form": match[1]}
+        if match[2]:
+            fields[f"{match[1]}_share"] = float(match[2])
+    own = RECIPES[rule].rule if rule in RECIPES else bs_jax.scaling.resolve_rule(rule)
+    return Arm(name, own, **fields)
 
 
 def schedule(problem: Problem) -> optax.Schedule:
@@ -206,9 +214,7 @@ def schedule(problem: Problem) -> optax.Schedule:
 def make_optimizer(problem: Problem, arm: Arm, batch_size: int) -> Any:
     if arm.optimizer is not None:
         return arm.optimizer(problem, batch_size / problem.base_batch_size)
-    return example.make_optimizer(
-        batch_size, problem.base_batch_size, arm.rule, schedule(problem)
-    )
+    return example.make_optimizer(batch_size, problem.base_batch_size, arm.rule, schedule(problem))
 
 
 class Carry(NamedTuple):
@@ -252,7 +258,9 @@ class Trainer:
         return lambda *xs: jax.lax.map(lambda x: fn(*x), xs)
 
     def init_params(self, keys: jax.Array) -> Any:
-        return self.over_seeds(lambda key: nnx.state(make_model(self.problem, key), nnx.Param))(keys)
+        return self.over_seeds(lambda key: nnx.state(make_model(self.problem, key), nnx.Param))(
+            keys
+        )
 
     def init(self, arm: Arm, batch_size: int, params: Any) -> Carry:
         """Return what training begins with; every leaf with the seeds in front."""
@@ -293,7 +301,8 @@ class Trainer:
             )
             gain = jnp.ones(())
             if arm.gain is not None:
-                gain = arm.gain(measured.noise_scale(arm.metric) / problem.base_batch_size, k)
+                phi = measured.noise_scale(arm.metric) / problem.base_batch_size
+                gain = arm.gain(arm.guard_share * phi, k)
             # AdamW's update is proportional to its learning rate, its weight decay included.
             updates = jax.tree.map(lambda u: gain * u, updates)
             params = optax.apply_updates(carry.params, updates)
@@ -343,7 +352,7 @@ def measure(second_moment: Any, stats: Any, batch_size: int, k: float) -> tuple[
         # As the library's invariant second moment: never below most of its noise part. Where v is
         # zero no gradient was seen yet, so that c and w are zero as well.
         v = jnp.maximum(jnp.maximum(v, 0.7 * wide), 1e-20)
-        return jnp.stack([(both * v**-p).reshape(2, -1).sum(axis=1) for p in (0.0, 0.5, 1.0)])
+        return jnp.stack([(both * v[None] ** -p).reshape(2, -1).sum(axis=1) for p in POWERS])
 
     total = sum(jax.tree.leaves(jax.tree.map(sums, v, wide, both)))  # (3, 2)
     return (v, wide), Measured(total[:, 0], b * total[:, 1])
@@ -372,8 +381,8 @@ def batch_size_of(problem: Problem, job: Job, chunk: int, now: int, noise_scale:
     if job.arm.form == "ramp":
         reached = [size for share, size in STAGES if chunk >= round(share * problem.chunks)]
         return min(largest, base * reached[-1])
-    if chunk and 2 * now <= min(largest, FOLLOW_SHARE * noise_scale):
-        return 2 * now
+    if chunk and math.isfinite(noise_scale):  # infinite: no signal was seen, so nothing is known
+        return 2 * now if 2 * now <= min(largest, job.arm.follow_share * noise_scale) else now
     return now if chunk else base
 
 
@@ -423,7 +432,9 @@ class Programs:
 
         return self._ask(("validate", seeds), self.trainer.validate, arguments)
 
-    def _ask(self, key: Any, fn: Callable[..., Any], arguments: Callable[[], Any], **jit: Any) -> Any:
+    def _ask(
+        self, key: Any, fn: Callable[..., Any], arguments: Callable[[], Any], **jit: Any
+    ) -> Any:
         if key not in self.futures:
             self.futures[key] = self.pool.submit(
                 lambda: jax.jit(fn, **jit).lower(*arguments()).compile()
@@ -563,13 +574,16 @@ def _difference(rows: Sequence[dict[str, Any]], base: dict[int, float]) -> str:
 def noise_table(rows: Sequence[dict[str, Any]]) -> str:
     """Noise scale of the base by tenths of the run, in the plain and in Adam's metric."""
     lines = []
-    for row in rows:
-        if row["arm"] == "base":
-            parts = [np.array_split(np.array(row[x], float), min(10, len(row["gain"])), axis=1) for x in ("signal", "noise")]
-            for metric, label in ((PLAIN, "plain"), (ADAM, "in Adam's metric")):
-                ratios = [w[metric].mean() / c[metric].mean() for c, w in zip(*parts, strict=True)]
-                cells = " ".join(f"{x:.0f}" if x > 0 else "inf" for x in ratios)
-                lines.append(f"noise scale of the base, seed {row['seed']}, {label}: {cells}")
+    for row in (row for row in rows if row["arm"] == "base"):
+        parts = min(10, len(row["gain"]))
+        signal, noise = (
+            [part.mean(axis=1) for part in np.array_split(np.array(row[name]), parts, axis=1)]
+            for name in ("signal", "noise")
+        )
+        for metric, label in ((PLAIN, "plain"), (ADAM, "in Adam's metric")):
+            pairs = [(c[metric], w[metric]) for c, w in zip(signal, noise, strict=True)]
+            cells = " ".join(f"{w / c:.0f}" if c > 0 else "inf" for c, w in pairs)
+            lines.append(f"noise scale of the base, seed {row['seed']}, {label}: {cells}")
     return "\n".join(lines)
 
 
@@ -626,7 +640,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     if flags.out and not flags.out.exists():
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    print(f"{sum(len(job.seeds) for job in jobs)} runs to train, {len(rows)} done before", flush=True)
+    print(
+        f"{sum(len(job.seeds) for job in jobs)} runs to train, {len(rows)} done before", flush=True
+    )
 
     pool = concurrent.futures.ThreadPoolExecutor(_cores())
     programs = Programs(trainer, pool)

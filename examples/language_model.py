@@ -35,8 +35,8 @@ MODULES = """
     configparser imaplib ssl statistics smtplib platform traceback os functools socket codecs
     ftplib bdb random ntpath tempfile pstats trace dis fractions plistlib uuid socketserver
     contextlib tokenize webbrowser calendar pkgutil pprint gzip modulefinder heapq mimetypes
-""".split()
-HELD_OUT = MODULES[5::10]  # whole modules, for validation
+"""
+HELD_OUT = MODULES.split()[5::10]  # whole modules, for validation
 
 
 class Text(NamedTuple):
@@ -49,7 +49,7 @@ class Text(NamedTuple):
 
 def load_text(vocabulary: int = VOCABULARY) -> Text:
     """Read the modules and encode them by byte pairs that the training part teaches."""
-    held_out, training = _read(HELD_OUT), _read(sorted(set(MODULES) - set(HELD_OUT)))
+    held_out, training = _read(HELD_OUT), _read(sorted(set(MODULES.split()) - set(HELD_OUT)))
     tokens = [np.frombuffer(part, np.uint8).astype(np.int32) for part in (training, held_out)]
     sample = tokens[0][: 2**19]
     for new in range(256, vocabulary):
@@ -148,13 +148,14 @@ def main(arguments: list[str] | None = None) -> float:
                         help="sequences in an update that the recipe was tuned at")  # fmt: skip
     parser.add_argument("--rule", default="invariant", help=f"one of {', '.join(bs_jax.RULES)}")
     parser.add_argument("--microbatches", type=int, default=2, help="parts of a batch")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of examples")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="sequences to train on")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 256: bytes")
     flags = parser.parse_args(arguments)
 
-    text = load_text()
+    text = load_text(flags.vocabulary)
     order = np.random.default_rng(flags.seed).permutation(len(text.train))
-    model = GPT(rngs=nnx.Rngs(flags.seed))
+    model = GPT(vocabulary=flags.vocabulary, rngs=nnx.Rngs(flags.seed))
     graph, params = nnx.split(model)
     tx = make_optimizer(flags.batch_size, flags.base_batch_size, flags.rule, learning_rate())
     opt_state = tx.init(params)
