@@ -310,7 +310,8 @@ class Trainer:
 
         def one(carry: Carry, order: jax.Array) -> Any:
             carry, (loss, now, gain) = jax.lax.scan(update, carry, order)
-            points = loss.reshape(-1, max(1, CURVE_EXAMPLES // batch_size)).mean(axis=1)
+            updates = max(1, min(CURVE_EXAMPLES, problem.chunk_examples) // batch_size)
+            points = loss.reshape(-1, updates).mean(axis=1)
             means = jax.tree.map(lambda x: x.mean(axis=0), (now, gain))
             return carry, (points, *means, carry.measured.noise_scale(arm.metric))
 
@@ -600,13 +601,14 @@ def read(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
                 " give another --out"
             )
     rows = []
-    for line in lines[1:]:
-        if not line:
-            continue
+    for line in filter(None, lines[1:]):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # the line that a killed process left half written
             print(f"{path}: a line is cut short; its run is trained again")
+    whole = [lines[0], *map(json.dumps, rows), ""]
+    if whole != lines:
+        path.write_text("\n".join(whole), encoding="utf-8")
     return rows
 
 
