@@ -387,11 +387,17 @@ def batch_size_of(problem: Problem, job: Job, chunk: int, now: int, noise_scale:
     return now if chunk else base
 
 
+class OutOfTime(Exception):
+    """The budget ended inside a run."""
+
+
 class Programs:
     """Compiles every program once, many side by side."""
 
-    def __init__(self, trainer: Trainer, pool: concurrent.futures.Executor) -> None:
-        self.trainer, self.pool = trainer, pool
+    def __init__(
+        self, trainer: Trainer, pool: concurrent.futures.Executor, deadline: float
+    ) -> None:
+        self.trainer, self.pool, self.deadline = trainer, pool, deadline
         self.futures: dict[Any, concurrent.futures.Future[Any]] = {}
 
     def ask(self, job: Job) -> None:
@@ -403,13 +409,20 @@ class Programs:
         self._validate(seeds)
 
     def init_params(self, seeds: Sequence[int]) -> Any:
-        return self._init_params(len(seeds)).result()(_keys(seeds))
+        return self._await(self._init_params(len(seeds)))(_keys(seeds))
 
     def chunk(self, job: Job, batch_size: int) -> Any:
-        return self._chunk(job.arm, batch_size, len(job.seeds)).result()
+        return self._await(self._chunk(job.arm, batch_size, len(job.seeds)))
 
     def validate(self, job: Job, params: Any) -> Any:
-        return self._validate(len(job.seeds)).result()(params)
+        return self._await(self._validate(len(job.seeds)))(params)
+
+    def _await(self, program: concurrent.futures.Future[Any]) -> Any:
+        left = self.deadline - time.time()
+        try:
+            return program.result(None if math.isinf(left) else max(left, 0.0))
+        except TimeoutError as error:
+            raise OutOfTime from error
 
     def _init_params(self, seeds: int) -> concurrent.futures.Future[Any]:
         return self._ask(("init", seeds), self.trainer.init_params, lambda: (_keys(range(seeds)),))
@@ -447,11 +460,7 @@ def _keys(seeds: Iterable[int]) -> jax.Array:
     return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
-class OutOfTime(Exception):
-    """The budget ended inside a run."""
-
-
-def train(trainer: Trainer, programs: Programs, job: Job, deadline: float) -> list[dict[str, Any]]:
+def train(trainer: Trainer, programs: Programs, job: Job) -> list[dict[str, Any]]:
     """Train the runs of a job; one row each."""
     problem = trainer.problem
     first = min(batch_sizes(problem, job))
@@ -470,7 +479,7 @@ def train(trainer: Trainer, programs: Programs, job: Job, deadline: float) -> li
         records.append(record)
         if job.arm.form == "follow":
             noise_scale = float(record[-1][0])
-        if time.time() > deadline:
+        if time.time() > programs.deadline:
             raise OutOfTime
     losses = np.asarray(programs.validate(job, carry.params))
     seconds = (time.perf_counter() - start) / len(job.seeds)
@@ -508,34 +517,40 @@ DEFAULT_ARMS = (
 )
 
 
-def plan(flags: argparse.Namespace, problem: Problem, done: set[Any]) -> list[Job]:
-    """All runs that are still to be done, what decides most first."""
-    arms = [find_arm(name) for name in flags.arms.split(",")]
-    scales = [float(x) for x in flags.scales.split(",")]
-    seeds = [int(x) for x in flags.seeds.split(",")]
-    largest = max(scales) * problem.base_batch_size
-    sizes = [scale * problem.base_batch_size for scale in scales]
-    if problem.chunk_examples % largest or any(x < 2 or x != int(x) for x in sizes):
-        raise SystemExit(
-            f"--scales={flags.scales}: {problem.base_batch_size} times each must be a whole number"
-            f" from 2 to {problem.chunk_examples} that divides {problem.chunk_examples}"
-        )
-    pairs = [(arm, 1.0) for arm in arms if arm.name in ("base", "order")]
-    pairs += [
-        (arm, scale)
-        for scale in scales
-        for arm in arms
-        if arm.name not in ("base", "order")
-        and scale != 1
-        and (scale > 1 or (arm.form == "fixed" and arm.gain is not guard))
-    ]
+def plan(arms: str, scales: str, problem: Problem) -> list[tuple[Arm, float]]:
+    """All pairs of an arm and a size k, what decides most first."""
+    found = [find_arm(name) for name in arms.split(",")]
+    sizes = [float(x) for x in scales.split(",")]
+    for k in sizes:
+        size = k * problem.base_batch_size
+        if size < 2 or size != int(size) or problem.chunk_examples % size:
+            raise SystemExit(
+                f"--scales={scales}: {k:g} times {problem.base_batch_size} is {size:g}, which must"
+                f" be a whole number from 2 that divides {problem.chunk_examples}"
+            )
+    own_size = ("base", "order")
+    pairs = [(arm, 1.0) for arm in found if arm.name in own_size]
+    for k in sizes:
+        # Neither ramps nor the guard do anything to a smaller batch.
+        pairs += [
+            (arm, k)
+            for arm in found
+            if arm.name not in own_size
+            and (k > 1 or (k < 1 and arm.form == "fixed" and arm.gain is not guard))
+        ]
+    return pairs
+
+
+def jobs_of(
+    pairs: Sequence[tuple[Arm, float]], seeds: Sequence[int], done: set[Any], together: int
+) -> list[Job]:
+    """The runs that are still to be done, so many seeds in one program."""
     jobs = []
-    for arm, scale in pairs:
-        left = [seed for seed in seeds if (arm.name, scale, seed) not in done]
+    for arm, k in pairs:
+        left = [seed for seed in seeds if (arm.name, k, seed) not in done]
         # A batch that follows the noise follows that of its own run.
-        together = 1 if arm.form == "follow" else flags.vmap_seeds
-        starts = range(0, len(left), together)
-        jobs += [Job(arm, scale, tuple(left[i : i + together])) for i in starts]
+        most = 1 if arm.form == "follow" else together
+        jobs += [Job(arm, k, tuple(left[i : i + most])) for i in range(0, len(left), most)]
     return jobs
 
 
@@ -631,6 +646,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     accelerator = jax.default_backend() != "cpu"
     flags.vmap_seeds = flags.vmap_seeds or (16 if accelerator else 1)
     problem = _changed(TINY if flags.tiny else Problem(), flags.problem)
+    pairs = plan(flags.arms, flags.scales, problem)
     trainer = Trainer(problem, side_by_side=flags.vmap_seeds > 1)
     header = {
         "problem": dataclasses.asdict(problem),
@@ -638,7 +654,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "environment": _measure.environment(),
     }
     rows = read(flags.out, header) if flags.out else []
-    jobs = plan(flags, problem, {(row["arm"], row["k"], row["seed"]) for row in rows})
+    done = {(row["arm"], row["k"], row["seed"]) for row in rows}
+    seeds = [int(seed) for seed in flags.seeds.split(",")]
+    jobs = jobs_of(pairs, seeds, done, flags.vmap_seeds)
     if flags.out and not flags.out.exists():
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         flags.out.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -647,12 +665,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     )
 
     pool = concurrent.futures.ThreadPoolExecutor(_cores())
-    programs = Programs(trainer, pool)
+    programs = Programs(trainer, pool, deadline)
     for job in jobs:
         programs.ask(job)
     try:
         for job in jobs:
-            for row in train(trainer, programs, job, deadline):
+            for row in train(trainer, programs, job):
                 rows.append(row)
                 if flags.out:
                     with flags.out.open("a", encoding="utf-8") as file:
