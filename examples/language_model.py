@@ -30,7 +30,7 @@ CONTEXT, VOCABULARY = 64, 1024
 BASE_BATCH_SIZE, EXAMPLES = 16, 10_240  # sequences in an update, and in the whole training
 BASE_UPDATES = EXAMPLES // BASE_BATCH_SIZE
 MODULES = """
-    turtle inspect typing pydoc tarfile doctest argparse pickletools datetime subprocess
+    inspect typing pydoc tarfile doctest argparse pickletools datetime subprocess
     difflib locale enum mailbox ipaddress pickle pdb ast optparse dataclasses threading shutil
     configparser imaplib ssl statistics smtplib platform traceback os functools socket codecs
     ftplib bdb random ntpath tempfile pstats trace dis fractions plistlib uuid socketserver

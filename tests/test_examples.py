@@ -111,7 +111,7 @@ def test_the_difference_is_paired_by_seed_with_a_t_interval():
 
 def test_signal_and_noise_are_unbiased_in_every_metric():
     g, sigma, b, n = np.array([1.0, -2.0, 0.5]), np.array([2.0, 1.0, 3.0]), 4, 2
-    draws = g + sigma / math.sqrt(b) * np.random.default_rng(0).normal(size=(40_000, n, 3))
+    draws = g + sigma / math.sqrt(b) * np.random.default_rng(0).normal(size=(10_000, n, 3))
     draws = draws.astype(np.float32)
     # With k so small that the averages hardly move, v is what they were: here 4.
     v = jnp.full(3, 4.0)
@@ -123,8 +123,8 @@ def test_signal_and_noise_are_unbiased_in_every_metric():
     found = jax.vmap(one)(draws.mean(1), np.square(draws).mean(1))
     found = jax.tree.map(lambda x: np.asarray(x.mean(0)), found)
     scale = np.array([1.0, 0.5, 0.25])
-    np.testing.assert_allclose(found.signal, scale * np.sum(g**2), rtol=0.02)
-    np.testing.assert_allclose(found.noise, scale * np.sum(sigma**2), rtol=0.02)
+    np.testing.assert_allclose(found.signal, scale * np.sum(g**2), rtol=0.05)
+    np.testing.assert_allclose(found.noise, scale * np.sum(sigma**2), rtol=0.05)
 
 
 def test_gains_are_right_at_both_ends():
