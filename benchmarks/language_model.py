@@ -47,6 +47,7 @@ from scipy import stats as scipy_stats
 
 import bs_jax
 from benchmarks import _measure
+from bs_jax import scaling
 from examples import language_model as example
 
 CURVE_EXAMPLES = 128  # a point of the training curve is the mean over so many
@@ -203,7 +204,7 @@ def find_arm(name: str) -> Arm:
         fields |= {"gain": guard} if match[1] == "guard" else {"form": match[1]}
         if match[2]:
             fields[f"{match[1]}_share"] = float(match[2])
-    own = RECIPES[rule].rule if rule in RECIPES else bs_jax.scaling.resolve_rule(rule)
+    own = RECIPES[rule].rule if rule in RECIPES else scaling.resolve_rule(rule)
     return Arm(name, own, **fields)
 
 
@@ -355,8 +356,8 @@ def measure(second_moment: Any, stats: Any, batch_size: int, k: float) -> tuple[
         v = jnp.maximum(jnp.maximum(v, 0.7 * wide), 1e-20)
         return jnp.stack([(both * v[None] ** -p).reshape(2, -1).sum(axis=1) for p in POWERS])
 
-    total = sum(jax.tree.leaves(jax.tree.map(sums, v, wide, both)))  # (3, 2)
-    return (v, wide), Measured(total[:, 0], b * total[:, 1])
+    signal, w = sum(jax.tree.leaves(jax.tree.map(sums, v, wide, both)), jnp.zeros((3, 2))).T
+    return (v, wide), Measured(signal, b * w)
 
 
 class Job(NamedTuple):

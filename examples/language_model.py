@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def load_text(vocabulary: int = VOCABULARY) -> Text:
     return Text(*sequences, digest=hashlib.sha256(training + held_out).hexdigest()[:12])
 
 
-def _read(modules: list[str]) -> bytes:
+def _read(modules: Iterable[str]) -> bytes:
     library = Path(sysconfig.get_path("stdlib"))
     return b"\n".join((library / f"{name}.py").read_bytes() for name in modules)
 
