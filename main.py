@@ -4,7 +4,7 @@ import sys
 
 from absl import app, flags, logging
 
-from bs_jax import cli
+from bs_jax.cli import modes as cli
 from bs_jax.errors import UserError
 
 

@@ -27,7 +27,7 @@ def make_images(count: int, image_size: int, channels: int = 3) -> ArraySplit:
 
 def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) -> dict[str, Any]:
     """The resolved config of a run by the default recipe, plain AdamW at its own batch size."""
-    from bs_jax.experiments.points import resolve
+    from bs_jax.sweep.points import resolve
     from configs.fashion_mnist import get_config
 
     settings = {

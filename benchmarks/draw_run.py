@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bs_jax.experiments import _report_style as style
-from bs_jax.experiments._report_files import read_lines
-from bs_jax.experiments._report_statistics import mean_interval
+from bs_jax.records.files import read_lines
+from bs_jax.report import style
+from bs_jax.statistics.contrasts import mean_interval
 
 COLUMNS = (
     *("seed", "step", "examples", "train/loss", "train/accuracy"),

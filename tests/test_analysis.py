@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from helpers.synthetic_records import diverge, edit_json, write_records
 
-from bs_jax.experiments import _report_curves as curves
-from bs_jax.experiments import analysis
-from bs_jax.experiments.results import Curve, Results, Row, Run, Sweep, load_results
+from bs_jax.records.results import Curve, Results, Row, Run, Sweep, load_results
+from bs_jax.statistics import analysis, curves
 
 MARGIN = 0.01
 SWEEP = Sweep("s", "c", "t", "", 64, "acc", "loss", "train/loss", MARGIN, (), "", "", None)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import conv_forms, gpu, input, scaling, sweep_config, train_step
-from bs_jax.experiments.points import resolve
+from bs_jax.sweep.points import resolve
 
 SMALL = ["--model=resnet4_patch", "--image_size=8", "--batch_size=4"]
 

@@ -11,9 +11,9 @@ import pytest
 from test_launchers import fake_run
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import ray_launcher
-from bs_jax.experiments.sweep import run_folder
-from bs_jax.training.records import MetricsFile, Run
+from bs_jax.records.run_folder import MetricsFile, Run
+from bs_jax.sweep import ray_cluster as ray_launcher
+from bs_jax.sweep.plan import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")

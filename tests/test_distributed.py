@@ -13,7 +13,7 @@ from training_helpers import rows, tiny_config, tiny_data
 
 from bs_jax.data import pipeline
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, distributed, parallel, step
 
 TRAIN = "--mode=train"

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bs_jax.experiments import analysis
-from bs_jax.experiments.exponent import learning_rate_exponent
-from bs_jax.experiments.results import Results, Row, Run, Sweep
+from bs_jax.records.results import Results, Row, Run, Sweep
+from bs_jax.statistics import analysis
+from bs_jax.statistics.exponent import learning_rate_exponent
 from configs import imagenette
 
 SWEEP = Sweep("s", "c", "t", "", 64, "acc", "loss", "train/loss", 0.01, (), "", "", None)

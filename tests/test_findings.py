@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from helpers.synthetic_records import write_records
 
-from bs_jax.experiments import _report_findings as shown
-from bs_jax.experiments import analysis, findings
-from bs_jax.experiments._report_noise import SeedNoise
-from bs_jax.experiments._report_statistics import linear_contrast
-from bs_jax.experiments._report_tables import write_findings
-from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED
-from bs_jax.experiments.report import write_report
-from bs_jax.experiments.results import Curve, Results, Row, Run, Sweep
+from bs_jax.records.results import Curve, Results, Row, Run, Sweep
+from bs_jax.report.tables import write_findings
+from bs_jax.report.write import write_report
+from bs_jax.statistics import analysis
+from bs_jax.statistics.contrasts import linear_contrast
+from bs_jax.statistics.seed_noise import SeedNoise
+from bs_jax.studies import imagenette as findings
+from bs_jax.studies import imagenette_section as shown
+from bs_jax.studies.imagenette import CONTRADICTED, SUPPORTED, UNDECIDED
 from configs import imagenette
 
 MARGIN = 0.01

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training_helpers import tiny_config
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import apply_overrides, resolve
+from bs_jax.sweep.points import apply_overrides, resolve
 from bs_jax.training.plan import Plan
 
 SMALL = tiny_config()

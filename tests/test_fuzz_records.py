@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import analysis, report, results
-from bs_jax.training import records
-from bs_jax.training.records import MetricsFile, Run, RunFolder
+from bs_jax.records import results
+from bs_jax.records import run_folder as records
+from bs_jax.records.run_folder import MetricsFile, Run, RunFolder
+from bs_jax.report import write as report
+from bs_jax.statistics import analysis
 
 ROOT = Path(__file__).resolve().parents[1]
 scalars = st.one_of(

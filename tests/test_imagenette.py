@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
-from bs_jax.experiments.sweep import listing, plan_sweep
+from bs_jax.sweep.plan import listing, plan_sweep
+from bs_jax.sweep.points import resolve
 from bs_jax.training.optimizers import schedule_shape
 from bs_jax.training.plan import Plan, with_length
 from configs import imagenette

@@ -14,9 +14,9 @@ from helpers.commands import lines, run, start, wait_for
 from rich.console import Console
 from training_helpers import rows
 
-from bs_jax.experiments.launchers import Schedule
-from bs_jax.experiments.progress import Display
-from bs_jax.training.records import Run
+from bs_jax.records.run_folder import Run
+from bs_jax.sweep.launchers import Schedule
+from bs_jax.sweep.progress import Display
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def test_vmapped_assignments_hold_a_whole_cohort():
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
     run = fake_run("a0", 8)
     console = Console(file=sys.stdout, force_terminal=False, width=200)
     with Display([run], 0, console) as display:
@@ -73,7 +73,7 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
 
 
 def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
-    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
     run = fake_run("a0", 8)
     with Display([run], 0, Console(file=sys.stdout, force_terminal=False)) as display:
         display.event(0, {"event": "run_finished", "run_id": "a0", "status": "interrupted"})
@@ -150,7 +150,7 @@ def swept(tmp_path_factory):
         process = start(f"--workdir={workdir}", recipe=SWEEP)
         wait_until_one_trains(workdir, process)
         found = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+            ["pgrep", "-P", str(process.pid), "-f", "sweep.worker"],
             capture_output=True,
             text=True,
         )

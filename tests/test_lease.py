@@ -11,10 +11,10 @@ import pytest
 from helpers.commands import ROOT
 from test_storage import root, store  # noqa: F401 (fixtures)
 
-from bs_jax import lease, storage
 from bs_jax.errors import UserError
-from bs_jax.lease import Lease
-from bs_jax.training.records import Run, RunFolder
+from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.records.stores import lease, storage
+from bs_jax.records.stores.lease import Lease
 
 SECONDS = 0.3
 
@@ -105,7 +105,7 @@ def test_of_many_who_wait_for_a_stale_lease_one_takes_it(root):  # noqa: F811
 def test_a_holder_of_this_machine_that_was_killed_is_not_waited_for(root, store, monkeypatch):  # noqa: F811
     monkeypatch.setenv("BS_JAX_LEASE_SECONDS", "500")
     program = (
-        "import sys, time\nfrom bs_jax import lease, storage\n"
+        "import sys, time\nfrom bs_jax.records.stores import lease, storage\n"
         f"with lease.held(storage.to_path({str(root)!r})):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

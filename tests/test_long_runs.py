@@ -9,10 +9,10 @@ import pytest
 from helpers.process import open_files, resident_mib
 from training_helpers import rows, tiny_config, tiny_data
 
-from bs_jax.experiments import launchers
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep import launchers
+from bs_jax.sweep.points import resolve
 from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 

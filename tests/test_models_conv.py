@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from bs_jax.models import conv_cpu
 from bs_jax.models.conv import conv_general_dilated
-from bs_jax.models.conv_cpu import IMAGE_GRADIENTS, convolve
-from bs_jax.models.conv_forms import FORMS, Settings
+from bs_jax.models.cpu import conv as conv_cpu
+from bs_jax.models.cpu.conv import IMAGE_GRADIENTS, convolve
+from bs_jax.models.cpu.forms import FORMS, Settings
 
 KEY = jax.random.key(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from training_helpers import tiny_config, tiny_data
 
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, loop, memory, parallel, profiling, step
 from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

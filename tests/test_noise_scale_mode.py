@@ -17,11 +17,12 @@ import pytest
 from training_helpers import tiny_config, tiny_data
 
 from bs_jax import models
+from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
-from bs_jax.experiments import noise_scale, plots_noise
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.report import plots_noise
 from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, BASE = 64, 32

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_helpers import tiny_config
 
-from bs_jax import flags
+from bs_jax.cli import flags
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import (
+from bs_jax.sweep.plan import plan_sweep
+from bs_jax.sweep.points import (
     Point,
     apply_overrides,
     default_micro_batch_size,
@@ -18,7 +19,6 @@ from bs_jax.experiments.points import (
     resolve,
     with_seeds,
 )
-from bs_jax.experiments.sweep import plan_sweep
 from bs_jax.training import optimizers, validate
 from configs import fashion_mnist
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from bs_jax.errors import UserError
-from bs_jax.training import records
-from bs_jax.training.records import MetricsFile, Run, RunFolder
+from bs_jax.records import run_folder as records
+from bs_jax.records.run_folder import MetricsFile, Run, RunFolder
 
 RUN = Run("b8-s0-x", {"batch_size": 8, "seed": 0, "nested": {"a": 1}}, {"rule": "none", "k": 1.0})
 

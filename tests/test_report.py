@@ -11,10 +11,10 @@ from helpers.synthetic_records import diverge, edit_json, write_records
 pytest.importorskip("matplotlib")
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import report
-from bs_jax.experiments._report_page import html, page, tag
-from bs_jax.experiments.analysis import analyse
-from bs_jax.experiments.results import load_results
+from bs_jax.records.results import load_results
+from bs_jax.report import write as report
+from bs_jax.report.page import html, page, tag
+from bs_jax.statistics.analysis import analyse
 
 _VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
 

@@ -9,12 +9,12 @@ import pytest
 from training_helpers import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.scaling.optimizer import ScaleByBatchState
+from bs_jax.sweep.points import resolve
 from bs_jax.training import step
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
 
 
 def losses(found):

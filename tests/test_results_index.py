@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.synthetic_records import diverge, edit_json, write_records
 
-from bs_jax.experiments import analysis, results
+from bs_jax.records import results
+from bs_jax.statistics import analysis
 
 
 @pytest.fixture

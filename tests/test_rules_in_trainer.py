@@ -7,8 +7,8 @@ from scaling_helpers import train as train_by
 from training_helpers import tiny_config
 
 from bs_jax import scale_by_batch
-from bs_jax.experiments.points import resolve
 from bs_jax.scaling import explain, roles
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
 BASE = 64

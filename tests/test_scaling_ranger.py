@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from training_helpers import tiny_config, train
 
-from bs_jax.experiments.points import resolve
 from bs_jax.scaling import explain, ranger, scale_by_batch
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers
 
 STEPS = 200

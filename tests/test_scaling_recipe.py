@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import pytest
 from training_helpers import tiny_config
 
-from bs_jax.experiments.points import resolve
 from bs_jax.scaling import MicrobatchStats, hyperparams
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
 

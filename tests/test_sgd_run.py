@@ -3,9 +3,9 @@
 import pytest
 from training_helpers import tiny_config, tiny_data
 
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
 from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
 
 
 @pytest.mark.parametrize("rule", ["linear", "noise_aware"])

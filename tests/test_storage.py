@@ -11,12 +11,14 @@ import pytest
 from helpers.fake_gcs import BUCKET, serving
 from helpers.synthetic_records import edit_json, write_records
 
-from bs_jax import storage
 from bs_jax.data import sources
 from bs_jax.errors import UserError
-from bs_jax.experiments import report, results
-from bs_jax.experiments._report_tables import write_tables
-from bs_jax.training import checkpoint, compilation, records
+from bs_jax.records import results
+from bs_jax.records import run_folder as records
+from bs_jax.records.stores import storage
+from bs_jax.report import write as report
+from bs_jax.report.tables import write_tables
+from bs_jax.training import checkpoint, compilation
 from bs_jax.training.state import TrainState
 
 fsspec = pytest.importorskip("fsspec")

@@ -13,10 +13,10 @@ from training_helpers import rows, tiny_config, tiny_data, train
 from bs_jax import models
 from bs_jax.data import AugmentSpec, augment, pipeline
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
 
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.experiments.points import apply_overrides, resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import apply_overrides, resolve
 from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
 
 SIZE = 8  # pixels
 

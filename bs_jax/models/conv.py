@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bs_jax.models import conv_cpu, forms
+from bs_jax.models import forms
+from bs_jax.models.cpu import conv as conv_cpu
 
 
 def conv_general_dilated(
@@ -27,7 +28,7 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` in the form that is quickest on the default back end.
 
     On a CPU, floating-point channels-last images with two spatial axes and no dilation take the
-    forms of `bs_jax.models.conv_cpu`; all else, and other back ends, go to `jax.lax`. For
+    forms of `bs_jax.models.cpu.conv`; all else, and other back ends, go to `jax.lax`. For
     `flax.linen.Conv(conv_general_dilated=...)`: the parameters stay as they are.
     """
     undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bs_jax import storage
 from bs_jax.errors import UserError
+from bs_jax.records import run_folder as records
+from bs_jax.records.stores import storage
 from bs_jax.scaling.carry import carry_moments
 from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler
 from bs_jax.scaling.optimizer import ScaleByBatchState
-from bs_jax.training import optimizers, records, step
+from bs_jax.training import optimizers, step
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.state import TrainState
 

@@ -19,8 +19,8 @@ import absl.logging
 import jax
 import numpy as np
 
-from bs_jax import storage
-from bs_jax.training.archives import Archives, unreadable_name
+from bs_jax.records.stores import storage
+from bs_jax.records.stores.archives import Archives, unreadable_name
 from bs_jax.training.state import TrainState
 
 _KEPT = 2  # the newest and one to fall back on

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from bs_jax import storage
+from bs_jax.records.stores import storage
 
 # XLA hands convolutions, matrix products and sums to YNNPACK, which takes 1.5 to 3 times as long as
 # its own code for many shapes (`benchmarks/conv_forms.py --library=default`). Empty: none of them.

@@ -12,10 +12,10 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import distributed, memory, parallel, plan, step, validate
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.plan import Chunk, Plan
-from bs_jax.training.records import RunFolder
 from bs_jax.training.session import Event, Session
 from bs_jax.training.state import TrainState
 

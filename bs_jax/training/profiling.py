@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from bs_jax import storage
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.training import parallel, plan, records, step, validate
+from bs_jax.records import run_folder as records
+from bs_jax.records.stores import storage
+from bs_jax.training import parallel, plan, step, validate
 
 UPDATES = 10
 _EXAMPLES = 4096  # enough for any cache to miss; a part of the data set, so that it is there soon

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from bs_jax import storage
-from bs_jax.training import distributed, parallel, provenance, records
+from bs_jax.records import run_folder as records
+from bs_jax.records.run_folder import MetricsFile, RunFolder
+from bs_jax.records.stores import storage
+from bs_jax.training import distributed, parallel, provenance
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.plan import Chunk, Plan
-from bs_jax.training.records import MetricsFile, RunFolder
 from bs_jax.training.state import TrainState
 
 Event = dict[str, Any]

@@ -20,8 +20,9 @@ def main(workdir: Path, remove: bool) -> None:
     from faults import recipe
     from ray.cluster_utils import Cluster
 
-    from bs_jax.experiments import ray_launcher, sweep
-    from bs_jax.experiments.progress import Display
+    from bs_jax.sweep import plan as sweep
+    from bs_jax.sweep import ray_cluster as ray_launcher
+    from bs_jax.sweep.progress import Display
 
     config = json.loads(recipe.get_config().to_json())
     config["train_examples"] = 384

@@ -1,0 +1,1 @@
+"""The command line: flags, and one mode of main.py a file."""

@@ -1,0 +1,1 @@
+"""Published studies: their findings as data, and the section that answers them."""
