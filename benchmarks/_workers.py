@@ -6,7 +6,7 @@ and on the clock only one program computes at a time.
 
     specs = {"ours": {"kind": "ours", ...}, "eager": {"kind": "torch", ...}}
     with _workers.crew(specs, logs) as crew:
-        crew.wait(until=time.monotonic() + 150)
+        crew.compile(specs, until=time.monotonic() + 150)
         times = crew.turns(rounds=7, until=time.monotonic() + 60)
 """
 
@@ -22,13 +22,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 _TURN_SECONDS = 60.0  # a turn that takes longer is a program that hangs
-NO_ANSWER = "no answer in the time it had"
+_NO_ANSWER = "no answer in the time it had"
 
 
 class Program(Protocol):
@@ -86,7 +86,7 @@ class Worker:
         try:
             answer = self._answers.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            answer = {"error": NO_ANSWER}
+            answer = {"error": _NO_ANSWER}
         if "error" in answer:
             self.failure = answer["error"]
             self.stop()
@@ -113,13 +113,26 @@ class Worker:
 class Crew:
     """Workers that are timed against each other."""
 
-    def __init__(self, workers: Mapping[str, Worker]) -> None:
-        self.workers = dict(workers)
+    def __init__(self, specs: Mapping[str, Mapping[str, Any]], logs: Path) -> None:
+        self._specs, self._logs = specs, logs
+        self.workers: dict[str, Worker] = {}
 
-    def wait(self, until: float) -> None:
-        """Let all of them compile; those that are not ready in time are ended."""
-        for worker in self.workers.values():
+    def compile(self, names: Iterable[str], until: float) -> None:
+        """Start workers and let them compile side by side; who is not ready in time is ended."""
+        start, started = time.monotonic(), []
+        for name in names:
+            safe = "".join(letter if letter.isalnum() else "_" for letter in name)
+            self.workers[name] = Worker(name, self._specs[name], self._logs / f"{safe}.log")
+            started.append(self.workers[name])
+        for worker in started:
             worker.ready = worker.receive(until)
+            if worker.failure == _NO_ANSWER:
+                worker.failure = f"not compiled in the {max(0.0, until - start):.0f} s that it had"
+
+    def stop(self) -> None:
+        """End all of them."""
+        for worker in self.workers.values():
+            worker.stop()
 
     @property
     def able(self) -> list[str]:
@@ -156,23 +169,20 @@ class Crew:
 
 @contextlib.contextmanager
 def crew(specs: Mapping[str, Mapping[str, Any]], logs: Path) -> Iterator[Crew]:
-    """Start a worker a spec; all are ended when the context is left.
+    """Workers for these specs, which start where told to; all are ended with the context.
 
     Args:
         specs: name -> ``kind`` ("ours" or "torch"), that kind's own settings, and maybe
-            ``environment`` and ``xla_flags`` of its process.
+            ``environment`` and ``xla_flags`` of its process, and ``nice``: to let others compile
+            first.
         logs: folder for what the processes write.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    workers: dict[str, Worker] = {}
+    found = Crew(specs, logs)
     try:
-        for number, (name, spec) in enumerate(specs.items()):
-            safe = "".join(letter if letter.isalnum() else "_" for letter in name)
-            workers[name] = Worker(name, spec, logs / f"{number:02d}_{safe}.log")
-        yield Crew(workers)
+        yield found
     finally:
-        for worker in workers.values():
-            worker.stop()
+        found.stop()
 
 
 def build(spec: Mapping[str, Any]) -> Program:
@@ -195,6 +205,7 @@ def serve(spec: Mapping[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    os.nice(spec.get("nice", 0))
     try:
         start = time.perf_counter()
         program = build(spec)

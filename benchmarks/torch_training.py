@@ -18,6 +18,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import _programs, torch_models
@@ -79,7 +80,7 @@ class Training:
         data = _programs.make_images(4 * self._batch_size, spec["image_size"])
         images = torch.from_numpy(data.images).to(device).permute(0, 3, 1, 2)
         self._images = images.contiguous(memory_format=self._memory)
-        self._labels = torch.from_numpy(data.labels).to(device, torch.int64)
+        self._labels = torch.from_numpy(data.labels.astype(np.int64)).to(device)
         self._graph: Any = None
         if self._captured:
             self._capture()
