@@ -55,12 +55,11 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
         matmul=64,
         copied_floats=4096,
         flag_batch_sizes=(4,),
-        runs=(("resnet4_patch", 8, 4, (2,), 1),),
     )
     monkeypatch.setattr(gpu, "TINY", tiny)
     monkeypatch.setattr(gpu, "MODEL_FORMS", {"all": gpu.MODEL_FORMS["all of these"]})
     monkeypatch.setattr(gpu, "XLA_FORMS", {"bad": {"xla_flags": "--xla_no_such_flag=1"}})
-    arguments = ["--tiny", "--against=nothing", "--parts=steps,forms,runs"]
+    arguments = ["--tiny", "--against=nothing", "--parts=steps,forms"]
     result = written(gpu, arguments, tmp_path / "sub" / "gpu.json")
     (step,) = result["steps"]
     assert step["roofline"]["bytes_per_step"] > 0
@@ -73,8 +72,25 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
     assert form["programs"]["ours"]["ratio"] == 1
     assert form["programs"]["all"]["rounds"] == 2
     assert "no_such_flag" in form["not_measured"]["bad"]
+
+
+@pytest.mark.long
+def test_runs_side_by_side_and_the_transform_are_measured_too(tmp_path, monkeypatch):
+    transform = ("--model=resnet4_patch", "--image_size=8", "--batch_size=4", "--rounds=2")
+    tiny = gpu.Size(
+        matmul=64,
+        copied_floats=4096,
+        rounds=2,
+        runs=(("resnet4_patch", 8, 4, (2,), 1),),
+        transform=(transform, (*transform, "--no_such_flag")),
+    )
+    monkeypatch.setattr(gpu, "TINY", tiny)
+    arguments = ["--tiny", "--against=nothing", "--parts=runs,transform"]
+    result = written(gpu, arguments, tmp_path / "gpu.json")
     (row,) = result["runs"]
     assert set(row["images_per_second"]) == {"ours", "2 vmapped"}
+    assert result["transform"][0]["results"]["against plain"]["static"]["ratio"] > 0
+    assert "no_such_flag" in result["transform"][1]["not_measured"]
 
 
 def test_what_does_not_compile_in_time_is_ended_and_named(tmp_path):
