@@ -75,9 +75,10 @@ def _group(opcode: str, line: str) -> str:
         kinds = {"backwardinput": "images' gradient", "backwardfilter": "kernels' gradient"}
         kind = next((words for part, words in kinds.items() if part in called), "")
         return "convolution" + (f", {kind}" if kind else ", backward" if backward else ", forward")
-    if "gemm" in called or "cublas" in called or "gemm" in line or opcode == "dot":
+    triton_product = re.search(r"__triton\w*gemm", line)
+    if "gemm" in called or "cublas" in called or triton_product or opcode == "dot":
         return "matrix product"
-    if opcode in ("copy", "transpose", "copy-start", "bitcast-convert") or "/transpose" in path:
+    if opcode in ("copy", "transpose", "copy-start") or path.endswith("/transpose"):
         return "copies and transpositions"
     scopes = path.split("/")
     if not any("jvp(" in scope for scope in scopes):

@@ -419,9 +419,9 @@ def _waves(specs: Mapping[str, Mapping[str, Any]], groups: list[int]) -> list[li
 
 
 def _bytes(spec: Mapping[str, Any]) -> float:
-    """About what a program takes of the card, generously: an xresnet50 at 128 px and less."""
+    """About what a program takes of the card: an xresnet50 at 128 px and less."""
     pixels = max(1, spec.get("runs", 0)) * spec["batch_size"] * spec["image_size"] ** 2
-    return 1.5e9 + 1.8e3 * pixels
+    return 1.2e9 + 1.3e3 * pixels
 
 
 def _card_bytes() -> float:

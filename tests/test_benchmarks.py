@@ -112,6 +112,7 @@ ENTRY %main {
   %x = bf16[4,2]{1,0} parameter(0)
   %loop.1 = (bf16[4,2]{1,0}, f32[2]{0}) fusion(%x), metadata={op_name="jvp(N)/BatchNorm_0/mul"}
   %conv.2 = (bf16[4,2], u8[0]) custom-call(%x, %x), custom_call_target="__cudnn$convBackwardFilter"
+  %back.5 = bf16[4,2] fusion(%x), metadata={op_name="transpose(jvp(N))/block/BatchNorm_0/mul"}
   ROOT %add.3 = f32[2]{0} add(%y, %y), metadata={op_name="jit(f)/while/body/add"}
 }
 """
@@ -129,16 +130,17 @@ ENTRY %main {
         named("process_name", "/host:CPU", pid=2),
         named("thread_name", "main", pid=2, tid=1),
         *[kernel("loop.1", 3, 1, 7), kernel("loop.1", 5, 1, 7), kernel("conv.2", 20, 1, 7)],
-        *[kernel("add.3", 2, 1, 7), kernel("while.4", 99, 1, 7)],
+        *[kernel("add.3", 2, 1, 7), kernel("while.4", 99, 1, 7), kernel("back.5", 4, 1, 7)],
         *[kernel("loop.1", 99, 1, 8), kernel("loop.1", 99, 2, 1)],
     ]
     content = json.dumps({"traceEvents": events}).encode()
     (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(content))
     found = _kernels.by_group(tmp_path, program, steps=2)
-    assert found["seconds"] == pytest.approx(15e-6)
+    assert found["seconds"] == pytest.approx(17e-6)
     assert list(found["groups"]) == [
         "convolution, kernels' gradient",
         "normalisation, forward",
+        "normalisation, backward",
         "optimizer, augmentation and the rest",
     ]
     norm = found["groups"]["normalisation, forward"]
