@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import _flat, _kernels
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
-from bs_jax.models import forms
+from bs_jax.models import layer_forms
 
 CLASSES = 10
 
@@ -106,7 +106,7 @@ class Training:
     Args:
         spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
             from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
-            by side, ``forms`` (fields of `bs_jax.models.forms.Forms`), ``flat`` (the optimizer over
+            by side, ``forms`` (fields of `bs_jax.models.layer_forms.LayerForms`), ``flat`` (the optimizer over
             vectors, see `_flat`).
     """
 
@@ -149,7 +149,7 @@ def _as_asked(spec: Mapping[str, Any]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if "forms" in spec:
-            stack.enter_context(forms.use(forms.Forms(**spec["forms"])))
+            stack.enter_context(layer_forms.use(layer_forms.LayerForms(**spec["forms"])))
         if spec.get("flat"):
             plain = optimizers.make_optimizer
             flattened = mock.patch.object(

@@ -50,7 +50,7 @@ _TORCH_FORMS = (
     "graph of compile, bfloat16 weights",
 )
 
-# Our step otherwise: what to change of a worker's spec. See `bs_jax.models.forms`.
+# Our step otherwise: what to change of a worker's spec. See `bs_jax.models.layer_forms`.
 MODEL_FORMS: dict[str, dict[str, Any]] = {
     "statistics in one pass": {"forms": {"one_pass_statistics": True}},
     "activation fused": {"forms": {"one_pass_statistics": True, "fused_activation": True}},
@@ -124,7 +124,7 @@ class Size:
 TINY = Size(
     model="xresnet10_small",
     image_size=16,
-    batch_sizes=(8, 4),
+    batch_sizes=(4,),
     steps=2,
     rounds=2,
     matmul=64,

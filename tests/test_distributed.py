@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import finish, joined, lines, run, wait_for
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
 from bs_jax.data import pipeline
 from bs_jax.errors import UserError

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers.training import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import tiny_config
 
 from bs_jax.errors import UserError
 from bs_jax.sweep.points import apply_overrides, resolve

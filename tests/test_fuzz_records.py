@@ -13,7 +13,7 @@ from bs_jax.errors import UserError
 from bs_jax.records import results
 from bs_jax.records import run_folder as records
 from bs_jax.records.run_folder import MetricsFile, Run, RunFolder
-from bs_jax.report import write as report
+from bs_jax.report import terminal
 from bs_jax.statistics import analysis
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def restored(path, content):
 def check(sweep):
     found = results.load_results(sweep)
     analysed = analysis.analyse(found)
-    report.terminal_table(analysed)
+    terminal.verdict_table(analysed)
     return found
 
 

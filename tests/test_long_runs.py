@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 from helpers.process import open_files, resident_mib
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.sweep import launchers
+from bs_jax.sweep import worker
 from bs_jax.sweep.points import resolve
 from bs_jax.training.loop import Trainer
 
@@ -57,9 +57,9 @@ def test_memory_does_not_grow_over_ten_thousand_updates(tmp_path, streamed):
 def test_the_log_of_a_worker_is_bounded(tmp_path):
     path = tmp_path / "logs" / "worker-0.log"
     path.parent.mkdir()
-    path.write_bytes(b"x" * (launchers.LOG_BYTES + 1))
+    path.write_bytes(b"x" * (worker.LOG_BYTES + 1))
     for _ in range(2):
-        with launchers.open_log(path) as log:
+        with worker.open_log(path) as log:
             log.write("more\n")
     assert path.read_text() == "more\nmore\n"
-    assert path.with_suffix(".log.old").stat().st_size == launchers.LOG_BYTES + 1
+    assert path.with_suffix(".log.old").stat().st_size == worker.LOG_BYTES + 1

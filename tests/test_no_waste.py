@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import tiny_config, tiny_data
+from helpers.training import tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve

@@ -4,11 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers.training import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from training_helpers import tiny_config
 
-from bs_jax.cli import flags
+from bs_jax.cli import sweep as cli
 from bs_jax.errors import UserError
 from bs_jax.sweep.plan import plan_sweep
 from bs_jax.sweep.points import (
@@ -150,11 +150,11 @@ def test_other_seeds_replace_a_sweeps_own_at_every_point():
 
 @pytest.mark.parametrize("text", ["0,0", "-1", "a", "1.5", "0,,1", "٣"])
 def test_seeds_on_the_command_line_are_distinct_whole_numbers(monkeypatch, text):
-    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(seeds=text.split(",")))
+    monkeypatch.setattr(cli, "FLAGS", SimpleNamespace(seeds=text.split(",")))
     with pytest.raises(UserError, match=f"--seeds={text}: give whole numbers from 0, none twice"):
-        flags.given_seeds()
-    flags.FLAGS.seeds = ["3", " 0"]
-    assert flags.given_seeds() == [3, 0]
+        cli.given_seeds()
+    cli.FLAGS.seeds = ["3", " 0"]
+    assert cli.given_seeds() == [3, 0]
 
 
 MISTAKES = {

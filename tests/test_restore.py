@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from training_helpers import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import RunFolder

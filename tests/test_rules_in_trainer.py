@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from scaling_helpers import assert_close, gradients
-from scaling_helpers import train as train_by
-from training_helpers import tiny_config
+from helpers.scaling import assert_close, gradients
+from helpers.scaling import train as train_by
+from helpers.training import tiny_config
 
 from bs_jax import scale_by_batch
 from bs_jax.scaling import explain, roles

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import tiny_config, train
+from helpers.training import tiny_config, train
 
 from bs_jax.scaling import explain, ranger, scale_by_batch
 from bs_jax.sweep.points import resolve

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from training_helpers import tiny_config
+from helpers.training import tiny_config
 
 from bs_jax.scaling import MicrobatchStats, hyperparams
 from bs_jax.sweep.points import resolve

@@ -1,7 +1,7 @@
 """SGD with and without momentum trains through the whole trainer."""
 
 import pytest
-from training_helpers import tiny_config, tiny_data
+from helpers.training import tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve

@@ -18,6 +18,7 @@ from bs_jax.records import run_folder as records
 from bs_jax.records.stores import storage
 from bs_jax.report import write as report
 from bs_jax.report.tables import write_tables
+from bs_jax.statistics.analysis import analyse
 from bs_jax.training import checkpoint, compilation
 from bs_jax.training.state import TrainState
 
@@ -240,7 +241,7 @@ def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(store, roo
     assert found.rows == wanted.rows
     assert found.problems == wanted.problems
     assert len(found.problems) == 1
-    assert report.write_report(root, found) == root / "report" / "index.html"
+    assert report.write_report(found, analyse(found)) == root / "report" / "index.html"
     (local / "tables").mkdir()
     for path in write_tables(wanted, local / "tables"):
         assert storage.read_bytes(root / "report" / path.name) == path.read_bytes()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_helpers import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax import models
 from bs_jax.data import AugmentSpec, augment, pipeline

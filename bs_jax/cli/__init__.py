@@ -1,1 +1,1 @@
-"""The command line: flags, and one mode of main.py a file."""
+"""The command line: `main` parses the flags, each mode is a file with its own flags."""

@@ -1,143 +1,86 @@
-"""--mode=noise_scale: the gradient noise scale of a recipe over training, beside its batch size."""
+"""--mode=noise_scale: one run, and its gradient noise scale beside its batch size."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from absl import flags
 
+from bs_jax.cli import common, config, train
 from bs_jax.errors import UserError
 from bs_jax.records import run_folder as records
 from bs_jax.records.run_folder import Run
 from bs_jax.records.stores import storage
-from bs_jax.scaling.noise_scale import ERRORS
 
-COLUMNS: tuple[str, ...] = (
-    "step",
-    "examples",
-    "noise_scale",
-    "standard_error",
-    "low",
-    "high",
-    "phi",
-    "signal",
-    "noise",
-    "largest_k",
-    "window_noise_scale",
-)
-_TABLE_LINES = 16
+if TYPE_CHECKING:  # it imports JAX, which the other modes need not
+    from bs_jax.statistics.noise_curve import NoiseScaleCurve
+
+FLAGS = flags.FLAGS
+FLAG_NAMES = (*common.FLAG_NAMES, "allow_config_change", "distributed")
 
 
-@dataclasses.dataclass(frozen=True)
-class NoiseScaleCurve:
-    """The noise scale of one run over training.
-
-    Attributes:
-        batch_size: examples per update, in use.
-        base_batch_size: examples per update that the recipe was tuned at.
-        rows: one dict a logging window with the keys in ``COLUMNS``: ``noise_scale`` (examples) is
-            tr(Sigma)/|g|^2 from running averages of both, ``standard_error``, ``low`` and
-            ``high`` its spread (see ``scaling.NoiseScale``), ``phi`` it over the base batch size,
-            ``largest_k`` the largest batch size over the base one that surely lies inside it,
-            ``window_noise_scale`` the same ratio from this window alone. Infinite where no signal
-            can be told from zero.
-    """
-
-    batch_size: int
-    base_batch_size: int
-    rows: list[dict[str, float]]
-
-    def to_text(self) -> str:
-        """Return an aligned table of at most ``_TABLE_LINES`` rows, and what it comes to."""
-        header = ("examples", "B_noise", "from", "to", "phi", "batch", "largest k inside")
-        cells = [header, *(self._cells(row) for row in _thinned(self.rows, _TABLE_LINES))]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in cells
-        ]
-        return "\n".join([*lines, self.conclusion()])
-
-    def _cells(self, row: Mapping[str, float]) -> tuple[str, ...]:
-        return (
-            f"{row['examples']:,}",
-            _number(row["noise_scale"]),
-            _number(row["low"]),
-            _number(row["high"]),
-            _number(row["phi"]),
-            str(self.batch_size),
-            _number(row["largest_k"]),
-        )
-
-    def conclusion(self) -> str:
-        """Return for how much of training the batch size in use lies inside the noise scale."""
-        sizes = [(row["low"], row["high"]) for row in self.rows]
-        inside = sum(low >= self.batch_size for low, _ in sizes) / len(sizes)
-        past = sum(high < self.batch_size for _, high in sizes) / len(sizes)
-        return (
-            f"Batch size {self.batch_size} lies inside the noise scale in {100 * inside:.0f} % of "
-            f"training and past it in {100 * past:.0f} %, both beyond {ERRORS:g} standard errors. "
-            "Past it a larger batch buys little and no rule follows the base."
-        )
-
-    def to_csv(self) -> str:
-        """Return the rows as CSV; an infinite noise scale reads ``inf``."""
-        text = io.StringIO()
-        columns: list[str] = [*COLUMNS]
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue()
+def define_flags() -> None:
+    """Define the flags of this mode: none of its own."""
 
 
-def plan(config: Mapping[str, Any]) -> Run:
+def run() -> int:
+    """Train the run, then write and print its noise scale."""
+    planned = plan(config.plain())
+    workdir = common.workdir(f"runs/{FLAGS.config.name}-noise_scale/{planned.run_id}")
+    code = train.train_run(planned, workdir)
+    if code or FLAGS.dry_run:
+        return code
+    curve = read(workdir, planned)
+    print(curve.to_text())
+    print(f"Plot and numbers: {', '.join(str(path) for path in write(curve, workdir))}")
+    return 0
+
+
+def plan(recipe: Mapping[str, Any]) -> Run:
     """Resolve a recipe to a run that measures the noise beside its training, whatever its rule.
 
-    A rule whose factors are known before training would take the batch in one piece: it is split
-    as for the rules that measure, into micro-batches of the base size or half the batch. Without
-    ``ghost_batch_size`` BatchNorm then normalises such a micro-batch.
+    A rule whose factors are known before training would take the batch in one piece. Here it is
+    split as for the rules that measure, into micro-batches of the base size or half the batch.
+    Without ``ghost_batch_size`` BatchNorm then normalises such a micro-batch.
 
     Args:
-        config: a recipe.
+        recipe: the recipe, nested.
 
     Returns:
-        The run, its id that of the same training with ``-noise`` behind it.
+        The run. Its id is that of the same training, with ``-noise`` behind it.
 
     Raises:
-        UserError: a batch that cannot be split, gradients that are not independent, or whatever
-            else cannot be trained.
+        UserError: the batch cannot be split, the gradients are not independent, or the recipe
+            cannot be trained.
     """
     from bs_jax.sweep.points import default_micro_batch_size, resolve
     from bs_jax.training import validate
 
-    run = resolve(config)
-    batch, micro = run.config["batch_size"], run.config["micro_batch_size"]
-    if not config["micro_batch_size"] and batch > 1:
-        micro = min(micro, default_micro_batch_size(batch, config["base_batch_size"]))
+    planned = resolve(recipe)
+    batch, micro = planned.config["batch_size"], planned.config["micro_batch_size"]
+    if not recipe["micro_batch_size"] and batch > 1:
+        micro = min(micro, default_micro_batch_size(batch, recipe["base_batch_size"]))
     validate.check_two_micro_batches("--mode=noise_scale", batch, micro)
-    if run.config["bn_cross_device"]:
+    if planned.config["bn_cross_device"]:
         raise UserError(
             "config.bn_cross_device couples the gradients of all devices, which hides the noise "
             "between them; set it to False for --mode=noise_scale"
         )
-    measured = {**run.config, "micro_batch_size": micro, "measure_noise": True}
+    measured = {**planned.config, "micro_batch_size": micro, "measure_noise": True}
     validate.check_run(measured)
-    return Run(f"{run.run_id}-noise", measured, run.hparams)
+    return Run(f"{planned.run_id}-noise", measured, planned.hparams)
 
 
-def read(folder: Path, run: Run) -> NoiseScaleCurve:
-    """Read the noise scale out of a run's metrics.
+def read(folder: Path, planned: Run) -> NoiseScaleCurve:
+    """Read the noise scale from the metrics of a run.
 
     Args:
         folder: of the run.
-        run: of `plan`.
+        planned: of `plan`.
 
     Returns:
         The curve, up to the first number that is not finite.
@@ -145,101 +88,27 @@ def read(folder: Path, run: Run) -> NoiseScaleCurve:
     Raises:
         UserError: the records hold no noise.
     """
+    from bs_jax.statistics.noise_curve import from_metrics
+
     path = folder / "metrics.jsonl"
     with records.disk_errors(path):
         lines = storage.read_bytes(path).decode().splitlines()
     return from_metrics(
         [json.loads(line) for line in lines],
-        batch_size=run.config["batch_size"],
-        base_batch_size=run.hparams["base_batch_size"],
+        batch_size=planned.config["batch_size"],
+        base_batch_size=planned.hparams["base_batch_size"],
         where=str(path),
     )
 
 
-def from_metrics(
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int,
-    base_batch_size: int,
-    where: str = "the records",
-) -> NoiseScaleCurve:
-    r"""Average what was measured in each window of updates, and divide last.
-
-    With d the decay of the running noise scale (per base-size update) a window of n updates is
-    taken in as ``S <- d^(nk) S + (1 - d^(nk)) mean``, for |g|^2 and tr(Sigma) alike.
-
-    Args:
-        rows: metrics by window, with ``step``, ``examples`` and ``noise/...``.
-        batch_size: examples per update.
-        base_batch_size: examples per update that the recipe was tuned at.
-        where: the rows come from, for the error.
-
-    Returns:
-        The curve, up to the first number that is not finite.
-
-    Raises:
-        UserError: there is no noise in them.
-    """
-    from bs_jax.scaling import noise_scale as lib
-
-    decay = lib.DECAY ** (batch_size / base_batch_size)
-    empty = lib.NoiseScaleState._make([0.0] * len(lib.NoiseScaleState._fields))
-    running, windows, done = [empty], [], 0
-    for row in rows:
-        means = {name: row.get(f"noise/{name}") for name in lib.SAMPLE}
-        if any(value is None for value in means.values()):
-            break
-        updates = row["step"] - done
-        done = row["step"]
-        running.append(lib.average(running[-1], means, updates=updates, decay=decay))
-        windows.append(lib.average(empty, means, updates=updates, decay=0.0))
-    if not windows:
-        raise UserError(
-            f"{where} hold no gradient noise: the run diverged at once, or was trained in another "
-            "mode; look at train/loss, or give --mode=noise_scale a --workdir of its own"
-        )
-    now = _estimates(running[1:])
-    window = _estimates(windows)["noise_scale"]
-    found = [
-        {
-            "step": row["step"],
-            "examples": row["examples"],
-            **{name: values[i] for name, values in now.items()},
-            "phi": now["noise_scale"][i] / base_batch_size,
-            "largest_k": now["low"][i] / base_batch_size,
-            "window_noise_scale": window[i],
-        }
-        for i, row in enumerate(rows[: len(windows)])
-    ]
-    return NoiseScaleCurve(batch_size, base_batch_size, found)
-
-
-def _estimates(states: Sequence[Any]) -> dict[str, list[float]]:
-    """Every state's estimate, all at once, by name."""
-    from bs_jax.scaling import noise_scale as lib
-
-    stacked = lib.NoiseScaleState._make(np.asarray(states, np.float32).T)
-    return {n: np.asarray(v).tolist() for n, v in lib.estimate(stacked)._asdict().items()}
-
-
 def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     """Write ``noise_scale.csv``, ``.json`` and ``.png`` into a folder; return their paths."""
-    from bs_jax.report import plots_noise, style
+    from bs_jax.report import plots, style
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
-    figure = plots_noise.noise_scale_figure(curve)
+    figure = plots.noise_scale_figure(curve.rows, curve.batch_size, curve.base_batch_size, ERRORS)
     with records.disk_errors(folder):
         storage.write_bytes(paths[0], curve.to_csv().encode())
         records.write_json(paths[1], dataclasses.asdict(curve))
         storage.write_bytes(paths[2], style.to_png(figure))
     return paths
-
-
-def _thinned(rows: Sequence[Any], count: int) -> list[Any]:
-    """At most so many rows, evenly spread, the last among them."""
-    step = -(-len(rows) // count)
-    return list(reversed(rows[::-1][::step]))
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) and value >= 100 else f"{value:.3g}"

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bs_jax.models import forms
-from bs_jax.models.cpu import conv as conv_cpu
+from bs_jax.models import cpu, layer_forms
 
 
 def conv_general_dilated(
@@ -28,7 +27,7 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` in the form that is quickest on the default back end.
 
     On a CPU, floating-point channels-last images with two spatial axes and no dilation take the
-    forms of `bs_jax.models.cpu.conv`; all else, and other back ends, go to `jax.lax`. For
+    forms of `bs_jax.models.cpu.convolve`; all else, and other back ends, go to `jax.lax`. For
     `flax.linen.Conv(conv_general_dilated=...)`: the parameters stay as they are.
     """
     undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
@@ -46,7 +45,7 @@ def conv_general_dilated(
         and (*rhs.shape[:2], *window_strides) == (1, 1, 1, 1)
         and not any(low or high for low, high in padding)  # pyright: ignore[reportGeneralTypeIssues]
     )
-    if pointwise and forms.current().pointwise_products:
+    if pointwise and layer_forms.current().pointwise_products:
         return jnp.einsum("bhwi,io->bhwo", lhs, rhs[0, 0], precision=precision)
     if not plain or jax.default_backend() != "cpu":
         return lax.conv_general_dilated(
@@ -61,7 +60,7 @@ def conv_general_dilated(
             precision=precision,
         )
     strides, pads = tuple(window_strides), tuple((low, high) for low, high in padding)
-    return conv_cpu.convolve(lhs, rhs, strides, pads, feature_group_count)  # pyright: ignore[reportArgumentType]
+    return cpu.convolve(lhs, rhs, strides, pads, feature_group_count)  # pyright: ignore[reportArgumentType]
 
 
 def _channels_last(lhs: jax.Array, dimension_numbers: Any) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bs_jax.errors import UserError
-from bs_jax.models import forms
+from bs_jax.models import layer_forms
 from bs_jax.models.activations import Activation
 
 
@@ -93,7 +93,7 @@ class BatchNorm(nn.Module):
         size = self._group_size(x.shape[0])
         axis_name = None if self.is_initializing() else self.axis_name
         grouped = x.reshape(x.shape[0] // size, -1, channels)
-        fused = self.activation if forms.current().fused_activation else None
+        fused = self.activation if layer_forms.current().fused_activation else None
         y, mean, var = normalise(
             grouped,
             scale,
@@ -220,7 +220,7 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 def _statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of every group and channel, over all members of the axis."""
-    if not forms.current().one_pass_statistics:
+    if not layer_forms.current().one_pass_statistics:
         mean = _average(x, axis_name)
         # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
         return mean, _average(jnp.square(x - mean[:, None]), axis_name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bs_jax.models import forms
+from bs_jax.models import layer_forms
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
@@ -29,7 +29,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 3, 2, padding=1)[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
-    if forms.current().native_max_pool:
+    if layer_forms.current().native_max_pool:
         pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         lowest = np.asarray(-jnp.inf, x.dtype)
         return jax.lax.reduce_window(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from bs_jax.records.files import number
 from bs_jax.records.results import DAMAGED, DIVERGED, MISSING, UNFINISHED, Results
-from bs_jax.report.page import Html, bullets, html, section, tag
+from bs_jax.report.page import Html, Section, bullets, html, tag
 
 _MAX_NAMED = 50
 
 
-def reproduce(results: Results, files: Sequence[Path]) -> Html:
+def reproduce(results: Results, files: Sequence[Path]) -> Section:
     """The exact commands, what they ran on, and the rows for other tools."""
     sweep = results.sweep
     again = f"python main.py --mode=report --workdir={shlex.quote(str(results.workdir))}"
@@ -36,7 +36,7 @@ def reproduce(results: Results, files: Sequence[Path]) -> Html:
     items = [html(tag("b", name), f": {value}") for name, value in facts.items() if value]
     links = [tag("a", path.name, href=path.name) for path in files]
     rows = html("The rows behind this page: ", html(*_joined(links)), ".") if links else html()
-    return section("Do it again", *commands, bullets(items), tag("p", rows))
+    return Section("Reproduce", *commands, bullets(items), tag("p", rows))
 
 
 def _joined(links: Sequence[Html]) -> list[str]:
@@ -65,7 +65,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def without_result(results: Results) -> Html:
+def without_result(results: Results) -> Section | None:
     """Runs that diverged, are unfinished or missing, and files that could not be used, by name."""
     parts = []
     for status, title in (
@@ -83,7 +83,7 @@ def without_result(results: Results) -> Html:
     ):
         parts.append(_named(title, names[:_MAX_NAMED], len(names)))
     shown = [part for part in parts if part]
-    return section("Runs without a result", *shown) if shown else html()
+    return Section("Runs without a result", *shown) if shown else None
 
 
 def _name(results: Results, run_id: str) -> str:

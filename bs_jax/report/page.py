@@ -1,5 +1,6 @@
 """The page around a report: escaped HTML elements, the style sheet, the skeleton."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -26,20 +27,40 @@ def _escaped(text: str) -> str:
 
 
 def tag(name: str, *parts: str, **attributes: str) -> Html:
-    """One element; `class_` is written `class`.
+    """One element; `class_` is written `class`, `aria_label` is `aria-label`.
 
     >>> tag("p", "1 < 2", class_="note")
     '<p class="note">1 &lt; 2</p>'
     """
     written = "".join(
-        f' {key.rstrip("_")}="{_escaped(value)}"' for key, value in attributes.items()
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
+        for key, value in attributes.items()
     )
     return Html(f"<{name}{written}>{html(*parts)}</{name}>")
 
 
-def section(title: str, *parts: str) -> Html:
-    """A section under its heading."""
-    return tag("section", tag("h2", title), *parts)
+class Section:
+    """A section of the page.
+
+    Args:
+      title: its heading.
+      parts: what it holds; plain text is escaped.
+
+    Attributes:
+      anchor: by which a link finds it.
+
+    >>> Section("The numbers", "1 < 2").html()
+    '<section id="the-numbers"><h2>The numbers</h2>1 &lt; 2</section>'
+    """
+
+    def __init__(self, title: str, *parts: str) -> None:
+        self.title = title
+        self.anchor = re.sub(r"\W+", "-", title.lower()).strip("-")
+        self._content = html(*parts)
+
+    def html(self) -> Html:
+        """The element."""
+        return tag("section", tag("h2", self.title), self._content, id=self.anchor)
 
 
 def bullets(items: Iterable[str]) -> Html:
@@ -59,8 +80,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     return tag("div", content, class_="scroll", tabindex="0")
 
 
-def page(title: str, *parts: str) -> str:
+def page(title: str, opening: str, sections: Sequence[Section]) -> str:
     """The whole document: no script, no network, colours by the reader's light or dark setting."""
+    contents = tag(
+        "nav",
+        *(tag("a", section.title, href=f"#{section.anchor}") for section in sections),
+        class_="contents",
+        aria_label="contents",
+    )
     light = "".join(f"--{role}:{pair[0]};" for role, pair in ROLES.items())
     dark = "".join(f"--{role}:{pair[1]};" for role, pair in ROLES.items())
     colours = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
@@ -72,7 +99,8 @@ def page(title: str, *parts: str) -> str:
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; img-src 'self' data:\">"
         f"{tag('title', title)}<style>{colours}{_CSS}</style></head>\n"
-        f"<body><main>{html(*parts)}</main></body></html>\n"
+        f"<body><main>{html(opening, contents)}{''.join(s.html() for s in sections)}</main>"
+        "</body></html>\n"
     )
 
 
@@ -124,6 +152,7 @@ figcaption{margin-top:.5rem}
 .arm header{display:flex;flex-wrap:wrap;gap:.3rem .8rem;align-items:center;margin-bottom:.5rem}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1.2rem}
 .pair>*{min-width:0}
+.contents{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;margin:1.4rem 0 0;font-size:.875rem}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;padding:0;margin:.6rem 0 1rem;list-style:none;
 font-size:.875rem;color:var(--muted)}
 .key i{display:inline-block;width:1.3rem;height:.22rem;border-radius:2px;margin-right:.4rem;

@@ -1,14 +1,15 @@
-"""Figures of an analysis: numbers in, matplotlib Figure out; nothing is read or written here."""
+"""Figures: numbers in, matplotlib Figure out; nothing is read or written here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bs_jax.report import style
 from bs_jax.report.numbers import Units
-from bs_jax.statistics.analysis import Analysis, Group
+from bs_jax.statistics.analysis import Analysis
+from bs_jax.statistics.groups import Group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def metric_figure(
         axes.set_ylabel(f"final {units.name}" + (" (%)" if units.percent else ""))
         _size_axis(axes, analysis)
         if arm is None:
-            end_labels(axes, ends)
+            _end_labels(axes, ends)
         # A narrow figure has no room for the note; its caption says the same.
         if base is not None and base.values and arm is None and width > 5:
             note = f"band: base ± {units.spread(margin)}   bars: 90 % interval of the difference"
@@ -153,14 +154,17 @@ def deviation_figure(analysis: Analysis, width: float = 7.4, height: float = 3.4
     with style.drawing():
         figure, axes = _figure(width, height)
         arms = [verdict.arm for verdict in analysis.arms]
-        in_noise = any(math.isfinite(group.curve_noise) for group in analysis.groups)
+        in_noise = any(
+            group.deviation is not None and math.isfinite(group.deviation.in_noise)
+            for group in analysis.groups
+        )
         ends = []
         for arm in arms:
             points = [
                 (math.log2(group.batch_size), value)
                 for group in _judged(analysis, arm)
-                if math.isfinite(value := group.curve_noise if in_noise else group.curve_rms)
-                and value > 0
+                if group.deviation is not None
+                and (value := group.deviation.in_noise if in_noise else group.deviation.rms) > 0
             ]
             if not points:
                 continue
@@ -194,7 +198,72 @@ def deviation_figure(analysis: Analysis, width: float = 7.4, height: float = 3.4
         unit = "× seed noise" if in_noise else analysis.sweep.curve_metric
         axes.set_ylabel(f"curve deviation ({unit})")
         _size_axis(axes, analysis)
-        end_labels(axes, ends)
+        _end_labels(axes, ends)
+    return figure
+
+
+def noise_scale_figure(
+    rows: Sequence[Mapping[str, float]],
+    batch_size: int,
+    base_batch_size: int,
+    errors: float,
+    width: float = 7.4,
+    height: float = 3.8,
+) -> "Figure":
+    """Noise scale over examples seen, its spread as a band, the batch size in use as a line.
+
+    Args:
+      rows: one a logging window, with `examples`, `noise_scale`, `low`, `high` and
+        `window_noise_scale`, all in examples.
+      batch_size: examples per update.
+      base_batch_size: examples per update that the recipe was tuned at.
+      errors: standard errors from `noise_scale` to `low` and `high`.
+      width: in inches.
+      height: in inches.
+
+    Returns:
+      The figure. Windows in which no signal was found are marked at the upper edge.
+    """
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    examples, scale = columns["examples"], columns["noise_scale"]
+    colour, batch_colour = style.ARM_COLOURS[0][0], style.ARM_COLOURS[1][0]
+    with style.drawing():
+        figure, axes = _figure(width, height)
+        window = columns["window_noise_scale"]
+        shown = np.isfinite(window) & (window > 0)
+        known = np.isfinite(scale) & (scale > 0)
+        lines = [batch_size, *(scale[known]), *(window[shown])]
+        bottom, top = min(lines) / 2, 2 * max(*lines, base_batch_size)
+        axes.plot(examples[shown], window[shown], ".", color=style.MUTED, ms=3)
+        beyond = examples[~shown]
+        axes.plot(beyond, np.full(len(beyond), top), "^", color=style.MUTED, ms=3, clip_on=False)
+        # Where the signal may be zero the range has no upper end.
+        low, high = (np.clip(columns[end], bottom, top) for end in ("low", "high"))
+        axes.fill_between(examples, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(examples[known], scale[known], color=colour, lw=1.8)
+        axes.axhline(batch_size, color=batch_colour, lw=1.4)
+        labels = [(float(batch_size), f"batch size {batch_size}", batch_colour)]
+        if base_batch_size != batch_size:
+            axes.axhline(base_batch_size, color=style.INK, lw=1, ls=(0, (4, 3)))
+            base = f"base {base_batch_size}"
+            labels.append((float(base_batch_size), base, style.INK))
+        if known.any():
+            labels.append((float(scale[known][-1]), "noise scale", colour))
+        axes.set_yscale("log")
+        axes.set_ylim(bottom, top)
+        axes.set_xlim(0, examples[-1])
+        axes.xaxis.set_major_locator(_ticker().MaxNLocator(6))
+        axes.xaxis.set_major_formatter(_ticker().FuncFormatter(_examples_label))
+        axes.yaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set_xlabel("examples seen")
+        axes.set_ylabel("examples")
+        axes.set_title(
+            f"dots: single windows   line: running   band: ± {errors:g} standard errors",
+            fontsize=8,
+            fontweight="normal",
+            color=style.MUTED,
+        )
+        _end_labels(axes, labels)
     return figure
 
 
@@ -323,7 +392,7 @@ def _curves(axes: Any, analysis: Analysis, arm: str) -> None:
         _plain_log_labels(axes)
     axes.set_xlim(0, analysis.edges[-1])
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
-    axes.xaxis.set_major_formatter(_ticker().FuncFormatter(examples_label))
+    axes.xaxis.set_major_formatter(_ticker().FuncFormatter(_examples_label))
 
 
 def _ticker() -> Any:
@@ -332,7 +401,7 @@ def _ticker() -> Any:
     return ticker
 
 
-def examples_label(value: float, _: int) -> str:
+def _examples_label(value: float, _: int) -> str:
     """A number of examples on an axis: 500, 20 k, 3 M."""
     if value >= 1e6:
         return f"{value / 1e6:g} M"
@@ -353,7 +422,7 @@ def _size_axis(axes: Any, analysis: Analysis) -> None:
     axes.set_xlabel(f"batch size (recipe tuned at {analysis.sweep.base_batch_size})")
 
 
-def end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names at the right end of their lines, moved apart until none covers another."""
     ordered = sorted(ends)
     to_axes = axes.transData + axes.transAxes.inverted()

@@ -4,63 +4,24 @@ import math
 from collections.abc import Mapping, Sequence
 
 from bs_jax.records.results import DIVERGED, DONE, Results
-from bs_jax.report import plots, style
-from bs_jax.report.numbers import (
-    Units,
-    count,
-    fraction,
-    hyperparameter,
-    listed,
-    p_value,
-)
-from bs_jax.report.page import Html, bullets, html, section, table, tag
-from bs_jax.statistics.analysis import (
-    INVARIANT,
-    NOT_INVARIANT,
-    UNDECIDED,
-    Analysis,
-    Group,
-    widest_pass,
-)
-from bs_jax.statistics.contrasts import Comparison
+from bs_jax.report import plots, style, words
+from bs_jax.report.numbers import Units, count, fraction, hyperparameter, p_value
+from bs_jax.report.page import Html, Section, bullets, html, table, tag
+from bs_jax.statistics.analysis import Analysis, widest_pass
+from bs_jax.statistics.contrasts import Comparison, Verdict
+from bs_jax.statistics.groups import Group
 
 # Past these a page is no longer read but searched, and the CSV is there for that.
 _MAX_TABLE_ROWS = 400
 _MAX_PANELS = 24
 _MAX_NAMED = 50
 
-_BADGES = {INVARIANT: ("good", "✓"), NOT_INVARIANT: ("bad", "✗"), UNDECIDED: ("open", "?")}
+_KINDS = {Verdict.EQUIVALENT: "good", Verdict.DIFFERENT: "bad", Verdict.UNDECIDED: "open"}
 
 
-def badge(verdict: str) -> Html:
-    """A verdict as a coloured word with a sign, so that colour is not all that tells it."""
-    kind, sign = _BADGES[verdict]
-    return tag("span", f"{sign} {verdict}", class_=f"badge {kind}")
-
-
-def headline(analysis: Analysis) -> str:
-    """The outcome in one sentence.
-
-    Returns:
-      Plain text.
-    """
-    sweep = analysis.sweep
-    named = {
-        verdict: [arm.arm for arm in analysis.arms if arm.verdict == verdict] for verdict in _BADGES
-    }
-    if not any(group.values for group in analysis.groups):
-        return "No run away from the base batch size has finished yet."
-    if analysis.base is None or not analysis.base.values:
-        return "Without a finished run at the base batch size there is nothing to compare with."
-    parts = []
-    if named[INVARIANT]:
-        parts.append(f"{listed(named[INVARIANT])}: the batch size does not matter")
-    if named[UNDECIDED]:
-        parts.append(f"{listed(named[UNDECIDED])}: too few seeds to say")
-    if named[NOT_INVARIANT]:
-        parts.append(f"{listed(named[NOT_INVARIANT])}: it matters")
-    margin = Units(sweep.accuracy_metric).spread(sweep.margin)
-    return f"{'; '.join(parts)} (margin ±{margin})."
+def badge(verdict: Verdict) -> Html:
+    """A verdict as a coloured word with its sign."""
+    return tag("span", f"{style.SIGNS[verdict]} {verdict}", class_=f"badge {_KINDS[verdict]}")
 
 
 def _scatter(analysis: Analysis, units: Units) -> str:
@@ -86,31 +47,35 @@ def opening(results: Results, analysis: Analysis) -> Html:
     }
     boxes = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()]
     lines = [
-        tag("li", tag("b", arm.arm), badge(arm.verdict), tag("p", arm.sentence))
+        tag(
+            "li",
+            tag("b", arm.arm),
+            badge(arm.verdict),
+            tag("p", words.verdict_sentence(arm, analysis)),
+        )
         for arm in analysis.arms
     ]
     subject = " · ".join(text for text in (sweep.config_name, sweep.model, sweep.data) if text)
-    warnings = html()
-    if analysis.warnings:
-        warnings = tag(
-            "div", tag("b", "Before you believe it"), bullets(analysis.warnings), class_="warning"
-        )
+    caveats = words.caveats(results, analysis)
+    warning = html()
+    if caveats:
+        warning = tag("div", tag("b", "Caveats"), bullets(caveats), class_="warning")
     return html(
         tag("p", subject, class_="eyebrow"),
         tag("h1", sweep.title or f"Sweep {sweep.name}"),
-        tag("p", headline(analysis), class_="lead"),
+        tag("p", words.headline(analysis), class_="lead"),
         tag("dl", *boxes, class_="facts"),
         tag("ul", *lines, class_="verdicts"),
-        warnings,
+        warning,
     )
 
 
-def overview(analysis: Analysis) -> Html:
+def overview(analysis: Analysis) -> Section | None:
     """The figure: final metric against batch size for every rule."""
     units = Units(analysis.sweep.accuracy_metric)
     what = f"Final {units.name} against batch size, one line a rule"
     if not any(group.values for group in analysis.groups):
-        return html()
+        return None
     caption = "The sweep has no finished base point, so there is no band to lie in."
     if analysis.base is not None and analysis.base.values:
         caption = (
@@ -121,7 +86,7 @@ def overview(analysis: Analysis) -> Html:
         )
     wide = Html(style.to_svg(plots.metric_figure(analysis, 8.7, 4.4), what, "w-"))
     narrow = Html(style.to_svg(plots.metric_figure(analysis, 3.7, 3.6), what, "n-"))
-    return section(
+    return Section(
         f"Final {units.name} against batch size",
         tag(
             "figure",
@@ -132,10 +97,10 @@ def overview(analysis: Analysis) -> Html:
     )
 
 
-def arm_panels(analysis: Analysis) -> Html:
+def arm_panels(analysis: Analysis) -> Section | None:
     """A pair of figures a rule: where it ends, and how it gets there."""
     if not any(group.values for group in analysis.groups):
-        return html()
+        return None
     sweep = analysis.sweep
     sizes = [group.batch_size for group in analysis.groups if group.offset == 1]
     colours = style.size_colours(sizes, sweep.base_batch_size)
@@ -162,7 +127,7 @@ def arm_panels(analysis: Analysis) -> Html:
         cards.append(tag("article", heading, pair, class_="arm"))
     if len(analysis.arms) > _MAX_PANELS:
         cards.append(tag("p", f"The first {_MAX_PANELS} of {len(analysis.arms)} rules are drawn."))
-    return section(
+    return Section(
         "Rule by rule",
         tag(
             "p",
@@ -175,10 +140,10 @@ def arm_panels(analysis: Analysis) -> Html:
     )
 
 
-def deviation(analysis: Analysis) -> Html:
+def deviation(analysis: Analysis) -> Section | None:
     """How far the whole training curve strays from the base's."""
-    if not any(math.isfinite(group.curve_rms) for group in analysis.groups):
-        return html()
+    if not any(group.deviation for group in analysis.groups):
+        return None
     what = "Deviation of the training curve from the base's, in units of seed noise"
     caption = (
         f"Root mean square over {max(len(analysis.edges) - 1, 0)} windows of examples seen of the "
@@ -189,7 +154,7 @@ def deviation(analysis: Analysis) -> Html:
     )
     wide = Html(style.to_svg(plots.deviation_figure(analysis, 8.7, 3.6), what, "dw-"))
     narrow = Html(style.to_svg(plots.deviation_figure(analysis, 3.7, 3.2), what, "dn-"))
-    return section(
+    return Section(
         "Does the whole training curve follow?",
         tag(
             "figure",
@@ -200,7 +165,7 @@ def deviation(analysis: Analysis) -> Html:
     )
 
 
-def numbers(analysis: Analysis) -> Html:
+def numbers(analysis: Analysis) -> Section:
     """The table: a line a group."""
     sweep = analysis.sweep
     units, loss = Units(sweep.accuracy_metric), Units(sweep.loss_metric)
@@ -230,8 +195,8 @@ def numbers(analysis: Analysis) -> Html:
                 p_value(comparison.p_equivalent) if comparison else "–",
                 p_value(comparison.p_beyond) if comparison else "–",
                 _difference(group.loss_comparison, loss),
-                f"{group.curve_rms:.4f}" if math.isfinite(group.curve_rms) else "–",
-                f"{group.curve_noise:.2f}" if math.isfinite(group.curve_noise) else "–",
+                f"{group.deviation.rms:.4f}" if group.deviation else "–",
+                _times(group.deviation.in_noise) if group.deviation else "–",
             ]
         )
     cut = html()
@@ -239,7 +204,11 @@ def numbers(analysis: Analysis) -> Html:
         cut = tag(
             "p", f"The first {_MAX_TABLE_ROWS} of {len(groups)} lines; all rows are in the CSV."
         )
-    return section("The numbers", table(header, rows), cut, _how_to_read(analysis))
+    return Section("The numbers", table(header, rows), cut, _how_to_read(analysis))
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "–"
 
 
 def _seeds(group: Group) -> str:
@@ -274,17 +243,17 @@ def _how_to_read(analysis: Analysis) -> Html:
             tag("b", "p (same)"),
             f" is from two one-sided tests (TOST): at most 0.05 shows that the difference is "
             f"smaller than ±{margin}, which makes the point ",
-            tag("i", "invariant"),
+            tag("i", "equivalent"),
             ". A small difference alone shows nothing if the seeds scatter.",
         ),
         html(
             tag("b", "p (differs)"),
             f" at most 0.05, after counting the rule's points (Bonferroni), shows that the "
             f"difference is larger than ±{margin}: ",
-            tag("i", "not invariant"),
+            tag("i", "different"),
             ". So does any diverged run. In between, more seeds are needed.",
         ),
-        "A rule is invariant if all its points are, not invariant if any point is not, and "
+        "A rule is equivalent to the base if all its points are, different if any point is, and "
         "undecided otherwise.",
         "The loss is a second witness; it has no margin and no say in the verdict.",
     ]
@@ -317,20 +286,20 @@ def _how_to_read(analysis: Analysis) -> Html:
         passing = widest_pass(analysis.groups, noise, analysis.sweep.margin)
         if noise.shared and passing > 0:
             method.append(
-                "With the seeds at hand, a point passes as invariant if the difference seen is "
+                "With the seeds at hand, a point passes as equivalent if the difference seen is "
                 f"at most ±{units.spread(passing)}."
             )
     return tag("details", tag("summary", "How to read this, and the method"), bullets(method))
 
 
-def hyperparameters(results: Results, analysis: Analysis) -> Html:
+def hyperparameters(results: Results, analysis: Analysis) -> Section | None:
     """What each rule made of the recipe at each batch size."""
     chosen = {}
     for row in results.rows:
         if row.scaled:
             chosen.setdefault((row.arm, row.batch_size, row.offset), row)
     if not chosen:
-        return html()
+        return None
     names = list(dict.fromkeys(name for row in chosen.values() for name in row.scaled))
     recipe = next((run.base for run in results.runs.values() if run.base), {})
     at_base = [
@@ -369,7 +338,7 @@ def hyperparameters(results: Results, analysis: Analysis) -> Html:
         summary = tag("summary", f"{count(len(items), 'caution')} about single points")
         notes = tag("details", summary, bullets(items))
     varies = "“varies” marks what the rule measures while it trains." if _varies(rows) else ""
-    return section("Scaled hyperparameters", content, tag("p", varies, class_="note"), notes)
+    return Section("Scaled hyperparameters", content, tag("p", varies, class_="note"), notes)
 
 
 def _cells(values: Mapping[str, float | None], names: Sequence[str]) -> list[str]:

@@ -8,8 +8,13 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from bs_jax.statistics.contrasts import Verdict
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# Beside each verdict, so that colour is not all that tells it.
+SIGNS = {Verdict.EQUIVALENT: "✓", Verdict.DIFFERENT: "✗", Verdict.UNDECIDED: "?"}
 
 # Each colour by its role: on a light page, on a dark page. Figures are drawn in the light ones,
 # which the page replaces by CSS variables, so that every colour has to stand for one role only.

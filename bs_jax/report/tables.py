@@ -1,4 +1,4 @@
-"""The sweep's rows as files for other tools: results.csv and results.parquet; findings.csv."""
+"""The sweep's rows as files for other tools: results.csv and results.parquet."""
 
 import csv
 import io
@@ -8,7 +8,6 @@ from typing import Any
 
 from bs_jax.records.results import Results
 from bs_jax.records.stores import storage
-from bs_jax.studies.imagenette import Answer
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
@@ -35,50 +34,19 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     return [*written, folder / "results.parquet"]
 
 
-def write_findings(answers: Mapping[str, Sequence[Answer]], folder: Path) -> list[Path]:
-    """Writes `findings.csv`, a row a contrast and metric, unless there is nothing to write.
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    r"""Rows with the same keys as CSV under their names; None and NaN, which is unknown, are empty.
 
-    Args:
-      answers: metric -> what the sweep says of each finding by it.
-      folder: an existing folder.
-
-    Returns:
-      The file written, if any.
+    >>> to_csv([{"a": 1, "b": None}, {"a": float("nan"), "b": "x"}])
+    b'a,b\n1,\n,x\n'
     """
-    rows = [
-        {
-            "finding": found.finding.name,
-            "metric": metric,
-            "verdict": found.verdict,
-            "batch_sizes": " ".join(map(str, effect.batch_sizes)),
-            "claimed": effect.contrast.expected,
-            "rival": effect.contrast.rival[0],
-            "effect": effect.estimate.value if effect.estimate else None,
-            "low_95": effect.low,
-            "high_95": effect.high,
-            "rival_effect": effect.rival.value if effect.rival else None,
-            "pairs": effect.pairs,
-            "seeds": effect.seeds,
-            "diverged": effect.diverged,
-            "p_as_claimed": effect.p_supported,
-            "p_opposite": effect.p_contradicted,
-            "p_supported_adjusted": found.p_supported,
-            "p_contradicted_adjusted": found.p_contradicted,
-        }
-        for metric, given in answers.items()
-        for found in given
-        for effect in found.effects
-    ]
-    if not rows:
-        return []
-    path = folder / "findings.csv"
-    # NaN marks what could not be estimated or tested.
-    cells = [[None if value != value else value for value in row.values()] for row in rows]
-    storage.write_bytes(path, _csv(list(rows[0]), cells))
-    return [path]
+    return _csv(
+        list(rows[0]),
+        ([None if value != value else value for value in row.values()] for row in rows),
+    )
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+def _csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from scipy import stats
@@ -17,6 +18,18 @@ from bs_jax.statistics.seed_noise import (
 
 LEVEL = 0.95
 _POWER = 0.8
+
+
+class Verdict(StrEnum):
+    """What two tests about a margin say, each at 5 %.
+
+    EQUIVALENT: the difference is shown to be smaller than the margin. DIFFERENT: it is shown to be
+    larger, or a run diverged. UNDECIDED: neither; more seeds are needed.
+    """
+
+    EQUIVALENT = "equivalent"
+    DIFFERENT = "different"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,12 @@ class Comparison:
     high_90: float
     p_equivalent: float
     p_beyond: float
+
+    def verdict(self, tests: int = 1) -> Verdict:
+        """The verdict at 5 %; `DIFFERENT` must hold for the best of `tests` points (Bonferroni)."""
+        if self.p_equivalent <= ALPHA:
+            return Verdict.EQUIVALENT
+        return Verdict.DIFFERENT if self.p_beyond * tests <= ALPHA else Verdict.UNDECIDED
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

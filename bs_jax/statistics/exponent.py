@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from bs_jax.statistics.analysis import Analysis, Group
+from bs_jax.statistics.analysis import Analysis
 from bs_jax.statistics.contrasts import LEVEL
+from bs_jax.statistics.groups import Group
 from bs_jax.statistics.seed_noise import in_common
 
 _MIN_FREEDOM = 3  # of residuals, to be trusted over the seed noise
@@ -28,9 +29,7 @@ class Exponent:
     batch_sizes: int
 
 
-def learning_rate_exponent(
-    analysis: Analysis, arm: str = "lr_lin", control: str = "no"
-) -> Exponent | None:
+def learning_rate_exponent(analysis: Analysis, arm: str, control: str) -> Exponent | None:
     """Fit a parabola over log2 of the learning rate whose top moves with log2 k.
 
     accuracy = alpha_B - c (m - m0 - a log2 k)^2 = alpha'_B + p m + q m^2 + r m log2 k,

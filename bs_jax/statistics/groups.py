@@ -8,7 +8,7 @@ import numpy as np
 
 from bs_jax.records.results import DIVERGED, DONE, Row, Run, Sweep
 from bs_jax.statistics import curves
-from bs_jax.statistics.contrasts import Comparison, Interval, compare, mean_interval
+from bs_jax.statistics.contrasts import Comparison, Interval, Verdict, compare, mean_interval
 from bs_jax.statistics.seed_noise import BySeed, SeedNoise, exceeds
 
 # Groups further than this from the base train another way altogether, and their seeds scatter
@@ -29,9 +29,8 @@ class Group:
       comparison: against the base by the accuracy metric; None if either has no values.
       loss: the loss metric over the same runs; `loss_comparison` against the base.
       curve: mean curve in the analysis's windows; None without curves.
-      curve_rms: deviation of that curve from the base's, in the curve metric's units.
-      curve_noise: the same in units of seed noise: 1 is what the seed alone does.
-      verdict: of this point; empty for the base and for other offsets than 1.
+      deviation: how far that curve lies from the base's; None if either has no curve.
+      verdict: of this point; None for the base and for other offsets than 1.
     """
 
     arm: str
@@ -48,9 +47,8 @@ class Group:
     curve: np.ndarray | None
     comparison: Comparison | None = None
     loss_comparison: Comparison | None = None
-    curve_rms: float = math.nan
-    curve_noise: float = math.nan
-    verdict: str = ""
+    deviation: curves.Deviation | None = None
+    verdict: Verdict | None = None
 
 
 Key = tuple[str, int, float]
@@ -80,7 +78,7 @@ def collect(
     values = tuple(value for _, value in finals)
     losses = _finite(members, sweep.loss_metric)
     rows = {
-        seed: curves.window_means(run.curves[sweep.curve_metric], edges)
+        seed: curves.window_means(aged_curve(run, sweep.curve_metric, batch_size), edges)
         for seed, run in members
         if run.status == DONE and len(edges) and sweep.curve_metric in run.curves
     }
@@ -101,6 +99,17 @@ def collect(
         curve=np.mean([*rows.values()], axis=0) if rows else None,
     )
     return group, _means(losses), rows
+
+
+def aged_curve(run: Run, metric: str, batch_size: int) -> curves.Aged:
+    """A metric of a run over the age of the weights, by the batch size recorded at each row."""
+    curve = run.curves[metric]
+    sizes: float | np.ndarray = batch_size
+    if (recorded := run.curves.get("batch_size")) is not None and len(recorded.examples):
+        rows = np.searchsorted(recorded.examples, curve.examples)
+        sizes = recorded.values[np.minimum(rows, len(recorded.values) - 1)]
+    # Only what is measured while a batch trains lags behind the weights.
+    return curves.at_age(curve, sizes if metric.startswith("train/") else 0)
 
 
 def _finite(members: Sequence[tuple[int, Run]], metric: str) -> list[tuple[int, float]]:

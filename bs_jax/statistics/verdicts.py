@@ -1,92 +1,90 @@
-"""Verdicts: of a point from its two tests, of an arm from its points, and both in plain words."""
+"""The verdict on a rule, as data, from the verdicts on its points."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bs_jax.records.results import Sweep
-from bs_jax.report.numbers import Units, fraction, listed
-from bs_jax.statistics.contrasts import seeds_to_settle
+from bs_jax.statistics.contrasts import Verdict, seeds_to_settle
 from bs_jax.statistics.groups import Group
-from bs_jax.statistics.seed_noise import ALPHA
-
-INVARIANT = "invariant"
-NOT_INVARIANT = "not invariant"
-UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
 class ArmVerdict:
-    """What can be said of one arm.
+    """What can be said of one arm (a rule, in most sweeps).
 
     Attributes:
       arm: its name.
-      verdict: `invariant`, `not invariant` or `undecided`.
+      verdict: `EQUIVALENT` if all its points are, `DIFFERENT` if one is, else `UNDECIDED`.
       low, high: the batch sizes that end the unbroken range around the base in which the arm was
-        shown to be invariant; both the base's where it was shown nowhere else.
+        shown to be equivalent; both the base's where it was shown nowhere else.
       seeds_needed: seeds a point (base included) that would settle an undecided arm, if the
         differences stay as they are; NaN where not applicable or unknown.
-      sentence: the same in plain words.
+      groups: its points away from the base with offset 1, by batch size.
     """
 
     arm: str
-    verdict: str
+    verdict: Verdict
     low: int
     high: int
     seeds_needed: float
-    sentence: str
+    groups: tuple[Group, ...]
 
 
 def judge(groups: Sequence[Group], base: Group | None) -> list[Group]:
-    """The groups of one arm by batch size, with a verdict each where offset is 1."""
+    """The groups of one arm by batch size, with a verdict each where the offset is 1."""
     ordered = sorted(groups, key=lambda group: (group.batch_size, group.offset))
-    tested = sum(group.offset == 1 for group in ordered)
+    tests = sum(group.offset == 1 for group in ordered)
     return [
-        replace(group, verdict=_point_verdict(group, tested, base)) if group.offset == 1 else group
+        replace(group, verdict=_point_verdict(group, tests, base)) if group.offset == 1 else group
         for group in ordered
     ]
 
 
-def _point_verdict(group: Group, comparisons: int, base: Group | None) -> str:
+def _point_verdict(group: Group, tests: int, base: Group | None) -> Verdict:
     if base is None or not base.values:
-        return UNDECIDED
+        return Verdict.UNDECIDED
     if group.diverged:
-        return NOT_INVARIANT
-    if group.comparison is None:
-        return UNDECIDED
-    if group.comparison.p_equivalent <= ALPHA:
-        return INVARIANT
-    return NOT_INVARIANT if group.comparison.p_beyond * comparisons <= ALPHA else UNDECIDED
+        return Verdict.DIFFERENT
+    return group.comparison.verdict(tests) if group.comparison else Verdict.UNDECIDED
 
 
-def arm_verdict(arm: str, groups: Sequence[Group], base: Group | None, sweep: Sweep) -> ArmVerdict:
-    """The verdict on one arm from those on its points (of `judge`)."""
+def arm_verdict(
+    arm: str, groups: Sequence[Group], base: Group | None, base_batch_size: int, margin: float
+) -> ArmVerdict:
+    """The verdict on one arm from those on its points.
+
+    Args:
+      arm: its name.
+      groups: of `judge`.
+      base: the base group.
+      base_batch_size: examples per update that the recipe was tuned at.
+      margin: the difference that still counts as none, in units of the metric.
+
+    Returns:
+      The `ArmVerdict`.
+    """
     tested = [group for group in groups if group.offset == 1]
-    low, high = _range(tested, sweep.base_batch_size)
     found = {group.verdict for group in tested}
-    verdict = UNDECIDED
-    if NOT_INVARIANT in found:
-        verdict = NOT_INVARIANT
-    elif found == {INVARIANT}:
-        verdict = INVARIANT
-    needed = _seeds_needed(tested, base, sweep.margin) if verdict == UNDECIDED else math.nan
-    sentence = _sentence(verdict, tested, (low, high), needed, base, sweep)
-    return ArmVerdict(arm, verdict, low, high, needed, sentence)
+    verdict = Verdict.UNDECIDED
+    if Verdict.DIFFERENT in found:
+        verdict = Verdict.DIFFERENT
+    elif found == {Verdict.EQUIVALENT}:
+        verdict = Verdict.EQUIVALENT
+    needed = _seeds_needed(tested, base, margin) if verdict == Verdict.UNDECIDED else math.nan
+    below = [group for group in reversed(tested) if group.k < 1]
+    above = [group for group in tested if group.k > 1]
+    low, high = (_reach(side, base_batch_size) for side in (below, above))
+    return ArmVerdict(arm, verdict, low, high, needed, tuple(tested))
 
 
-def _range(tested: Sequence[Group], base_batch_size: int) -> tuple[int, int]:
-    ends = []
-    for side in (
-        [group for group in reversed(tested) if group.k < 1],
-        [group for group in tested if group.k > 1],
-    ):
-        end = base_batch_size
-        for group in side:
-            if group.verdict != INVARIANT:
-                break
-            end = group.batch_size
-        ends.append(end)
-    return ends[0], ends[1]
+def _reach(side: Sequence[Group], base_batch_size: int) -> int:
+    """The last batch size, going away from the base, before one that is not equivalent."""
+    end = base_batch_size
+    for group in side:
+        if group.verdict != Verdict.EQUIVALENT:
+            break
+        end = group.batch_size
+    return end
 
 
 def _seeds_needed(tested: Sequence[Group], base: Group | None, margin: float) -> float:
@@ -94,7 +92,7 @@ def _seeds_needed(tested: Sequence[Group], base: Group | None, margin: float) ->
     inside, beyond = [], []
     for group in tested:
         comparison = group.comparison
-        if group.verdict != UNDECIDED:
+        if group.verdict != Verdict.UNDECIDED:
             continue
         if base is None or comparison is None or not comparison.standard_error > 0:
             return math.nan
@@ -105,48 +103,3 @@ def _seeds_needed(tested: Sequence[Group], base: Group | None, margin: float) ->
         )
         (beyond if abs(comparison.difference) > margin else inside).append(needed)
     return min(beyond) if beyond else max(inside, default=math.nan)
-
-
-def _sentence(
-    verdict: str,
-    tested: Sequence[Group],
-    shown: tuple[int, int],
-    seeds_needed: float,
-    base: Group | None,
-    sweep: Sweep,
-) -> str:
-    units = Units(sweep.accuracy_metric)
-    if not tested:
-        return "Has no point away from the base batch size, so there is nothing to compare."
-    if base is None or not base.values:
-        return f"No finished run at the base batch size {sweep.base_batch_size} to compare with."
-    if verdict == INVARIANT:
-        margin = units.spread(sweep.margin)
-        return f"Final {units.name} stays within ±{margin} of the base {_span(shown, sweep)}."
-    reach = ""
-    if shown[0] != shown[1]:
-        reach = f" Shown to stay within the margin {_span(shown, sweep)}."
-    if verdict == NOT_INVARIANT:
-        failed = [_failure(group, units) for group in tested if group.verdict == NOT_INVARIANT]
-        return f"Differs from the base at batch size {listed(failed)}.{reach}"
-    open_points = [str(group.batch_size) for group in tested if group.verdict == UNDECIDED]
-    if math.isnan(seeds_needed):
-        help_ = "it needs finished runs of at least 2 seeds a point, the base included."
-    elif seeds_needed > 100:
-        help_ = "more than 100 seeds a point may be needed: the seeds scatter too much."
-    else:
-        help_ = f"about {int(seeds_needed)} seeds a point, base included, would likely settle it."
-    return f"Open at batch size {listed(open_points)}; {help_}{reach}"
-
-
-def _failure(group: Group, units: Units) -> str:
-    if group.diverged:
-        return f"{group.batch_size} ({group.diverged} of {group.planned} diverged)"
-    assert group.comparison is not None
-    unit = " points" if units.percent else ""
-    return f"{group.batch_size} ({units.signed(group.comparison.difference)}{unit})"
-
-
-def _span(shown: tuple[int, int], sweep: Sweep) -> str:
-    ends = [fraction(size / sweep.base_batch_size) for size in shown]
-    return f"from batch size {shown[0]} to {shown[1]} (k = {ends[0]} to {ends[1]})"

@@ -1,21 +1,17 @@
-"""Trains the runs of a sweep on a Ray cluster, each cohort's share in a fresh process of a task.
+"""Runs trained on a Ray cluster: a task trains a share of a cohort in a fresh worker process.
 
-Ray starts the tasks, gives them their accelerators and starts them again where a node was lost;
-the rest is as on one machine: the same worker processes, the same run folders, which must lie in an
-object store or on a file system that all nodes share. A task that is started again passes over
-what is done.
+Ray starts the tasks, gives them their accelerators, and starts them again after a node is lost. The
+rest is as on one machine: the same worker processes and the same run folders, which must lie in an
+object store or on a file system that all nodes share. A task that is started again passes over the
+runs that are done.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,22 +20,21 @@ from typing import Any
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import Run
 from bs_jax.records.stores import storage
-from bs_jax.sweep.launchers import Schedule, open_log
+from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
 from bs_jax.sweep.progress import Display, describe
 from bs_jax.sweep.stopping import GRACE_SECONDS, Stopped, StopRequest
+from bs_jax.sweep.worker import Event, Setup, WorkerProcess, python_path
 
 _RETRIES = 3  # of a task whose node or process was lost
 _POLL_SECONDS = 0.3
-_ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ray(
-    runs: Sequence[Run],
+def train_on_ray(
+    schedule: Schedule,
     workdir: Path,
     display: Display,
     *,
-    run_axis: str,
     grace_seconds: float = GRACE_SECONDS,
     address: str | None = None,
     cpus: float = 1.0,
@@ -48,11 +43,10 @@ def run_ray(
     """Train on a Ray cluster.
 
     Args:
-        runs: what is to be trained.
+        schedule: the runs to train.
         workdir: the sweep's folder, that all nodes reach.
         display: shows progress.
-        run_axis: "loop" or "vmap" within a task.
-        grace_seconds: from a signal to the end of a worker, come what may.
+        grace_seconds: from a signal to the end of a worker, whatever it is doing.
         address: of the cluster; None: ``$RAY_ADDRESS``, else one is started on this machine.
         cpus: cores of a task.
         gpus: of a task; below 0: one where the cluster has any.
@@ -67,14 +61,12 @@ def run_ray(
     ray = _connect(address)
     try:
         gpus = gpus if gpus >= 0 else float(ray.cluster_resources().get("GPU", 0) > 0)
-        setup = {
-            "workdir": storage.text_of(workdir),
-            "core": None,
-            "run_axis": run_axis,
-            "grace_seconds": grace_seconds,
-            "dies_with_parent": True,  # where its node is lost but the machine is not
-        }
-        shares = shares_of(runs, _slots(ray.cluster_resources(), cpus, gpus), run_axis)
+        setup = Setup(
+            workdir=storage.text_of(workdir),
+            grace_seconds=grace_seconds,
+            dies_with_parent=True,  # where its node is lost but the machine is not
+        )
+        shares = shares_of(schedule, slots(ray.cluster_resources(), cpus, gpus))
         with StopRequest(grace_seconds + 10) as stop:
             return _serve(ray, shares, setup, display, stop, {"num_cpus": cpus, "num_gpus": gpus})
     finally:
@@ -104,7 +96,7 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _slots(resources: dict[str, float], cpus: float, gpus: float) -> int:
+def slots(resources: dict[str, float], cpus: float, gpus: float) -> int:
     """How many tasks run at once."""
     limits = [
         int(resources.get(name, 0) // needed)
@@ -114,23 +106,22 @@ def _slots(resources: dict[str, float], cpus: float, gpus: float) -> int:
     return max(min(limits, default=1), 1)
 
 
-def shares_of(runs: Sequence[Run], slots: int, run_axis: str) -> list[list[Run]]:
-    """Split runs into the shares of tasks: each of one cohort, as many as can run at once.
+def shares_of(schedule: Schedule, slots: int) -> list[list[Assignment]]:
+    """Split what is to be trained into the shares of tasks, as many as can run at once.
 
     Args:
-        runs: what is to be trained.
+        schedule: the runs to train.
         slots: tasks that run at once.
-        run_axis: "vmap" keeps a cohort whole.
+
+    Returns:
+        A task's assignments, all of one cohort. A cohort that is vmapped stays whole.
     """
-    schedule = Schedule(runs, at_once=len(runs))
-    cohorts = []
-    while cohort := schedule.next(0):
-        cohorts.append(cohort)
-    if run_axis == "vmap":
-        return cohorts
+    cohorts = schedule.cohorts()
     parts = [1] * len(cohorts)
-    while sum(parts) < min(slots, len(runs)):  # the largest share is split further
+    while sum(parts) < slots:  # the largest share is split further
         largest = max(range(len(cohorts)), key=lambda at: len(cohorts[at]) / parts[at])
+        if len(cohorts[largest]) <= parts[largest]:
+            break
         parts[largest] += 1
     return [
         cohort[start::count]
@@ -154,7 +145,7 @@ class Mailbox:
         self._events.append((task, event))
 
     def settle(self) -> None:
-        """Back when all that its caller put before is there: calls keep their order."""
+        """Return once everything that the caller put before has arrived: calls keep their order."""
 
     def take(self) -> list[tuple[int, dict[str, Any]]]:
         """Hand out what came since the last call."""
@@ -163,7 +154,7 @@ class Mailbox:
 
 
 class Told:
-    """Tells the display of every finished run once, whatever was lost with a node.
+    """Tells the display of every finished run once, although nodes may be lost.
 
     Args:
         display: to tell.
@@ -183,9 +174,9 @@ class Told:
         self._display.event(task, event)
 
     def ended(self, task: int, runs: Sequence[Run]) -> None:
-        """Tell of the runs of a task that ended which are recorded as done, and nobody told of.
+        """Tell of runs that are recorded as done but were not told of, after their task ended.
 
-        A node can be lost after it recorded a run and before it told; the task's next attempt
+        A node can be lost after it records a run and before it tells of it. The task's next attempt
         passes over that run in silence.
         """
         for run in runs:
@@ -198,12 +189,12 @@ class Told:
 
 
 def train_share(
-    runs: list[dict[str, Any]], setup: dict[str, Any], report: Callable[[dict[str, Any]], None]
+    share: list[Assignment], setup: Setup, report: Callable[[Event], None]
 ) -> list[str]:
-    """Train runs in a fresh worker process: the body of a task.
+    """Train a share in a fresh worker process: the body of a task.
 
     Args:
-        runs: the fields of each `Run`, of one cohort.
+        share: assignments of one cohort.
         setup: of the worker.
         report: given every event that the display shows.
 
@@ -214,59 +205,42 @@ def train_share(
         WorkerLost: the process ended early.
     """
     name = f"worker-{socket.gethostname()}-{os.getpid()}.log"
-    assignments = [runs] if setup["run_axis"] == "vmap" else [[run] for run in runs]
     failures: list[str] = []
-    logs = storage.Outbox(storage.to_path(setup["workdir"]) / "logs")
-    with open_log(logs.folder / name) as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bs_jax.sweep.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": _python_path()},
-        )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    done = 0
+    logs = storage.Outbox(storage.to_path(setup.workdir) / "logs")
+    worker = WorkerProcess(setup, logs.folder / name, own_session=False)
+    done, stopped = 0, False
     try:
-        process.stdin.write("".join(json.dumps(line) + "\n" for line in _lines(setup, assignments)))
-        process.stdin.close()
-        for line in process.stdout:
-            event = json.loads(line)
+        for assignment in share:
+            worker.train(assignment)
+        worker.no_more()
+        for event in worker.events():
             if event["event"] in ("assignment_done", "crashed", "user_error"):
                 done += 1
             if event["event"] in ("crashed", "user_error"):
-                failures += [
-                    f"{describe(Run(**run))}: {event['message']}" for run in assignments[done - 1]
-                ]
+                failures += [f"{describe(run)}: {event['message']}" for run in share[done - 1].runs]
             elif event["event"] != "assignment_done":
                 report(event)
-    except (KeyboardInterrupt, BrokenPipeError):
-        process.send_signal(signal.SIGTERM)
+    except KeyboardInterrupt:  # Ray cancels the task
+        stopped = True
+        worker.interrupt()
+        for event in worker.events():  # it saves its state meanwhile
+            report(event)
+    except BaseException:
+        worker.kill()
+        list(worker.events())
+        raise
     finally:
-        if process.stdout is not None:
-            process.stdout.close()
-        code = process.wait()
+        code = worker.wait()
         logs.close()
-    if done < len(assignments) and code not in (0, 128 + signal.SIGTERM):
+    if done < len(share) and not stopped and code not in (0, 128 + signal.SIGTERM):
         raise WorkerLost(f"worker process ended with code {code}")
     return failures
 
 
-def _lines(setup: dict[str, Any], assignments: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [setup, *({"runs": runs} for runs in assignments)]
-
-
-def _python_path() -> str:
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(path for path in paths if path)
-
-
 def _serve(
     ray: Any,
-    shares: list[list[Run]],
-    setup: dict[str, Any],
+    shares: list[list[Assignment]],
+    setup: Setup,
     display: Display,
     stop: StopRequest,
     resources: dict[str, float],
@@ -278,14 +252,14 @@ def _serve(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
-    def task(number: int, runs: list[dict[str, Any]], mailbox: Any) -> list[str]:
+    def task(number: int, share: list[Assignment], mailbox: Any) -> list[str]:
         import ray  # pyright: ignore[reportMissingImports]
 
-        from bs_jax.sweep import ray_cluster as ray_launcher
+        from bs_jax.sweep import ray_cluster
 
         try:
-            return ray_launcher.train_share(
-                runs, setup, lambda event: mailbox.put.remote(number, event)
+            return ray_cluster.train_share(
+                share, setup, lambda event: mailbox.put.remote(number, event)
             )
         finally:
             ray.get(mailbox.settle.remote())
@@ -293,34 +267,34 @@ def _serve(
     remote = ray.remote(task).options(
         max_retries=_RETRIES,
         retry_exceptions=[WorkerLost],
-        runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+        runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
         **resources,
     )
     open_tasks = {}
     for number, share in enumerate(shares):
-        display.starting(number, share[0])
-        runs = [dataclasses.asdict(run) for run in share]
-        open_tasks[remote.remote(number, runs, mailbox)] = (number, share)
+        runs = [run for assignment in share for run in assignment.runs]
+        display.starting(number, runs[0])
+        open_tasks[remote.remote(number, share, mailbox)] = (number, runs)
     failures: list[str] = []
-    told = Told(display, storage.to_path(setup["workdir"]))
+    told = Told(display, storage.to_path(setup.workdir))
     while open_tasks and not stop():
         ready, _ = ray.wait(list(open_tasks), timeout=_POLL_SECONDS)
         for number, event in ray.get(mailbox.take.remote()):
             told.event(number, event)
         for reference in ready:
-            number, share = open_tasks.pop(reference)
-            told.ended(number, share)
+            number, runs = open_tasks.pop(reference)
+            told.ended(number, runs)
             display.idle(number)
             try:
                 found = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = str(error).strip().splitlines()[-1]
-                found = [f"{', '.join(describe(run) for run in share)}: {reason}"]
+                found = [f"{', '.join(describe(run) for run in runs)}: {reason}"]
             failures += found
             for line in found:
                 display.note(f"failed: {line}")
     if stop.number is not None:
-        _cancel(ray, open_tasks, setup["grace_seconds"])
+        _cancel(ray, open_tasks, setup.grace_seconds)
         raise Stopped(stop.number)
     return failures
 

@@ -1,125 +1,206 @@
-"""A process that trains the runs it is handed, one line of JSON in, one line an event out.
+"""Worker processes: how one is started and told what to train, and what it does.
 
-Started by the launcher as ``python -m bs_jax.sweep.worker``. The first line on standard
-input is the setup, every further line an assignment; the end of the input is the end of the
-process. Nothing but events is written to standard output.
+`WorkerProcess` is the side of whoever starts one; `main` is the worker itself,
+``python -m bs_jax.sweep.worker``. Both speak one JSON object a line:
+
+- in: first the `Setup`; then an assignment a line; the end of the input ends the process.
+- out: events. Those of `loop.Trainer.train`, and after each assignment one that ends it:
+  ``assignment_done``, ``crashed`` or ``user_error`` (both with a ``message``), ``interrupted``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.records.run_folder import Run
 from bs_jax.records.stores import storage
 from bs_jax.sweep.stopping import StopRequest
-from bs_jax.training import distributed
 
+if TYPE_CHECKING:  # it imports JAX, which has to wait until the worker keeps to its core
+    from bs_jax.sweep.cohorts import Assignment
+
+Event = dict[str, Any]
+LOG_BYTES = 1 << 20  # of a worker's log, beside the old one
+_ROOT = Path(__file__).resolve().parents[2]
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-class CohortTrainer:
-    """Trains assignments, keeping the programs of the last cohort compiled.
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a worker is told once.
 
-    Args:
-        run_axis: "loop" or "vmap".
+    Attributes:
+        workdir: the sweep's folder or URL.
+        grace_seconds: from a signal to the end of the process, whatever it is doing.
+        core: the CPU core that it keeps to; None: any.
+        dies_with_parent: the system kills it when the process that started it ends.
     """
 
-    def __init__(self, run_axis: str) -> None:
-        self._vmapped = run_axis == "vmap"
-        self._key: str | None = None
-        self._trainer: Any = None
-        self._data: dict[str, Any] = {}
+    workdir: str
+    grace_seconds: float
+    core: int | None = None
+    dies_with_parent: bool = False
 
-    def train(
-        self, folders: list[RunFolder], on_event: Any, should_stop: Any, other_run: Any = None
+
+class WorkerProcess:
+    """A worker, as seen by the process that started it.
+
+    Args:
+        setup: of the worker.
+        log: where its standard error goes.
+        environment: variables that it gets beside those of this process.
+        own_session: keep signals of the terminal from it; its starter answers them.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        own_session: bool = True,
     ) -> None:
-        """Train runs of one cohort to their ends; see `Trainer.train`."""
-        from bs_jax.training import inputs, loop, optimizers, parallel
-
-        config = folders[0].run.config
-        key = optimizers.cohort_key(config)
-        if key != self._key:
-            self._trainer = None  # frees the old programs before new ones are made
-            source = inputs.data_key(config)
-            if source not in self._data:
-                self._data[source] = inputs.load_data(config)
-            self._trainer = loop.Trainer(
-                config, self._data[source], parallel.training_devices(), vmapped=self._vmapped
+        with open_log(log) as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bs_jax.sweep.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=own_session,
+                env={**os.environ, **(environment or {}), "PYTHONPATH": python_path()},
             )
-            self._key = key
-        with contextlib.ExitStack() as stack:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._input, self._output = self._process.stdin, self._process.stdout
+        self._tell(dataclasses.asdict(setup))
 
-            def lock() -> None:
-                for folder in folders:
-                    stack.enter_context(folder.locked())
+    def train(self, assignment: Assignment) -> None:
+        """Hand it an assignment, to be trained after those before."""
+        self._tell(dataclasses.asdict(assignment))
 
-            distributed.on_first(lock)
-            self._trainer.train(folders, on_event, should_stop, other_run)
+    def _tell(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `events` ends, which tells enough
+            self._input.write(json.dumps(message) + "\n")
+            self._input.flush()
+
+    def no_more(self) -> None:
+        """Say that no assignment follows: the worker ends after those it has."""
+        with contextlib.suppress(OSError):
+            self._input.close()
+
+    def events(self) -> Iterator[Event]:
+        """Its events, until it ends."""
+        for line in self._output:
+            with contextlib.suppress(ValueError):  # a line torn by a kill
+                yield json.loads(line)
+        self._output.close()
+
+    def interrupt(self) -> None:
+        """Ask it to save its state and end."""
+        self._process.send_signal(signal.SIGTERM)
+        self.no_more()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def wait(self, seconds: float | None = None) -> int:
+        """Wait for its end; its exit code.
+
+        Args:
+            seconds: kill it after that long.
+        """
+        try:
+            return self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def open_log(path: Path) -> TextIO:
+    """Open a log to append to; one that has grown past `LOG_BYTES` becomes the old one first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        path.replace(path.with_name(path.name + ".old"))
+    return open(path, "a", encoding="utf-8")
+
+
+def python_path() -> str:
+    """The ``PYTHONPATH`` under which a fresh process imports this very package."""
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(path for path in paths if path)
 
 
 def main() -> int:
     """Serve assignments until the input ends."""
-    # Libraries may print: keep the event channel to ourselves and let them have the log.
+    # Libraries may print: they get the log, so that events alone go to standard output.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    setup = json.loads(sys.stdin.readline())
-    if setup["core"] is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {setup["core"]})  # before JAX counts the cores
-    if setup.get("dies_with_parent"):
+    setup = Setup(**json.loads(sys.stdin.readline()))
+    if setup.core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {setup.core})  # before JAX counts the cores
+    if setup.dies_with_parent:
         _die_with_parent()
-    with StopRequest(setup["grace_seconds"]) as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher's to answer
-        return _serve(setup, events, stop)
+    with StopRequest(setup.grace_seconds) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter answers it
+        return _serve(setup, lambda event: _send(events, event), stop)
 
 
 def _die_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, so that no lock is left."""
+    """Let Linux kill this process when its starter ends, so that it holds no lock any longer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _serve(setup: dict[str, Any], events: TextIO, stop: StopRequest) -> int:
+def _serve(setup: Setup, send: Callable[[Event], None], stop: StopRequest) -> int:
     from bs_jax.sweep import plan as sweep
+    from bs_jax.sweep.cohorts import CohortTrainer
     from bs_jax.training import compilation
     from bs_jax.training.loop import Interrupted
 
     compilation.enable_cache()
-    trainer = CohortTrainer(setup["run_axis"])
-    workdir = storage.to_path(setup["workdir"])
+    trainer = CohortTrainer()
+    workdir = storage.to_path(setup.workdir)
     for line in sys.stdin:
-        runs = [Run(**fields) for fields in json.loads(line)["runs"]]
+        message = json.loads(line)
+        runs = [Run(**fields) for fields in message["runs"]]
         try:
             folders = [sweep.run_folder(workdir, run) for run in runs]
-            trainer.train(folders, lambda event: _send(events, event), stop)
-            _send(events, {"event": "assignment_done"})
+            trainer.train(folders, message["vmapped"], send, stop)
+            send({"event": "assignment_done"})
         except Interrupted:
-            _send(events, {"event": "interrupted"})
+            send({"event": "interrupted"})
             return 0
         except UserError as error:
-            _send(events, {"event": "user_error", "message": str(error)})
+            send({"event": "user_error", "message": str(error)})
         except Exception:
             text = traceback.format_exc()
             print(text, file=sys.stderr, flush=True)
-            _send(events, {"event": "crashed", "message": text.strip().splitlines()[-1]})
+            send({"event": "crashed", "message": text.strip().splitlines()[-1]})
         if stop():
             return 0
     return 0
 
 
-def _send(events: TextIO, event: dict[str, Any]) -> None:
+def _send(events: TextIO, event: Event) -> None:
     try:
         events.write(json.dumps(event) + "\n")
         events.flush()
     except BrokenPipeError:
-        os._exit(0)  # the launcher is gone; whatever is unsaved will be trained again
+        os._exit(0)  # the starter is gone; whatever is unsaved will be trained again
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from bs_jax import models
-from bs_jax.models import conv, forms, initializers, pooling
+from bs_jax.models import conv, initializers, layer_forms, pooling
 from bs_jax.models.activations import MISH
 from bs_jax.models.normalization import BatchNorm, normalise
 
-ALL = forms.Forms(True, True, True, True)
+ALL = layer_forms.LayerForms(True, True, True, True)
 X = np.random.default_rng(0).standard_normal((4, 6, 6, 3)).astype(np.float32)
 
 
@@ -41,7 +41,7 @@ class Pool(nn.Module):
 
 def passes(module, chosen):
     """Output, new statistics, and gradients of variables and input, of a module in some form."""
-    with forms.use(chosen):
+    with layer_forms.use(chosen):
         variables = module.init(jax.random.key(0), X)
 
         def loss(params, x):
@@ -55,14 +55,14 @@ def passes(module, chosen):
 
 @pytest.mark.parametrize("module", [Norm(), Pointwise(), Pool()], ids=["norm", "1x1", "pool"])
 def test_every_form_gives_the_plain_values_and_gradients(module):
-    plain, other = passes(module, forms.Forms()), passes(module, ALL)
+    plain, other = passes(module, layer_forms.LayerForms()), passes(module, ALL)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), plain, other)
 
 
 def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
     """E[x^2] - E[x]^2 in float32 is off by units here, about a value of the group it is not."""
     x = (1e4 + np.random.default_rng(1).standard_normal((2, 4096, 1))).astype(np.float32)
-    with forms.use(forms.Forms(one_pass_statistics=True)):
+    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
         _, mean, var = normalise(x, jnp.ones(1), jnp.zeros(1), epsilon=0.0)
     np.testing.assert_allclose(mean, x.astype(np.float64).mean(1), rtol=1e-7)
     np.testing.assert_allclose(var, x.astype(np.float64).var(1), rtol=1e-4)
@@ -72,7 +72,7 @@ def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
 
 def test_statistics_of_one_pass_are_shared_over_devices():
     x = np.random.default_rng(2).standard_normal((2, 1, 8, 3)).astype(np.float32) + 3
-    with forms.use(forms.Forms(one_pass_statistics=True)):
+    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
         shared = jax.vmap(
             lambda part: normalise(part, jnp.ones(3), jnp.zeros(3), epsilon=0.0, axis_name="d"),
             axis_name="d",
@@ -92,7 +92,7 @@ def test_a_network_is_traced_in_the_forms_in_use_and_no_other():
         return str(jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image))
 
     before = program()
-    with forms.use(ALL):
+    with layer_forms.use(ALL):
         inside = program()
     assert "reduce_window_max" in inside
     assert "reduce_window_max" not in before

@@ -1,20 +1,27 @@
-"""The report's answer to the published findings: a table a finding, the controls, the terminal."""
+"""How a report shows the findings: a section with the controls, a table, a terminal summary."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bs_jax.records.results import DONE, Results, Run
 from bs_jax.report.numbers import Units, count, fraction, p_value
-from bs_jax.report.page import Html, bullets, html, section, table, tag
-from bs_jax.statistics.analysis import Analysis, Group, analyse
+from bs_jax.report.page import Html, Section, bullets, html, table, tag
+from bs_jax.statistics.analysis import Analysis, analyse
 from bs_jax.statistics.contrasts import Estimate
 from bs_jax.statistics.exponent import learning_rate_exponent
-from bs_jax.studies import imagenette as study
-from bs_jax.studies.imagenette import CONTRADICTED, SUPPORTED, UNDECIDED, Answer, Effect
+from bs_jax.statistics.groups import Group
+from bs_jax.studies.imagenette import findings as study
+from bs_jax.studies.imagenette.findings import (
+    CONTRADICTED,
+    SUPPORTED,
+    UNDECIDED,
+    Answer,
+    Effect,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,17 +50,21 @@ def smoothed_analysis(results: Results) -> Analysis | None:
     return analyse(replace(results, sweep=replace(results.sweep, accuracy_metric=name)))
 
 
-def findings(results: Results, analysis: Analysis, smoothed: Analysis | None) -> Html:
-    """A verdict a finding with its effects, then the controls; nothing for other sweeps."""
+def section(results: Results, analysis: Analysis, smoothed: Analysis | None) -> Section:
+    """A verdict a finding with its effects, then the controls.
+
+    Args:
+      results: of `load_results`.
+      analysis: of `analyse`, of a sweep that has answers.
+      smoothed: of `smoothed_analysis`.
+    """
     answers = study.answer(analysis)
-    if not answers:
-        return html()
     seconds: Sequence[Answer | None] = [None] * len(answers)
     if smoothed is not None:
         seconds = study.answer(smoothed)
     pairs = list(zip(answers, seconds, strict=True))
     cards = [_card(found, second, analysis, smoothed) for found, second in pairs]
-    return section(
+    return Section(
         "The published findings",
         tag(
             "p",
@@ -66,6 +77,38 @@ def findings(results: Results, analysis: Analysis, smoothed: Analysis | None) ->
         _method(analysis),
         _controls(results, analysis),
     )
+
+
+def rows(answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
+    """The findings as a table, a row a contrast and metric.
+
+    Args:
+      answers: metric -> what the sweep says of each finding by it.
+    """
+    return [
+        {
+            "finding": found.finding.name,
+            "metric": metric,
+            "verdict": found.verdict,
+            "batch_sizes": " ".join(map(str, effect.batch_sizes)),
+            "claimed": effect.contrast.expected,
+            "rival": effect.contrast.rival[0],
+            "effect": effect.estimate.value if effect.estimate else None,
+            "low_95": effect.low,
+            "high_95": effect.high,
+            "rival_effect": effect.rival.value if effect.rival else None,
+            "pairs": effect.pairs,
+            "seeds": effect.seeds,
+            "diverged": effect.diverged,
+            "p_as_claimed": effect.p_supported,
+            "p_opposite": effect.p_contradicted,
+            "p_supported_adjusted": found.p_supported,
+            "p_contradicted_adjusted": found.p_contradicted,
+        }
+        for metric, given in answers.items()
+        for found in given
+        for effect in found.effects
+    ]
 
 
 def _line(found: Answer, second: Answer | None, analysis: Analysis) -> Html:
@@ -144,7 +187,7 @@ def _card(
 
 
 def _exponent(analysis: Analysis) -> str:
-    found = learning_rate_exponent(analysis)
+    found = learning_rate_exponent(analysis, arm="lr_lin", control="no")
     if found is None:
         return (
             "How fast the best learning rate grows cannot be told: too few learning rates, or no "
@@ -292,13 +335,13 @@ def _kept(results: Results) -> dict[tuple[str, int, float], float]:
     for row in results.rows:
         key = (row.arm, row.batch_size, row.offset)
         if key not in found and row.status == DONE:
-            share = _weight_left(results.runs[row.run_id], row.batch_size)
+            share = weight_left(results.runs[row.run_id], row.batch_size)
             if share is not None:
                 found[key] = share
     return found
 
 
-def _weight_left(run: Run, batch_size: int) -> float | None:
+def weight_left(run: Run, batch_size: int) -> float | None:
     """exp(-sum over updates of learning rate x weight decay), both as recorded while training."""
     rate = run.curves.get("optim/learning_rate")
     if rate is None or not len(rate.examples):
@@ -315,18 +358,15 @@ def _weight_left(run: Run, batch_size: int) -> float | None:
     return math.exp(-float(np.sum(updates * rate.values * values)))
 
 
-def terminal_findings(analysis: Analysis) -> "Table | None":
+def terminal(analysis: Analysis) -> "Table":
     """A line a contrast: the claim, the effect with its interval, the verdict of its finding.
 
     Args:
       analysis: of `analyse`.
 
     Returns:
-      A rich table; None for a sweep that says nothing of the published findings.
+      A rich table.
     """
-    answers = study.answer(analysis)
-    if not answers:
-        return None
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -341,7 +381,7 @@ def terminal_findings(analysis: Analysis) -> "Table | None":
     )
     for title in ("finding, at batch sizes", "effect [95 %]", "claimed"):
         result.add_column(title)
-    for found in answers:
+    for found in study.answer(analysis):
         _, sign, colour = _BADGES[found.verdict]
         result.add_row(
             Text(found.finding.name, style="bold"),

@@ -11,7 +11,7 @@ import jax
 
 
 @dataclasses.dataclass(frozen=True)
-class Forms:
+class LayerForms:
     """Alternatives that agree up to rounding.
 
     Attributes:
@@ -29,26 +29,26 @@ class Forms:
 
 
 # By back end; another one takes the plain forms. `benchmarks.gpu --parts=forms` measures them.
-_DEFAULTS: dict[str, Forms] = {}
+_DEFAULTS: dict[str, LayerForms] = {}
 
-_chosen: contextvars.ContextVar[Forms | None] = contextvars.ContextVar("forms", default=None)
+_chosen: contextvars.ContextVar[LayerForms | None] = contextvars.ContextVar("forms", default=None)
 
 
-def current() -> Forms:
+def current() -> LayerForms:
     """The forms in use where a network is traced: those of `use`, or the back end's own."""
     chosen = _chosen.get()
-    return _DEFAULTS.get(jax.default_backend(), Forms()) if chosen is None else chosen
+    return _DEFAULTS.get(jax.default_backend(), LayerForms()) if chosen is None else chosen
 
 
 @contextlib.contextmanager
-def use(forms: Forms) -> Iterator[None]:
+def use(forms: LayerForms) -> Iterator[None]:
     """Trace networks in these forms inside the context.
 
     Args:
         forms: for all networks traced inside; programs traced before keep theirs.
 
     Example:
-        >>> with use(Forms(one_pass_statistics=True)):
+        >>> with use(LayerForms(one_pass_statistics=True)):
         ...     current().one_pass_statistics
         True
     """

@@ -1,4 +1,4 @@
-"""The published study's findings as data, and what a sweep says of each: effect, interval, verdict.
+"""The published findings as data, and what a sweep says of each: effect, interval, verdict.
 
 A finding is one or more contrasts between arms, each a direction that must hold. A contrast is the
 mean over its batch sizes and its pairs of arms of `first arm - second arm`. Every pair changes one
