@@ -106,7 +106,7 @@ class Training:
     Args:
         spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
             from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
-            by side, ``forms`` (fields of `bs_jax.models.layer_forms.LayerForms`), ``flat`` (the optimizer over
+            by side, ``forms`` (fields of `layer_forms.LayerForms`), ``flat`` (the optimizer over
             vectors, see `_flat`).
     """
 
