@@ -128,10 +128,14 @@ def by_group(folder: Path, program: str, steps: int) -> dict[str, Any]:
     }
 
 
+def trace_file(folder: Path) -> Path:
+    """The newest trace below a folder."""
+    return max(folder.rglob("perfetto_trace.json.gz"), key=lambda found: found.stat().st_mtime)
+
+
 def _events(folder: Path) -> list[tuple[str, float]]:
     """(instruction, seconds) of every kernel in a trace: of the device, if it has a track."""
-    path = max(folder.rglob("perfetto_trace.json.gz"), key=lambda found: found.stat().st_mtime)
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    events = json.loads(gzip.decompress(trace_file(folder).read_bytes()))["traceEvents"]
     processes, threads = {}, {}
     for event in events:
         name = str(event.get("args", {}).get("name", ""))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -107,7 +109,7 @@ class Training:
         spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
             from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
             by side, ``forms`` (fields of `layer_forms.LayerForms`), ``flat`` (the optimizer over
-            vectors, see `_flat`).
+            vectors, see `_flat`). ``keep``: folder for the trace and the program's text.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -119,7 +121,7 @@ class Training:
                 config, data, spec["steps"], runs=spec.get("runs", 0)
             )
             self._compiled = chunk.lower(*arguments).compile()
-        self._steps = spec["steps"]
+        self._steps, self._keep = spec["steps"], spec.get("keep")
         self._state, *self._others = arguments
 
     def run(self) -> None:
@@ -135,7 +137,13 @@ class Training:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder, create_perfetto_trace=True):
                 self.run()
-            kernels = _kernels.by_group(Path(folder), self._compiled.as_text(), self._steps)
+            program = self._compiled.as_text()
+            kernels = _kernels.by_group(Path(folder), program, self._steps)
+            if self._keep:
+                kept = Path(self._keep)
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(_kernels.trace_file(Path(folder)), kept)
+                (kept / "program.txt.gz").write_bytes(gzip.compress(program.encode()))
         return {
             "bytes_per_step": float(cost.get("bytes accessed", 0.0)),
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),

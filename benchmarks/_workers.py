@@ -6,7 +6,8 @@ and on the clock only one program computes at a time.
 
     specs = {"ours": {"kind": "ours", ...}, "eager": {"kind": "torch", ...}}
     with _workers.crew(specs, logs) as crew:
-        crew.compile(specs, until=time.monotonic() + 150)
+        crew.start(specs)
+        crew.wait(specs, until=time.monotonic() + 150)
         times = crew.turns(rounds=7, until=time.monotonic() + 60)
 """
 
@@ -49,6 +50,7 @@ class Worker:
         self.name = name
         self.ready: dict[str, Any] | None = None
         self.failure: str | None = None
+        self.started = time.monotonic()
         environment = dict(os.environ, OMP_NUM_THREADS="1", **spec.get("environment", {}))
         environment["PYTHONPATH"] = os.pathsep.join(
             part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part
@@ -123,17 +125,20 @@ class Crew:
         self._specs, self._logs = specs, logs
         self.workers: dict[str, Worker] = {}
 
-    def compile(self, names: Iterable[str], until: float) -> None:
-        """Start workers and let them compile side by side; who is not ready in time is ended."""
-        start, started = time.monotonic(), []
+    def start(self, names: Iterable[str]) -> None:
+        """Let workers begin to compile, side by side."""
         for name in names:
             safe = "".join(letter if letter.isalnum() else "_" for letter in name)
             self.workers[name] = Worker(name, self._specs[name], self._logs / f"{safe}.log")
-            started.append(self.workers[name])
-        for worker in started:
+
+    def wait(self, names: Iterable[str], until: float) -> None:
+        """Wait for workers that were started; who is not ready in time is ended."""
+        for name in names:
+            worker = self.workers[name]
             worker.ready = worker.receive(until)
             if worker.failure == _NO_ANSWER:
-                worker.failure = f"not compiled in the {max(0.0, until - start):.0f} s that it had"
+                waited = time.monotonic() - worker.started
+                worker.failure = f"not compiled in the {waited:.0f} s that it had"
 
     def stop(self) -> None:
         """End all of them."""

@@ -96,8 +96,9 @@ def test_runs_side_by_side_and_the_transform_are_measured_too(tmp_path, monkeypa
 def test_what_does_not_compile_in_time_is_ended_and_named(tmp_path):
     spec = {"kind": "ours", "model": "resnet4_patch"}
     with _workers.crew({"late": spec, "wrong": {"kind": "ours"}}, tmp_path) as crew:
-        crew.compile(["late"], until=time.monotonic())
-        crew.compile(["wrong"], until=time.monotonic() + 60)
+        crew.start(["late", "wrong"])
+        crew.wait(["late"], until=time.monotonic())
+        crew.wait(["wrong"], until=time.monotonic() + 60)
         assert crew.able == []
         assert "not compiled in the 0 s" in crew.failures["late"]
         assert "KeyError" in crew.failures["wrong"]
