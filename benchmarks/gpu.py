@@ -8,13 +8,14 @@ as it grows. Parts (`--parts`):
 - steps: xresnet50 at 128 px, batches 64, 8 and 256, against PyTorch in autocast: eager,
   torch.compile in three modes, and CUDA graphs of the whole step captured by hand; beside it what
   the card's measured peak and bandwidth would allow, and where our step's time goes by kernels
-- forms: our step in other forms and under other XLA flags, in ratio to the step as it is
+- forms: our step in other forms, under other XLA flags, and with what the published recipe adds,
+  in ratio to the step as it is
 - runs: images/s of 4, 16 and 64 runs vmapped, in ratio to one run after another
 - transform: what scale_by_batch costs beside plain optax (`benchmarks.transform_overhead`)
 
 Goals: 1.2 times PyTorch's quickest form at batches 64 and 256, 2 times at 8.
 
-`--tiny` runs it at a size that a CPU does in minutes, to see that it works; PyTorch is left out
+`--tiny` runs it at a size for a CPU, to see that it works; PyTorch is left out
 where it is not installed (`pip install 'bs_jax[bench]'`).
 """
 
@@ -67,22 +68,35 @@ MODEL_FORMS: dict[str, dict[str, Any]] = {
     },
     "optimizer over vectors": {"flat": True},
 }
-XLA_FORMS: dict[str, dict[str, Any]] = {
-    "no command buffers": {"xla_flags": "--xla_gpu_enable_command_buffer="},
-    "convolutions in command buffers": {
-        "xla_flags": "--xla_gpu_enable_command_buffer=+CONVOLUTION --xla_gpu_graph_min_graph_size=1"
-    },
-    "the loop as a command buffer": {
-        "xla_flags": "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE,+CONDITIONAL"
-        " --xla_gpu_graph_min_graph_size=1"
-    },
-    "concurrent command buffers": {
-        "xla_flags": "--xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-    },
-    "latency hiding": {"xla_flags": "--xla_gpu_enable_latency_hiding_scheduler=true"},
-    "no Triton products": {"xla_flags": "--xla_gpu_enable_triton_gemm=false"},
-    "convolutions fused": {"xla_flags": "--xla_gpu_experimental_enable_conv_fusion=true"},
-    "fusions tuned": {"xla_flags": "--xla_gpu_experimental_enable_fusion_autotuner=true"},
+_GRAPH_ALL = (
+    "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE,+CONDITIONAL"
+    " --xla_gpu_graph_min_graph_size=1"
+)
+# Tried at the smallest batch, where the card waits for launches,
+LAUNCH_FLAGS: dict[str, str] = {
+    "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "convolutions in command buffers": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
+    "the loop as a command buffer": _GRAPH_ALL,
+    "concurrent command buffers": (
+        f"{_GRAPH_ALL} --xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    ),
+    "loop unrolled twice": (
+        "--xla_gpu_enable_while_loop_unrolling=WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"
+    ),
+}
+# and at the first batch size.
+KERNEL_FLAGS: dict[str, str] = {
+    "the loop as a command buffer": _GRAPH_ALL,
+    "no Triton products": "--xla_gpu_enable_triton_gemm=false",
+    "convolutions fused": "--xla_gpu_experimental_enable_conv_fusion=true",
+    "fusions tuned": "--xla_gpu_experimental_enable_fusion_autotuner=true",
+    "latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
+}
+# What the published recipe adds to the step, at all but the smallest batch.
+RECIPE_FORMS: dict[str, dict[str, Any]] = {
+    "ghost batches of 16": {"overrides": {"ghost_batch_size": 16}},
+    "random resized crops": {"overrides": {"data.crop_area": (0.35, 1.0)}},
+    "Ranger": {"overrides": {"optimizer.name": "ranger"}},
 }
 
 
@@ -99,7 +113,6 @@ class Size:
         matmul: rows and columns of the peak's product.
         copied_floats: of the bandwidth's copy.
         torch_forms: of `torch_training.FORMS`.
-        flag_batch_sizes: batch sizes at which XLA's flags are tried.
         runs: (model, image size, batch size, numbers of runs side by side, updates a turn).
         transform: further arguments of `benchmarks.transform_overhead`, a run of it each.
     """
@@ -112,7 +125,6 @@ class Size:
     matmul: int = 8192
     copied_floats: int = 2**28
     torch_forms: tuple[str, ...] = _TORCH_FORMS
-    flag_batch_sizes: tuple[int, ...] = (64, 8)
     runs: tuple[tuple[str, int, int, tuple[int, ...], int], ...] = (
         ("resnet8_patch", 28, 16, (4, 16, 64), 100),
         ("resnet8_patch", 28, 64, (4, 16, 64), 100),
@@ -131,7 +143,6 @@ TINY = Size(
     matmul=64,
     copied_floats=4096,
     torch_forms=("eager",),
-    flag_batch_sizes=(),
     runs=(("resnet4_patch", 8, 4, (2,), 2),),
     transform=(("--model=resnet4_patch", "--image_size=8", "--batch_size=4", "--rounds=2"),),
 )
@@ -285,15 +296,17 @@ class Bench:
     def forms(self) -> None:
         """Our step in other forms, at every batch size."""
         specs = {}
-        for number, batch_size in enumerate(self._size.batch_sizes):
+        sizes = self._size.batch_sizes
+        for number, batch_size in enumerate(sizes):
             specs[f"{OURS}, {batch_size}"] = self._ours(batch_size)
-            for name, changes in MODEL_FORMS.items():
-                one = self._ours(batch_size, nice=2 * number, **changes)
-                specs[f"{name}, {batch_size}"] = one
-            if batch_size in self._size.flag_batch_sizes:
-                for name, changes in XLA_FORMS.items():
-                    one = self._ours(batch_size, nice=2 * number + 5, **changes)
-                    specs[f"{name}, {batch_size}"] = one
+            changes = dict(MODEL_FORMS)
+            if batch_size > min(sizes):
+                changes |= RECIPE_FORMS
+            flags = LAUNCH_FLAGS if batch_size == min(sizes) else {}
+            flags = flags | (KERNEL_FLAGS if number == 0 else {})
+            changes |= {name: {"xla_flags": words, "nice": 5} for name, words in flags.items()}
+            for name, change in changes.items():
+                specs[f"{name}, {batch_size}"] = self._ours(batch_size, **change)
         found = self.result["forms"] = []
         for row in self._measured("forms", specs, self._size.batch_sizes):
             print(f"\n{self._size.model} in other forms, batch {row['batch_size']}")

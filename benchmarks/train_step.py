@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=32, help="examples a step")
     parser.add_argument("--against", choices=("torch", "nothing"), default="nothing")
     parser.add_argument("--compiled", action="store_true", help="PyTorch through its compiler too")
+    parser.add_argument(
+        "--torch_form", action="append", default=[], help="a further one, see torch_training"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -125,6 +128,7 @@ def torch_programs(flags: argparse.Namespace) -> dict[str, Callable[[], None]]:
     found = {f"torch eager, {order}": form for order, form in wanted.items()}
     if flags.compiled:
         found["torch compiled"] = "compile"
+    found |= {f"torch {form}": form for form in flags.torch_form}
     return {
         name: torch_training.Training({**vars(flags), "form": form, "device": device}).run
         for name, form in found.items()

@@ -54,11 +54,11 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
         rounds=2,
         matmul=64,
         copied_floats=4096,
-        flag_batch_sizes=(4,),
     )
     monkeypatch.setattr(gpu, "TINY", tiny)
     monkeypatch.setattr(gpu, "MODEL_FORMS", {"all": gpu.MODEL_FORMS["all of these"]})
-    monkeypatch.setattr(gpu, "XLA_FORMS", {"bad": {"xla_flags": "--xla_no_such_flag=1"}})
+    monkeypatch.setattr(gpu, "LAUNCH_FLAGS", {"bad": "--xla_no_such_flag=1"})
+    monkeypatch.setattr(gpu, "KERNEL_FLAGS", {})
     arguments = ["--tiny", "--against=nothing", "--parts=steps,forms"]
     result = written(gpu, arguments, tmp_path / "sub" / "gpu.json")
     (step,) = result["steps"]
@@ -72,6 +72,12 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
     assert form["programs"]["ours"]["ratio"] == 1
     assert form["programs"]["all"]["rounds"] == 2
     assert "no_such_flag" in form["not_measured"]["bad"]
+
+
+@pytest.mark.parametrize("change", gpu.RECIPE_FORMS.values(), ids=gpu.RECIPE_FORMS)
+def test_what_the_recipe_adds_is_a_recipe(change):
+    config = _programs.make_config("xresnet50", 128, 64, **change["overrides"])
+    assert config != _programs.make_config("xresnet50", 128, 64)
 
 
 @pytest.mark.long
