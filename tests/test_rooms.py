@@ -12,6 +12,8 @@ MAY_IMPORT = {
     "report": {"statistics", "records", "errors"},
     "studies": {"report", "statistics", "records", "errors"},
 }
+# What the library measures while training is read back by the library's own formulas.
+ALSO = {"bs_jax.statistics.noise_curve": {"scaling"}}
 STORES = "bs_jax.records.stores"
 
 
@@ -115,6 +117,6 @@ def test_a_room_imports_only_those_below_it(room):
             continue
         for target, wanted, *_ in imports(tree):
             seen = (target.split(".")[1:2] or [wanted])[0]
-            assert seen in {*MAY_IMPORT[room], room}, f"{name} imports {target}"
+            assert seen in {*MAY_IMPORT[room], *ALSO.get(name, ()), room}, f"{name} imports {target}"
         foreign = {module.split(".")[0] for module in all_imports(tree)}
         assert not foreign & {"jax", "optax", "flax"}, name
