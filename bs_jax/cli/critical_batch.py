@@ -125,7 +125,7 @@ def _trunk(nested: Mapping[str, Any]) -> ResolvedRun:
 def _describe(branching: Branching, runs: Sequence[ResolvedRun], workdir: Path) -> None:
     print(
         f"{len(branching.points)} points ({', '.join(f'{p:,}' for p in branching.points)} "
-        f"examples), {len(runs)} branches of {branching.examples:,} examples each, records in "
+        f"examples), {len(runs)} branches of {branching.examples:,} examples at each, records in "
         f"{workdir}"
     )
     for run in runs:

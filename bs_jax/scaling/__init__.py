@@ -12,11 +12,13 @@ The rooms, each importing from those above it only:
     schedules        batch sizes over training
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
+    critical_batch   up to which batch size the loss follows, by branches of a run
     problems         the noisy quadratic, where the right answer is known
 """
 
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger
+from bs_jax.scaling.critical_batch import CriticalBatch, critical_batch_size
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.hyperparameters import ScalingWarning
 from bs_jax.scaling.noise import (
@@ -38,6 +40,7 @@ from bs_jax.scaling.transform import (
 __all__ = [
     "FAMILIES",
     "RULES",
+    "CriticalBatch",
     "Explanation",
     "InvarianceCheck",
     "MicrobatchStats",
@@ -45,6 +48,7 @@ __all__ = [
     "ScaleByBatchState",
     "ScalingRule",
     "ScalingWarning",
+    "critical_batch_size",
     "explain",
     "hyperparams",
     "invariance_check",
