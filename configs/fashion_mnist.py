@@ -35,6 +35,15 @@ def get_config() -> ml_collections.ConfigDict:
     # 0: the base batch size or half the batch, whichever is smaller.
     config.micro_batch_size = 0
 
+    config.batch_ramp = ml_collections.ConfigDict()  # a batch size that grows up to batch_size
+    config.batch_ramp.kind = "off"  # "off", "stages" as given, "noise": as the noise scale allows
+    # Pairs (start, batch size), e.g. ((0, 64), (0.3, 128)): a share of the length, or examples.
+    config.batch_ramp.stages = ()
+    config.batch_ramp.start = 0  # batch size that "noise" begins with; 0: base_batch_size
+    config.batch_ramp.share = 0.5  # of the noise scale's lower end that a batch may reach
+    config.batch_ramp.growth = 2.0  # factor of one rise; each size is a compiled program
+    config.batch_ramp.every_examples = 0  # how often "noise" asks; 0: at every logging point
+
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # an optax factory by name
     config.optimizer.decay_mask = "all"  # weight decay on "all" leaves, or on "kernels" only
