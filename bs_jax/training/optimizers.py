@@ -149,6 +149,16 @@ def make_optimizer(
     )(**kwargs)
 
 
+def keeps_noise(run: ResolvedRun) -> bool:
+    """Whether the state of a run's optimizer holds a noise scale; nothing is computed."""
+
+    def found() -> Any:
+        values = {name: jnp.float32(value) for name, value in traced_values(run).items()}
+        return noise_scale(make_optimizer(run, values).init({"kernel": jnp.zeros((2, 2))}))
+
+    return jax.eval_shape(found) is not None
+
+
 def _kernels(params: Any) -> Any:
     """Mark what is weight-decayed: all but biases and BatchNorm's parameters, by their names."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from bs_jax.recipe import ResolvedRun
+from bs_jax.training.plan import Chunk, Plan
 
 
 class Ramp(Protocol):
@@ -119,3 +120,19 @@ def ramp_of(run: ResolvedRun) -> Ramp:
     if asked.kind == "noise":
         return FollowNoise(run.batch_sizes, asked.share, asked.every_examples)
     return Constant(run.batch_size)
+
+
+def planned_chunks(run: ResolvedRun) -> Iterator[Chunk]:
+    """The chunks of a run from its beginning; of one that follows the noise, as if none were known.
+
+    >>> from bs_jax.recipe import BatchRamp
+    >>> BatchRamp("stages", ((0, 8), (0.5, 16))).starts(train_examples=64)
+    [(0, 8), (32, 16)]
+    """
+    plan, ramp = Plan.of(run), ramp_of(run)
+    step = examples = 0
+    size = ramp.batch_size(0, 0, lambda: math.nan)
+    while chunk := plan.chunk(step, examples, size, ramp.next_change(examples)):
+        yield chunk
+        step, examples = chunk.end, chunk.end_examples
+        size = ramp.batch_size(examples, size, lambda: math.nan)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 from bs_jax import models, scaling
+from bs_jax.errors import UserError
 from bs_jax.recipe import (
     BatchRamp,
     FixedValues,
@@ -46,11 +48,13 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         recipe, values, found, scaled_while_training=measures or ramp.kind != "off"
     )
     compares = measures or ramp.kind == "noise"  # gradients within a batch
-    smallest = ramp.start or min((size for _, size in ramp.stages), default=recipe.batch_size)
+    # A micro-batch stays as it is while the batch grows, and BatchNorm's groups with it.
+    sizes = [size for _, size in ramp.stages]
+    common = ramp.start or math.gcd(*sizes) or recipe.batch_size
     micro_batch_size = recipe.micro_batch_size or (
-        default_micro_batch_size(smallest, recipe.base_batch_size, recipe.ghost_batch_size)
+        default_micro_batch_size(common, recipe.base_batch_size, recipe.ghost_batch_size)
         if compares
-        else smallest
+        else common
     )
     if ramp.kind != "off":  # the rule scales them with the batch size
         values = values | {"bn_decay": recipe.bn_decay, "ema_decay": recipe.ema_decay}
@@ -79,6 +83,12 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         if field.name not in changed
     }
     run = ResolvedRun(**same, **changed)
+    if ramp.kind == "noise" and not optimizers.keeps_noise(run):
+        raise UserError(
+            f"config.batch_ramp.kind is 'noise', but rule {recipe.scaling.rule!r} with "
+            f"{recipe.optimizer.name} keeps no noise scale to follow; use rule 'noise_aware', or "
+            "kind 'stages' with sizes of your own"
+        )
     if compares and ramp.kind != "off":
         run.check_two_micro_batches(f"batch_ramp {ramp.kind!r} with rule {recipe.scaling.rule!r}")
     return dataclasses.replace(run, run_id=run.content_id)
