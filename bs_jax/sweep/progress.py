@@ -39,6 +39,7 @@ class Display:
         self._total, self._finished, self._failed = len(runs), finished, 0
         self._examples = {run.run_id: 0 for run in runs}
         self._goal = {run.run_id: run.train_examples for run in runs}
+        self._ramps = {run.run_id for run in runs if run.ramps}
         self._names = {run.run_id: describe(run) for run in runs}
         self._pending_goal = 1
         self._workers: dict[int, str] = {}
@@ -109,6 +110,8 @@ class Display:
     def _line(self, run_id: str, event: dict[str, Any]) -> str:
         loss = event["metrics"].get("train/loss")
         shown = "" if loss is None else f", train loss {loss:.3f}"
+        if run_id in self._ramps:
+            shown += f", batch size {event['batch_size']}"
         return (
             f"{self._names[run_id]}: {event['examples']:,} of {event['train_examples']:,} "
             f"examples{shown}"
