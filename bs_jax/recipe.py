@@ -404,6 +404,7 @@ class Training(Section):
         log_every_examples: training metrics are means over this many examples.
         checkpoint_every_examples: cadence of checkpoints; 0: only where a signal interrupts.
         tensorboard: write its files beside the records.
+        trackers: where metrics go beside the records: "tensorboard", "wandb", "mlflow".
         report: what a report compares.
     """
 
@@ -425,6 +426,7 @@ class Training(Section):
     checkpoint_every_examples: Count
     tensorboard: Flag
     report: Report
+    trackers: Annotated[tuple[str, ...], _list("a list of names", _is_text)] = ()
 
     def __post_init__(self) -> None:
         if self.train_examples < self.batch_size:
@@ -623,7 +625,7 @@ class Scaled:
 
 
 # What two runs may differ in and still be the same training, number for number.
-_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "checkpoint_every_examples")
+_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "trackers", "checkpoint_every_examples")
 _FIXED = "fixed"  # the rule of a recorded run whose numbers are scaled already
 
 
