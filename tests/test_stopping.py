@@ -57,10 +57,7 @@ def test_a_signal_while_native_code_runs_ends_the_process_in_time(what):
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "through" not in out
     assert "give the same command again to go on" in said
-    assert (
-        out
-        == "SIGTERM: stopping at the next point to save, after at most 0.5 s; once more to stop at once\n"
-    )
+    assert out.startswith("SIGTERM: stopping at the next point to save, after at most 0.5 s;")
     assert 0.4 < time.monotonic() - began < 20
 
 
