@@ -169,6 +169,8 @@ class Display:
             parts.append(f"{state.examples / state.seconds:,.0f} images/s")
         if loss is not None:
             parts.append(f"train loss {loss:.3f}")
+        if self._runs[run_id].ramps:
+            parts.append(f"batch size {event['batch_size']}")
         return f"{self._names[run_id]}: {', '.join(parts)}"
 
     def _count(self) -> str:

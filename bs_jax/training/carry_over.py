@@ -80,6 +80,11 @@ class OtherRun:
             UserError: nothing to restore, another model or optimizer, or examples seen that this
                 batch size does not divide.
         """
+        if run.ramps:
+            raise UserError(
+                f"--restore_from={self.path} with config.batch_ramp.kind {run.batch_ramp.kind!r}: "
+                "begin a ramp with the run, or go on at one batch size (kind off)"
+            )
         source = self._newest(num_classes, image_shape)
         examples, batch = int(source.examples), run.batch_size
         if examples % batch or examples >= run.train_examples:

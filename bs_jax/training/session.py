@@ -122,7 +122,11 @@ class Session:
             window = slice(start - chunk.start, end - chunk.start)
             examples = chunk.examples + (end - chunk.start) * chunk.batch_size
             row: dict[str, Any] = {"step": end, "examples": examples}
-            row |= {name: float(np.mean(values[window])) for name, values in metrics.items()}
+            row |= {
+                name: float(values[window][-1] if name in CONDITIONS else np.mean(values[window]))
+                for name, values in metrics.items()
+            }
+            row["batch_size"] = chunk.batch_size
             rows.append(row)
             if self.diverged_at is not None and end >= self.diverged_at:
                 break
@@ -152,6 +156,7 @@ class Session:
                 "run_id": self.run.run_id,
                 "examples": self._last[1],
                 "resumed_at": self.start_examples,
+                "batch_size": rows[-1]["batch_size"],
                 "train_examples": self._plan.last_examples(self.run.batch_size),
                 "metrics": json_files.finite(self._final),
             }
