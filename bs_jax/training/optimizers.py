@@ -98,8 +98,8 @@ def cohort_key(run: ResolvedRun) -> str:
     presence counts, and of the EMA whether it is on).
     """
     content = run.config
-    for name in ("seed", "name", "title", "report", "tensorboard", "bn_decay"):
-        del content[name]
+    for name in ("seed", "name", "title", "report", "tensorboard", "trackers", "bn_decay"):
+        content.pop(name, None)
     content["ema_decay"] = bool(run.ema_decay)
     content["optimizer"]["hyperparams"] = {
         name: value if isinstance(value, bool) else "traced"
