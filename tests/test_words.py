@@ -24,7 +24,7 @@ def around(mean):
 
 def curves(lag=None):
     """Training curves with seed noise of .01; `lag` (arm, batch size) adds an early bump of .2."""
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(2)
 
     def curve(arm, size, seed):
         age = SEEN - size / 2
@@ -161,6 +161,15 @@ def test_a_price_is_the_median_run_and_a_resumed_one_counts_whole():
     assert found.examples_per_second == pytest.approx((6400 / 8 + 6400 / 12) / 2)
     assert math.isnan(price([]).seconds)
     assert math.isnan(price([run(step=0), run(resumed_at_step=100)]).updates)
+
+
+def test_the_updates_of_a_ramp_are_counted_at_the_batch_size_of_their_time():
+    seen, size = np.array([320, 640, 1280]), np.array([16.0, 32.0, 64.0])
+    run = Run("r", "done", {}, "", {}, {}, (), {"batch_size": Curve(seen, size)}, None)
+    found = price([run])
+    assert [found.updates_at(share) for share in (0.25, 0.5, 0.75, 1)] == [20, 30, 35, 40]
+    run.curves["batch_size"] = Curve(seen, np.full(3, 64.0))
+    assert price([run]).ramp is None
 
 
 def test_an_unknown_noise_scale_is_never_taken_for_a_large_one():

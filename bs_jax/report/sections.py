@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import numpy as np
+
 from bs_jax.records.results import DIVERGED, DONE, MISSING, Results
 from bs_jax.report import plots, style, words
 from bs_jax.report.numbers import (
@@ -240,15 +242,16 @@ def price(analysis: Analysis) -> Section | None:
     groups = [group for group in everyone if group.offset == 1 and group.values]
     if not any(math.isfinite(group.price.updates) for group in groups):
         return None
-    sizes = sorted({group.batch_size for group in groups})
-    speeds = {size: _median_speed(groups, size) for size in sizes}
+    constant = [group for group in groups if group.price.ramp is None]
+    sizes = sorted({group.batch_size for group in constant})
+    speeds = {size: _median_speed(constant, size) for size in sizes}
     base_speed = speeds.get(analysis.sweep.base_batch_size, math.nan)
     by_size = [
         [
             str(size),
             fraction(size / analysis.sweep.base_batch_size),
-            whole(_median([g.price.updates for g in groups if g.batch_size == size])),
-            duration(_median([g.price.seconds for g in groups if g.batch_size == size])),
+            whole(_median([g.price.updates for g in constant if g.batch_size == size])),
+            duration(_median([g.price.seconds for g in constant if g.batch_size == size])),
             whole(speeds[size]),
             _times(speeds[size] / base_speed),
         ]
@@ -266,9 +269,9 @@ def price(analysis: Analysis) -> Section | None:
         rows.append(
             [
                 "base" if is_base else rule(group.arm),
-                str(group.batch_size),
+                _batch_sizes(group),
                 "not reached" if math.isinf(ratio) else _times(ratio),
-                whole(group.price.updates * reached),
+                whole(group.price.updates_at(reached)),
                 duration(group.price.seconds * reached),
                 *([_inside(group)] if measured else []),
             ]
@@ -301,6 +304,16 @@ def _median_speed(groups: Sequence[Group], size: int) -> float:
 def _median(values: Sequence[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.median(finite) if finite else math.nan
+
+
+def _batch_sizes(group: Group) -> str:
+    """The batch size, or those that a ramp went through, "16 → 64"."""
+    if group.price.ramp is None:
+        return str(group.batch_size)
+    values = group.price.ramp.values
+    changes = [values[0], *values[1:][np.diff(values) != 0]]
+    shown = [f"{value:g}" for value in changes]
+    return " → ".join(shown if len(shown) <= 4 else [shown[0], "…", shown[-1]])
 
 
 def _inside(group: Group) -> Html:

@@ -37,11 +37,21 @@ class Price:
       updates: of the whole run (median over runs, as all here).
       seconds: of wall time, beside whatever else ran on the machine.
       examples_per_second: trained on, with all that a run does beside training.
+      ramp: the batch size in use over examples seen, of the first run; None where it never changed.
     """
 
     updates: float
     seconds: float
     examples_per_second: float
+    ramp: Curve | None = None
+
+    def updates_at(self, share: float) -> float:
+        """Updates done once a share of the run's examples has been seen."""
+        if self.ramp is None:
+            return self.updates * share
+        ends = np.concatenate([[0], self.ramp.examples])
+        updates = np.concatenate([[0], np.cumsum(np.diff(ends) / self.ramp.values)])
+        return float(np.interp(share * ends[-1], ends, updates))
 
 
 def price(runs: Sequence[Run]) -> Price:
@@ -64,7 +74,10 @@ def price(runs: Sequence[Run]) -> Price:
         seconds.append(summary.wall_time_seconds * summary.step / trained)
         if seconds[-1] > 0:
             speeds.append(summary.examples / seconds[-1])
-    return Price(_median(updates), _median(seconds), _median(speeds))
+    sizes = [run.curves["batch_size"] for run in runs if "batch_size" in run.curves]
+    ramps = [c for c in sizes if np.all(c.values > 0) and len(np.unique(c.values)) > 1]
+    ramp = ramps[0] if ramps else None
+    return Price(_median(updates), _median(seconds), _median(speeds), ramp)
 
 
 def _median(values: Sequence[float]) -> float:
