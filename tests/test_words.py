@@ -12,7 +12,7 @@ from bs_jax.records.run_files import Summary
 from bs_jax.report import words
 from bs_jax.statistics.analysis import analyse
 from bs_jax.statistics.curves import Deviation
-from bs_jax.statistics.price import price, share_inside
+from bs_jax.statistics.price import Inside, price, share_inside
 
 SPREAD = (-0.004, 0.0, 0.004)
 SEEN = np.arange(320, 12_801, 320)
@@ -97,6 +97,19 @@ def test_the_curve_is_set_beside_the_verdict_in_one_sentence(mean, lag, sentence
     text = words.curve_sentence(found.arms[0], found)
     assert sentence in text
     assert text.count(". ") == 0
+
+
+def test_where_the_batch_lay_beyond_the_noise_scale_is_said():
+    (arm,) = analyse(made_up(GOOD)).arms
+    assert words.limit_sentence(arm) == ""
+    shares = (1.0, 0.4)
+    groups = tuple(
+        dataclasses.replace(group, inside=Inside(share, 0.2, 1.0, 0.0))
+        for group, share in zip(arm.groups, shares, strict=True)
+    )
+    assert words.limit_sentence(dataclasses.replace(arm, groups=groups)) == (
+        "Its batch lay inside the measured noise scale for only 40 % of the training at 128."
+    )
 
 
 def test_each_direction_is_said_where_it_is():

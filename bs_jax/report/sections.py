@@ -108,8 +108,9 @@ def _scatter(analysis: Analysis, units: Units) -> str:
 
 
 def _second_witness(arm: ArmVerdict, analysis: Analysis) -> str:
-    sentence = words.curve_sentence(arm, analysis)
-    return tag("span", sentence, class_="note") if sentence else ""
+    sentences = [words.curve_sentence(arm, analysis), words.limit_sentence(arm)]
+    text = " ".join(sentence for sentence in sentences if sentence)
+    return tag("span", text, class_="note") if text else ""
 
 
 def _two_widths(figure: str, wide: "Figure", narrow: "Figure", prefix: str, caption: str) -> Html:
@@ -257,23 +258,24 @@ def price(analysis: Analysis) -> Section | None:
         ]
         for size in sizes
     ]
+    own = analysis.base.share_to_base_loss if analysis.base is not None else math.nan
     measured = any(group.inside is not None for group in groups)
     header = ["rule", "batch size", "examples to the base's loss, × the base's"]
     header += ["updates to it", "time to it"]
-    header += ["run inside the noise scale"] if measured else []
+    header += ["share of the run inside the noise scale", "not known"] if measured else []
     rows = []
     for group in groups[:_MAX_TABLE_ROWS]:
         is_base = group is analysis.base
-        ratio = 1.0 if is_base else group.examples_ratio
-        reached = LEVEL_AT * ratio if math.isfinite(ratio) else math.nan
+        reached = group.share_to_base_loss
+        finite = reached if math.isfinite(reached) else math.nan
         rows.append(
             [
                 "base" if is_base else rule(group.arm),
                 _batch_sizes(group),
-                "not reached" if math.isinf(ratio) else _times(ratio),
-                whole(group.price.updates_at(reached)),
-                duration(group.price.seconds * reached),
-                *([_inside(group)] if measured else []),
+                "not reached" if math.isinf(reached) else _times(reached / own),
+                whole(group.price.updates_at(finite)),
+                duration(group.price.seconds * finite),
+                *(_inside(group) if measured else []),
             ]
         )
     notes = [
@@ -285,14 +287,14 @@ def price(analysis: Analysis) -> Section | None:
     ]
     if measured:
         notes.append(
-            "“Run inside the noise scale” is the share of the examples at which the batch was at "
-            "most the measured gradient noise scale; in brackets by the ends of its range. Inside, "
-            "a rule can follow the base; beyond, none is expected to."
+            "“Inside the noise scale”: the batch was at most the measured gradient noise scale; in "
+            "brackets by the ends of its range. The share is of the examples at which the noise "
+            "scale was known. Inside, a rule can follow the base; beyond, none is expected to."
         )
     return Section(
         "What the batch size costs and buys",
         table(["batch size", "k", "updates", "time a run", "images/s", "× the base's"], by_size),
-        table(header, rows) if measured or any(g.examples_ratio > 0 for g in groups) else "",
+        table(header, rows) if measured or any(g.share_to_base_loss > 0 for g in groups) else "",
         bullets(notes),
     )
 
@@ -316,13 +318,12 @@ def _batch_sizes(group: Group) -> str:
     return " → ".join(shown if len(shown) <= 4 else [shown[0], "…", shown[-1]])
 
 
-def _inside(group: Group) -> Html:
+def _inside(group: Group) -> list[str]:
     inside = group.inside
     if inside is None or not math.isfinite(inside.share):
-        return html("not known")
+        return ["–", "all"]
     ends = tag("small", f" [{share(inside.low)}, {share(inside.high)}]")
-    unknown = f"; {share(inside.unknown)} not known" if inside.unknown > 0 else ""
-    return html(share(inside.share), ends, unknown)
+    return [html(share(inside.share), ends), share(inside.unknown)]
 
 
 def numbers(analysis: Analysis) -> Section:
