@@ -178,7 +178,9 @@ def arm_panels(results: Results, analysis: Analysis) -> Section | None:
             if figure is not None
         ]
         heading = tag("header", tag("h3", rule(arm.arm)), badge(arm.verdict))
-        meaning = tag("p", words.explanation(arm.arm, results))
+        ramps = [_batch_sizes(group) for group in arm.groups if group.price.ramp is not None]
+        grows = f" Its batch size changes while it trains: {ramps[-1]}." if ramps else ""
+        meaning = tag("p", words.explanation(arm.arm, results) + grows)
         cards.append(
             tag("article", heading, meaning, tag("div", *shown, class_="pair"), class_="arm")
         )
@@ -321,7 +323,7 @@ def _batch_sizes(group: Group) -> str:
 def _inside(group: Group) -> list[str]:
     inside = group.inside
     if inside is None or not math.isfinite(inside.share):
-        return ["–", "all"]
+        return ["–", "–"]
     ends = tag("small", f" [{share(inside.low)}, {share(inside.high)}]")
     return [html(share(inside.share), ends), share(inside.unknown)]
 
@@ -332,9 +334,9 @@ def numbers(analysis: Analysis) -> Section:
     units, loss = Units(sweep.accuracy_metric), Units(sweep.loss_metric)
     with_offset = any(group.offset != 1 for group in analysis.groups)
     header = ["rule", "batch size", "k", *(["offset"] if with_offset else [])]
-    header += [f"{units.name} ± sd", "difference [95 %]", "verdict", "seeds"]
+    header += [f"{units.name} ± sd", "difference [95 %]", "verdict", "seeds"]
     header += ["p (equivalent)", "p (different)"]
-    header += [f"{loss.name} difference [95 %]", "curve distance", "× seed noise", "p (chance)"]
+    header += [f"{loss.name} difference [95 %]", "curve distance", "× seed noise", "p (chance)"]
     header += ["runs, by seed"]
     groups = [*([analysis.base] if analysis.base else []), *analysis.groups]
     rows = []
