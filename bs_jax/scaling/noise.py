@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,9 @@ def value_grad_and_stats(
         >>> value.shape, grads.shape, stats.count
         ((), (3,), 2)
     """
-    whole = isinstance(microbatches, int | np.integer) and not isinstance(microbatches, bool)
+    whole = isinstance(cast(object, microbatches), int | np.integer) and not isinstance(
+        microbatches, bool
+    )
     if not whole or microbatches < 1:
         raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
     microbatches = int(microbatches)
@@ -214,7 +216,7 @@ def _tree_sum(tree: PyTree) -> jax.Array:
 
 def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
     """Raise a ``UserError`` unless these are statistics of at least two such gradients."""
-    if not isinstance(stats, MicrobatchStats):
+    if not isinstance(cast(object, stats), MicrobatchStats):
         raise UserError(
             f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
             " count), e.g. from bs_jax.value_grad_and_stats"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def scale_by_batch(
     noise_decay: float = noise.DECAY,
     variance_floor: float = moments.VARIANCE_FLOOR,
 ) -> Callable[P, optax.GradientTransformationExtraArgs]:
-    r"""Let an optax factory take hyperparameters tuned at one batch size and serve another.
+    r"""Wrap an optax factory: hyperparameters tuned at one batch size, training at another.
 
     Every hyperparameter becomes what the rule says at ``k = batch_size / base_batch_size``; for
     Adam under ``"invariant"``: ``lr k``, ``b1^k``, ``b2^k``, and the second moment estimated as
@@ -237,11 +237,10 @@ def _transformation(
             used = {**values, decay_name: _usable_decay(values[decay_name])}
         optimizer = recipe.build(used, clock)
 
-        def step(inner_state: Any) -> tuple[PyTree, Any]:
+        def own_step(inner_state: Any) -> tuple[PyTree, Any]:
             return optimizer.update(updates, inner_state, params, **extra_args)
 
-        if count is not None:
-            step = moments.at_count(step, count)
+        step = own_step if count is None else moments.at_count(own_step, count, known=scaled.known)
         if replaces:
             if microbatch is None and not scaled.is_identity:
                 raise missing_noise(recipe, rule, by_coordinate=True)
@@ -252,7 +251,7 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
-                direct=recipe.optimizer.known,
+                known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
                 step, inner_state, updates, state.variance, moment
@@ -286,7 +285,8 @@ def _transformation(
         decay = noise_decay**k
         if second_moment == "sum":
             # What the optimizer sums without end is compared with a noise averaged likewise.
-            decay = (examples / size) / (examples / size + 1)
+            done = examples / size
+            decay = done / (done + 1)
         return noise.update_noise_scale(online, updates, microbatch, batch_size=size, decay=decay)
 
     def update(
@@ -302,7 +302,7 @@ def _transformation(
             return static_update(plain, updates, state, params, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
 
 
 def _measured(online: NoiseScaleState, base_batch_size: int) -> Noise:
