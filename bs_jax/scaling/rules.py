@@ -182,6 +182,7 @@ _RULES = (
 )
 
 RULES: dict[str, ScalingRule] = {rule.name: rule for rule in _RULES}
+"""The rules by name."""
 
 
 def resolve_rule(rule: str | ScalingRule) -> ScalingRule:
@@ -323,3 +324,4 @@ _FAMILIES = (
     Family("wrapper", note="has no learning rate of its own"),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
+"""The families of optimizers by name: how their update answers to the gradient's size."""
