@@ -16,7 +16,15 @@ from helpers.scaling import PARAMS, assert_close, functions_run, gradients, trai
 from optax import contrib
 
 from bs_jax.errors import UserError
-from bs_jax.scaling import MicrobatchStats, ScalingWarning, hyperparams, ranger, scale_by_batch
+from bs_jax.scaling import (
+    MicrobatchStats,
+    ScalingWarning,
+    explain,
+    hyperparams,
+    ranger,
+    scale_by_batch,
+    scale_hyperparams,
+)
 
 SIZES = {"batch_size": 256, "base_batch_size": 64}
 ROLES = {"learning_rate": "learning_rate", "b1": "decay", "b2": "second_moment_decay"}
@@ -141,6 +149,9 @@ def layerwise(learning_rate, b2=0.9):
         (lambda: scale_by_batch(optax.adam, **SIZES, roles={"b2": "unchanged"})(0.1), "found none"),
         (lambda: scaled(own_adam(OptaxNames), "invariant", family="adam",
                         roles={**ROLES, "b1": "second_moment_decay"})(0.1), r"found 2 \(b1, b2\)"),
+        (lambda: explain(optax.adam, **SIZES, roles={"b2": "unchanged"}), "found none"),
+        (lambda: scale_hyperparams("adam", {"learning_rate": 0.1}, **SIZES, rule="invariant",
+                                   roles={"b2": "unchanged"}), "found none"),
         # What only optax's own can be served with.
         (lambda: scaled(own_adam(OptaxNames), "invariant", family="adafactor")(0.1),
          "factored second moment of optax.adafactor alone"),
