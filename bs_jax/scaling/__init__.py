@@ -12,6 +12,7 @@ The rooms, each importing from those above it only:
     schedules        batch sizes over training
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
+    critical_batch   critical_batch_size: up to which batch size the loss follows
     problems         the noisy quadratic, where the right answer is known
 """
 
