@@ -585,6 +585,7 @@ def scale_hyperparams(
     check_batch_sizes(batch_size, base_batch_size)
     rule = resolve_rule(rule)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
+    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
     scaled = recipe.at(rule, batch_size / base_batch_size, noise)
     try:
