@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks import _flat, _kernels
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
+from bs_jax.recipe import ResolvedRun
 from bs_jax.models import layer_forms
 
 CLASSES = 10
@@ -32,8 +33,8 @@ def make_images(count: int, image_size: int, channels: int = 3) -> ArraySplit:
     return ArraySplit(images, draw.integers(0, CLASSES, count, dtype=np.int32))
 
 
-def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) -> dict[str, Any]:
-    """The resolved config of a run by the default recipe, plain AdamW at its own batch size."""
+def make_run(model: str, image_size: int, batch_size: int, **overrides: Any) -> ResolvedRun:
+    """A run by the default recipe, plain AdamW at its own batch size."""
     from bs_jax.sweep.points import resolve
     from configs.fashion_mnist import get_config
 
@@ -49,7 +50,7 @@ def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) 
         "data.mean": (0.5,),
         "data.std": (0.25,),
     }
-    return resolve(json.loads(get_config().to_json()), settings | overrides).config
+    return resolve(json.loads(get_config().to_json()), settings | overrides)
 
 
 def request_devices(count: int) -> int:
@@ -61,12 +62,12 @@ def request_devices(count: int) -> int:
 
 
 def chunk_and_arguments(
-    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+    run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The compiled chunk that the trainer runs, and what it is called with at the start of a run.
 
     Args:
-        config: a resolved run's config.
+        run: the run.
         data: held on the device.
         steps: updates a call.
         devices: how many to spread a batch over.
@@ -75,9 +76,9 @@ def chunk_and_arguments(
     from bs_jax.training import parallel, plan, step
 
     used = jax.local_devices()[:devices]
-    programs = step.make_programs(config, CLASSES, data.image_shape, used, vmapped=bool(runs))
-    inputs = step.run_inputs(config)
-    order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data)
+    programs = step.make_programs(run, CLASSES, data.image_shape, used, vmapped=bool(runs))
+    inputs = step.run_inputs(run)
+    order = np.arange(steps * run.batch_size, dtype=np.int32) % len(data)
     batches = plan.per_device(order.reshape(steps, -1), devices)
     if runs:
         inputs = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), inputs)
@@ -89,10 +90,10 @@ def chunk_and_arguments(
 
 
 def train_chunks(
-    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+    run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
 ) -> Callable[[], Any]:
     """A call that takes `steps` updates and returns their metrics; see `chunk_and_arguments`."""
-    chunk, (state, *others) = chunk_and_arguments(config, data, steps, devices, runs)
+    chunk, (state, *others) = chunk_and_arguments(run, data, steps, devices, runs)
 
     def run() -> Any:
         nonlocal state
@@ -114,11 +115,11 @@ class Training:
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         overrides = {"model.dtype": spec["dtype"], **spec.get("overrides", {})}
-        config = make_config(spec["model"], spec["image_size"], spec["batch_size"], **overrides)
+        run = make_run(spec["model"], spec["image_size"], spec["batch_size"], **overrides)
         data = make_images(4 * spec["batch_size"], spec["image_size"])
         with _as_asked(spec):
             chunk, arguments = chunk_and_arguments(
-                config, data, spec["steps"], runs=spec.get("runs", 0)
+                run, data, spec["steps"], runs=spec.get("runs", 0)
             )
             self._compiled = chunk.lower(*arguments).compile()
         self._steps, self._keep = spec["steps"], spec.get("keep")
@@ -167,13 +168,13 @@ def _as_asked(spec: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def streamed_chunks(config: Mapping[str, Any], data: ArraySplit) -> Callable[[Any], Any]:
+def streamed_chunks(run: ResolvedRun, data: ArraySplit) -> Callable[[Any], Any]:
     """A call that takes the updates of one streamed chunk: (images, labels, aspects)."""
     from bs_jax.training import parallel, plan, step
 
     used = jax.local_devices()[:1]
-    programs = step.make_programs(config, CLASSES, data.image_shape, used)
-    inputs = step.run_inputs(config)
+    programs = step.make_programs(run, CLASSES, data.image_shape, used)
+    inputs = step.run_inputs(run)
     state = parallel.replicate(programs.init(inputs), used)
     inputs = parallel.replicate(inputs, used)
 

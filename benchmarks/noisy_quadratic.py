@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import optax
 
-from bs_jax.scaling import quadratic, scale_by_batch
+from bs_jax.scaling import problems, scale_by_batch
 
-SIGMAS = quadratic.SIGMAS
+SIGMAS = problems.SIGMAS
 REGIMES = ("mostly noise (σ = 10)", "noise and signal (σ = 1)", "mostly signal (σ = 0.3)")
 STYLES = {
     "sqrt": ("#c44e52", "square root"),
@@ -39,11 +39,11 @@ def adam(rule: str, b2: float = 0.99, **settings):
 
 def rule_curves() -> dict[tuple[str, float], np.ndarray]:
     """Mean of x along training, by rule and k."""
-    curves = {("base", 1.0): quadratic.run(adam("none"), k=1, sigmas=SIGMAS, quarters=POINTS)}
+    curves = {("base", 1.0): problems.run(adam("none"), k=1, sigmas=SIGMAS, quarters=POINTS)}
     for rule in STYLES:
         for k in SCALES:
             measured = rule in ("noise_aware", "invariant")
-            curves[rule, k] = quadratic.run(
+            curves[rule, k] = problems.run(
                 adam(rule), k=k, sigmas=SIGMAS, microbatches=2 if measured else 1, quarters=POINTS
             )
     return curves
@@ -56,7 +56,7 @@ def draw(curves: dict[tuple[str, float], np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(SCALES), len(SIGMAS), sharex=True, sharey=True)
-    examples = np.arange(POINTS + 1) / POINTS * 4000 * quadratic.BASE_BATCH_SIZE / 1000
+    examples = np.arange(POINTS + 1) / POINTS * 4000 * problems.BASE_BATCH_SIZE / 1000
     for row, k in zip(grid, SCALES, strict=True):
         for i, axes in enumerate(row):
             start = np.ones(1)
@@ -73,7 +73,7 @@ def draw(curves: dict[tuple[str, float], np.ndarray], path: Path) -> None:
                 axes.set_title(REGIMES[i], fontsize=11)
             else:
                 axes.set_xlabel("thousand examples seen")
-        size = round(quadratic.BASE_BATCH_SIZE * k)
+        size = round(problems.BASE_BATCH_SIZE * k)
         row[0].set_ylabel(f"batch size {size} (k = {k:g})\nmean of x")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
@@ -98,10 +98,10 @@ def family_table() -> str:
         "| optimizer | noise-aware, k = 8 | k = 1/4 | invariant, k = 8 | k = 1/4 | |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, check in quadratic.checks().items():
-        by_rule = [quadratic.deviations(check, rule) for rule in ("noise_aware", "invariant")]
+    for name, check in problems.checks().items():
+        by_rule = [problems.deviations(check, rule) for rule in ("noise_aware", "invariant")]
         best = min(found.max() for found in by_rule)
-        label = "exact" if best <= quadratic.EXACT_WITHIN else "approximate"
+        label = "exact" if best <= problems.EXACT_WITHIN else "approximate"
         cells = " | ".join(f"{x:.3f}" for found in by_rule for x in found.max(axis=1))
         lines.append(f"| {name} | {cells} | {label} |")
         print(lines[-1], flush=True)
@@ -115,12 +115,12 @@ def floor_table() -> str:
         "| --- |" + " --- |" * len(floors),
     ]
     for b2 in (0.99, 0.9):
-        base = quadratic.run(adam("none", b2), k=1, sigmas=SIGMAS)
+        base = problems.run(adam("none", b2), k=1, sigmas=SIGMAS)
         for k, n in ((0.5, 2), (0.25, 2), (0.25, 4), (0.125, 2), (8, 2), (4, 32)):
             found = []
             for floor in floors:
                 make = adam("invariant", b2, variance_floor=floor)
-                rows = quadratic.run(make, k=k, sigmas=SIGMAS, microbatches=n)
+                rows = problems.run(make, k=k, sigmas=SIGMAS, microbatches=n)
                 found.append(f"{np.abs(rows - base).max():.3f}")
             lines.append(f"| {b2}, {k:g}, {n} | " + " | ".join(found) + " |")
             print(lines[-1], flush=True)

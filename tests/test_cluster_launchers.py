@@ -11,7 +11,8 @@ import pytest
 from helpers.runs import fake_run
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import MetricsFile, Run
+from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_files import Summary
 from bs_jax.sweep import ray_cluster
 from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
@@ -63,12 +64,12 @@ def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch)
 
 
 def test_a_run_that_a_lost_node_recorded_and_did_not_tell_of_is_told_once(tmp_path):
-    runs = [Run(f"b8-s{seed}-x", {"seed": seed}, {}) for seed in range(3)]
+    runs = [fake_run(f"b8-s{seed}-x", 8) for seed in range(3)]
     for run in runs[:2]:
         folder = run_folder(tmp_path, run)
         folder.begin()
         MetricsFile(folder.path / "metrics.jsonl", 0).close()
-        folder.finish({"status": "diverged"})
+        folder.finish(Summary("diverged", {}))
     events = []
     display = types.SimpleNamespace(event=lambda task, event: events.append((task, event)))
     told = ray_cluster.Told(display, tmp_path)
@@ -133,18 +134,3 @@ def test_an_unknown_run_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert "unknown run in --only 'b16-s0-nothing'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--mode=train", "--launcher=print"), "--launcher has no effect with --mode=train"),
-        (("--sweep=tiny", "--restore_from=x"), "--restore_from has no effect with --mode=sweep"),
-    ],
-)
-def test_a_flag_that_the_mode_would_pass_over_is_refused(flags, said):
-    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stdout == ""

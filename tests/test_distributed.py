@@ -127,7 +127,7 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_shard_map_and_pmap_are_the_same_to_the_bit():
-    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"})).config
+    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"}))
     data, devices = tiny_data(), jax.devices()[:2]
     images = parallel.replicate(pipeline.device_arrays(data.train), devices)
     batches = np.arange(3 * 32, dtype=np.int32).reshape(2, 3, 16)

@@ -51,7 +51,7 @@ def plan_or_one_line(overrides):
         assert "\n" not in str(error)  # noqa: PT017
         return
     json.dumps(run.config)
-    chunks = list(Plan.of(run.config).chunks()) if run.config["train_examples"] < 10**6 else []
+    chunks = list(Plan.of(run).chunks(run.batch_size)) if run.train_examples < 10**6 else []
     assert all(chunk.end > chunk.start for chunk in chunks)
 
 

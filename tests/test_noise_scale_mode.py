@@ -19,11 +19,12 @@ from helpers.training import tiny_config, tiny_data
 from bs_jax import models
 from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
+from bs_jax.recipe import FixedValues
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.report import plots
 from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.statistics import noise_curve
-from bs_jax.training.loop import Interrupted, Trainer
+from bs_jax.training.train import Interrupted, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, BASE = 64, 32
@@ -106,7 +107,7 @@ def test_the_table_and_the_figure():
 def measuring(overrides, data=None):
     """Return path -> curve: a run of the tiny recipe, its programs compiled once."""
     run = noise_scale.plan(tiny_config(**overrides))
-    trainer = Trainer(run.config, data or tiny_data(), jax.devices()[:1])
+    trainer = Trainer(run, data or tiny_data(), jax.devices()[:1])
 
     def measure(path, **kwargs):
         trainer.train([RunFolder(path, run)], **kwargs)
@@ -170,8 +171,8 @@ def test_another_optimizer():
     config = tiny_config(**{"optimizer.name": "sgd"})
     config["optimizer"]["hyperparams"] = {"learning_rate": 0.1, "momentum": 0.9}
     run = noise_scale.plan(config)
-    assert run.config["micro_batch_size"] == 8  # half the batch
-    assert run.config["scaling"] == {"rule": "fixed"}
+    assert run.micro_batch_size == 8  # half the batch
+    assert isinstance(run.optimizer, FixedValues)
     assert run.run_id.endswith("-noise")
 
 

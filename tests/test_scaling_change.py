@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bs_jax.scaling import MicrobatchStats, ScalingRule, hyperparams, quadratic, scale_by_batch
+from bs_jax.scaling import MicrobatchStats, ScalingRule, hyperparams, problems, scale_by_batch
 
 SIGMAS = (10.0, 1.0, 0.3)
 RAMP = (64, 128, 256, 512)
@@ -43,16 +43,16 @@ RAMPED = {
 @pytest.mark.parametrize("name", RAMPED)
 def test_a_ramp_tracks_the_constant_run(name):
     factory, rule, recipe = RAMPED[name]
-    base = quadratic.run(make(factory, "none", **recipe), k=1, sigmas=SIGMAS)
-    ramped = quadratic.run(
+    base = problems.run(make(factory, "none", **recipe), k=1, sigmas=SIGMAS)
+    ramped = problems.run(
         make(factory, rule, **recipe), k=1, sigmas=SIGMAS, microbatches=2, batch_sizes=RAMP
     )
     np.testing.assert_allclose(ramped, base, atol=0.012)
 
 
 def test_a_ramp_down_tracks_too():
-    base = quadratic.run(make(optax.adam, "none", **ADAM), k=1, sigmas=SIGMAS)
-    down = quadratic.run(
+    base = problems.run(make(optax.adam, "none", **ADAM), k=1, sigmas=SIGMAS)
+    down = problems.run(
         make(optax.adam, "noise_aware", **ADAM),
         k=8,
         sigmas=SIGMAS,
@@ -109,6 +109,22 @@ def test_trap_an_undamped_trace_is_restated_for_its_new_decay():
     for _ in range(3):
         updates, state = update(state, jnp.int32(512))
         np.testing.assert_allclose(updates, 8 * steady, rtol=1e-4)
+
+
+def test_centered_rmsprops_spread_and_its_momentum_both_follow_a_change():
+    scaled = scale_by_batch(optax.rmsprop, batch_size=64, base_batch_size=64, rule="sqrt")
+    tx = scaled(0.1, 0.9, centered=True, momentum=0.9)
+    grads = jnp.linspace(0.5, 1.0, 3)
+    state = tx.init(grads)
+    for _ in range(3):
+        _, state = tx.update(grads, state, grads, batch_size=64)
+    _, after = tx.update(0 * grads, state, grads, batch_size=256)
+    (old, _, trace), (new, _, new_trace) = state.inner_state, after.inner_state
+    # Four times the batch shows a quarter of the spread, and takes steps four times as long.
+    spread = old.mu**2 + (old.nu - old.mu**2) / 4
+    np.testing.assert_allclose(new.nu, 0.9**4 * spread, rtol=1e-5)
+    np.testing.assert_allclose(new.mu, 0.9**4 * old.mu, rtol=1e-5)
+    np.testing.assert_allclose(new_trace.trace, 0.9**4 * 4 * trace.trace, rtol=1e-5)
 
 
 def test_a_state_from_another_batch_size_shows_what_is_in_force_now():

@@ -13,8 +13,8 @@ from bs_jax.errors import UserError
 from bs_jax.scaling import RULES, explain, scale_by_batch, scale_hyperparams
 from bs_jax.scaling.__main__ import main
 from bs_jax.scaling.explain import COLUMNS
-from bs_jax.scaling.formulas import Noise, Scaler
-from bs_jax.scaling.roles import registered, resolve
+from bs_jax.scaling.hyperparameters import Noise
+from bs_jax.scaling.optimizers import Recipe, registered
 
 RECIPE = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
 
@@ -145,10 +145,10 @@ def test_a_power_of_k_that_no_noise_makes_right_is_warned_of(optimizer, rule, ri
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "lion", "lamb", "lars"])
 def test_the_powers_of_a_family_are_its_formula_at_both_ends(name):
-    spec = resolve(registered()[name], {})
-    for power, phi in zip(spec.family.lr_powers, (1e12, 0.0), strict=True):
-        scaler = Scaler(RULES["noise_aware"], spec, {}, 4.0, Noise(1.0, phi))
-        assert scaler.lr_factor(4.0) == pytest.approx(4.0**power, rel=1e-6)
+    recipe = Recipe.of(name)
+    for power, phi in zip(recipe.family.lr_powers, (1e12, 0.0), strict=True):
+        scaled = recipe.at(RULES["noise_aware"], 4.0, Noise(1.0, phi))
+        assert scaled.lr_factor(4.0) == pytest.approx(4.0**power, rel=1e-6)
 
 
 def test_approximate_families_say_so():

@@ -1,5 +1,7 @@
 """Every optimizer against the noisy quadratic: at another batch size it does what the base did."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,9 @@ import optax
 import pytest
 from optax import contrib
 
-from bs_jax.scaling import FAMILIES, RULES, MicrobatchStats, quadratic, ranger, scale_by_batch
-from bs_jax.scaling.ranger import look_ahead
-from bs_jax.scaling.roles import bind, registered, resolve
+from bs_jax.scaling import FAMILIES, RULES, MicrobatchStats, problems, ranger, scale_by_batch
+from bs_jax.scaling.clocked import look_ahead
+from bs_jax.scaling.optimizers import Recipe, registered
 
 # Mean of x, in thousandths, after each quarter of the examples at the base batch size: four for
 # each noise level.
@@ -46,15 +48,15 @@ _THOUSANDTHS = {
 BASE = {
     name: np.array(row.split(), float).reshape(3, 4) / 1000 for name, row in _THOUSANDTHS.items()
 }
-CHECKS = quadratic.checks()
+CHECKS = problems.checks()
 # What the check showed (docs/scaling.md): these stray further than EXACT_WITHIN under both rules.
 APPROXIMATE = {"amsgrad", "adamax", "adamaxw", "rmsprop, centered", "muon"}
 # How far those stray at k = 8, at most.
 STRAY = {"amsgrad": 0.04, "adamax": 0.22, "adamaxw": 0.17, "rmsprop, centered": 0.09, "muon": 0.03}
 
 
-def spec_of(check):
-    return resolve(check.factory, bind(check.factory, (), check.recipe))
+def family_of(check):
+    return Recipe.of(check.factory, kwargs=check.recipe).family
 
 
 def train(check, k, rule):
@@ -64,23 +66,23 @@ def train(check, k, rule):
         )
         return scaled(**check.recipe)
 
-    return quadratic.run(
-        make, k=k, sigmas=quadratic.SIGMAS, microbatches=2 if k != 1 else 1, shape=check.shape,
+    return problems.run(
+        make, k=k, sigmas=problems.SIGMAS, microbatches=2 if k != 1 else 1, shape=check.shape,
         read=check.evaluate,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_eight_times_the_batch_follows_the_base(name):
-    rule = "invariant" if spec_of(CHECKS[name]).family.can_be_invariant else "noise_aware"
+    rule = "invariant" if family_of(CHECKS[name]).can_be_invariant else "noise_aware"
     off = np.abs(train(CHECKS[name], 8, rule) - BASE[name]).max()
-    assert off <= STRAY.get(name, quadratic.EXACT_WITHIN)
+    assert off <= STRAY.get(name, problems.EXACT_WITHIN)
 
 
 @pytest.mark.parametrize("name", ["lion", "novograd", "adagrad", "adabelief", "ranger"])
 def test_a_quarter_of_the_batch_follows_the_base(name):
-    rule = "invariant" if spec_of(CHECKS[name]).family.can_be_invariant else "noise_aware"
-    assert np.abs(train(CHECKS[name], 0.25, rule) - BASE[name]).max() <= quadratic.EXACT_WITHIN
+    rule = "invariant" if family_of(CHECKS[name]).can_be_invariant else "noise_aware"
+    assert np.abs(train(CHECKS[name], 0.25, rule) - BASE[name]).max() <= problems.EXACT_WITHIN
 
 
 @pytest.mark.long
@@ -88,13 +90,13 @@ def test_a_quarter_of_the_batch_follows_the_base(name):
 def test_every_optimizer_under_both_rules_in_both_directions(name):
     """The table of docs/scaling.md: k = 8 and 1/4 at high, medium and low noise; 3 minutes."""
     rules = ("noise_aware", "invariant")
-    found = [quadratic.deviations(CHECKS[name], rule).max() for rule in rules]
-    assert (min(found) <= quadratic.EXACT_WITHIN) == (name not in APPROXIMATE), found
+    found = [problems.deviations(CHECKS[name], rule).max() for rule in rules]
+    assert (min(found) <= problems.EXACT_WITHIN) == (name not in APPROXIMATE), found
 
 
 def test_labels_are_what_the_check_shows():
     for name, check in CHECKS.items():
-        label = spec_of(check).family.label
+        label = family_of(check).label
         # Muon without Nesterov's raw share passes; the family's label is that of its default.
         if name not in ("muon, no Nesterov", "muon's adam"):
             assert label == ("approximate" if name in APPROXIMATE else "exact"), name
@@ -102,7 +104,9 @@ def test_labels_are_what_the_check_shows():
 
 def test_every_registered_optimizer_is_checked():
     wrappers = {
-        name for name, factory in registered().items() if "learning_rate" not in bind_names(factory)
+        name
+        for name, factory in registered().items()
+        if "learning_rate" not in inspect.signature(factory).parameters
     }
     checked = {check.factory for check in CHECKS.values()}
     for name, factory in registered().items():
@@ -112,12 +116,6 @@ def test_every_registered_optimizer_is_checked():
         "lookahead",
     }  # fmt: skip
     assert {c.label for c in FAMILIES.values()} == {"exact", "approximate"}
-
-
-def bind_names(factory):
-    import inspect
-
-    return inspect.signature(factory).parameters
 
 
 def one_update(tx, grads, params, **extra):

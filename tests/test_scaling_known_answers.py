@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from bs_jax.scaling import quadratic, scale_by_batch
+from bs_jax.scaling import problems, scale_by_batch
 
 SIGMAS = (10.0, 1.0, 0.3)  # phi about 100, 1 and growing, 0.1
 # Mean of x after each quarter of 4,000 base updates' worth of examples, Adam 1e-3, b .9/.99.
@@ -43,7 +43,7 @@ def adam(rule, **kwargs):
 
 @pytest.fixture(scope="module")
 def base():
-    return quadratic.run(adam("none"), k=1, sigmas=SIGMAS)
+    return problems.run(adam("none"), k=1, sigmas=SIGMAS)
 
 
 def test_the_base_run(base):
@@ -55,7 +55,7 @@ def test_the_table(k, rule, base):
     measured = rule in ("noise_aware", "invariant")
     # The table's invariant rows were made with a floor of .05 under the second moment.
     make = adam(rule, variance_floor=0.05)
-    got = quadratic.run(make, k=k, sigmas=SIGMAS, microbatches=2 if measured else 1)
+    got = problems.run(make, k=k, sigmas=SIGMAS, microbatches=2 if measured else 1)
     np.testing.assert_allclose(got, TABLE[k, rule], atol=NOISE)
     off = np.abs(got - base).max()
     if measured:
@@ -72,18 +72,18 @@ def test_the_table(k, rule, base):
 
 
 def test_the_default_floor_comes_closer_than_the_tables(base):
-    got = quadratic.run(adam("invariant"), k=0.25, sigmas=SIGMAS, microbatches=2)
+    got = problems.run(adam("invariant"), k=0.25, sigmas=SIGMAS, microbatches=2)
     np.testing.assert_allclose(got, base, atol=0.006)
 
 
 @pytest.mark.parametrize("microbatches", [4, 8])
 def test_more_micro_batches_come_closer(microbatches, base):
-    got = quadratic.run(adam("invariant"), k=8, sigmas=SIGMAS, microbatches=microbatches)
+    got = problems.run(adam("invariant"), k=8, sigmas=SIGMAS, microbatches=microbatches)
     np.testing.assert_allclose(got, base, atol=0.006)
 
 
 def test_a_noise_scale_frozen_at_its_first_value_is_wrong_later():
     """phi starts at 1 (64 examples) and grows as the gradient shrinks: the reason to measure."""
     rule = adam("noise_aware", noise_scale=64.0)
-    got = quadratic.run(rule, k=8, sigmas=[1.0])
+    got = problems.run(rule, k=8, sigmas=[1.0])
     np.testing.assert_allclose(got, [[0.383, 0.066, 0.009, 0.001]], atol=NOISE)

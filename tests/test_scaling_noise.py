@@ -9,13 +9,12 @@ import pytest
 from bs_jax.errors import UserError
 from bs_jax.scaling import (
     MicrobatchStats,
-    invariant,
     noise_scale_estimate,
+    optimizers,
     scale_by_batch,
     value_grad_and_stats,
 )
-from bs_jax.scaling import noise_scale as lib
-from bs_jax.scaling.microbatch import signal_and_noise
+from bs_jax.scaling import noise as lib
 
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.1], [0.3, 0.3]]), "b": jnp.array([0.1, -0.2])}
 
@@ -160,7 +159,7 @@ def test_signal_and_noise_are_unbiased():
     """Over many draws, c averages to g^2 and w to the variance of one part."""
     mean, deviation, n = 0.3, 2.0, 3
     draws = mean + deviation * jax.random.normal(jax.random.key(1), (200_000, n))
-    c, w = signal_and_noise(draws.mean(1), (draws**2).mean(1), n)
+    c, w = lib.signal_and_noise(draws.mean(1) ** 2, (draws**2).mean(1), n)
     assert float(c.mean()) == pytest.approx(mean**2, abs=0.02)
     assert float(w.mean()) == pytest.approx(deviation**2, rel=0.01)
     assert float(w.min()) >= 0
@@ -174,7 +173,7 @@ def test_v0_is_what_a_batch_of_the_base_size_would_show(n, k, seed):
     part_deviation = sigma * np.sqrt(n / k)
     draws = g + part_deviation * jax.random.normal(jax.random.key(seed), (n, 10_000))
     stats = MicrobatchStats((draws**2).mean(0), n)
-    v0, noise = invariant.base_second_moment(draws.mean(0), stats, k)
+    v0, noise = lib.base_square(draws.mean(0), stats, k)
     expected = g**2 + sigma**2
     error = 6 * (expected + part_deviation**2 / np.sqrt(n - 1)) / np.sqrt(10_000)
     assert float(v0.mean()) == pytest.approx(expected, abs=error)
@@ -185,7 +184,7 @@ def test_with_micro_batches_of_the_base_size_v0_is_their_mean_square_exactly():
     """Batch-size-invariant Adam (Wang & Aitchison 2024) is the case b = B0."""
     draws = jax.random.normal(jax.random.key(0), (4, 100)) + 0.2
     stats = MicrobatchStats((draws**2).mean(0), 4)
-    v0, _ = invariant.base_second_moment(draws.mean(0), stats, 4.0)
+    v0, _ = lib.base_square(draws.mean(0), stats, 4.0)
     np.testing.assert_array_equal(v0, stats.mean_square)
 
 
@@ -251,7 +250,8 @@ def test_clipping_in_front_rescales_the_statistics_too():
     )
 
 
-def test_clipping_inside_ones_own_factory_rescales_the_statistics_too():
+@pytest.mark.parametrize("in_the_table", [False, True])
+def test_clipping_inside_ones_own_factory_rescales_the_statistics_too(in_the_table, monkeypatch):
     def mine(learning_rate, b2, max_norm):
         return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate, b2=b2))
 
@@ -259,7 +259,12 @@ def test_clipping_inside_ones_own_factory_rescales_the_statistics_too():
     kwargs = {"batch_size": 32, "base_batch_size": 8, "rule": "invariant"}
     batch = data(32)
     _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, batch)
-    inside = scale_by_batch(mine, **kwargs, roles=roles, family="adam")(1e-2, 0.99, 0.5)
+    meaning = {"roles": roles, "family": "adam"}
+    if in_the_table:
+        monkeypatch.setattr(optimizers, "_TABLE", dict(optimizers._TABLE))
+        optimizers.register(mine, **meaning)
+        meaning = {}
+    inside = scale_by_batch(mine, **kwargs, **meaning)(1e-2, 0.99, 0.5)
     outside = optax.chain(
         optax.clip_by_global_norm(0.5), scale_by_batch(optax.adam, **kwargs)(1e-2, b1=0.0, b2=0.99)
     )

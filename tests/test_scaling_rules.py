@@ -1,5 +1,6 @@
 """Rules as arithmetic: known values, properties, switches, bad input."""
 
+import inspect
 import math
 
 import jax
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import FAMILIES, RULES, power, resolve_rule, scale_hyperparams
-from bs_jax.scaling.roles import ROLES, bind, registered, resolve
+from bs_jax.scaling.optimizers import Recipe, registered
 
 RECIPE = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 SCALES = st.sampled_from([1 / 16, 1 / 4, 1 / 2, 1, 2, 3, 4, 8, 16])
@@ -219,21 +220,19 @@ def test_every_registered_hyperparameter_has_a_role():
         required = {"learning_rate": 1.0, "decay": 0.9, "max_norm": 1.0, "max_delta": 1.0}
         required |= {"threshold": 1.0, "clipping": 1.0, "sync_period": 6, "slow_step_size": 0.5}
         required["fast_optimizer"] = None
-        import inspect
-
         needed = {
             p.name: required[p.name]
             for p in inspect.signature(factory).parameters.values()
             if p.default is p.empty
         }
-        arguments = bind(factory, (), needed)
-        spec = resolve(factory, arguments)
+        recipe = Recipe.of(factory, kwargs=needed, whole_call=True)
         numeric = {
-            n for n, v in arguments.items() if isinstance(v, (int, float)) and type(v) is not bool
+            n
+            for n, v in recipe.arguments.items()
+            if isinstance(v, (int, float)) and type(v) is not bool
         }
-        assert numeric <= set(spec.roles), (name, numeric - set(spec.roles))
-        assert set(spec.roles.values()) <= set(ROLES)
-        assert spec.family in FAMILIES.values()
+        assert numeric <= set(recipe.roles), (name, numeric - set(recipe.roles))
+        assert recipe.family in FAMILIES.values()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
-from bs_jax.scaling import quadratic, scale_by_batch
+from bs_jax.scaling import problems, scale_by_batch
 from bs_jax.scaling.schedules import (
     Stage,
     batch_growth_from_decay,
@@ -71,8 +71,8 @@ def test_growing_the_batch_does_what_decaying_the_rate_does():
         )
     )
     assert sizes == (64, 128, 256, 512)
-    by_rate = quadratic.run(decayed, k=1, sigmas=[1.0])
-    by_batch = quadratic.run(grown, k=1, sigmas=[1.0], batch_sizes=sizes)
+    by_rate = problems.run(decayed, k=1, sigmas=[1.0])
+    by_batch = problems.run(grown, k=1, sigmas=[1.0], batch_sizes=sizes)
     np.testing.assert_allclose(by_batch, by_rate, atol=0.003)
 
 

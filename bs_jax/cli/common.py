@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import flags
 
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 
 FLAGS = flags.FLAGS
 FLAG_NAMES = ("workdir", "dry_run", "grace_seconds")
@@ -35,4 +35,4 @@ def workdir(default: str) -> Path:
     Args:
         default: where the flag is not given.
     """
-    return storage.to_path(FLAGS.workdir or default)
+    return stores.to_path(FLAGS.workdir or default)

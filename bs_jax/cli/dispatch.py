@@ -8,7 +8,7 @@ from types import ModuleType
 
 from absl import app, flags, logging
 
-from bs_jax.cli import common, config, processes, recipes
+from bs_jax.cli import common, config, help, processes, recipes
 from bs_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -33,19 +33,39 @@ def run() -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parse the flags; a misspelt field or a value of the wrong type ends in one line."""
+    argv = recipes.found(argv)
     try:
         define_flags()
-        return FLAGS(recipes.found(argv))
+        asked = help.asked(argv)
+        rest = FLAGS(help.without(argv) if asked else argv)
+        if asked is None:
+            return rest
+        help.print_help(asked, _MODES, _owners())
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        print(f"error: {config.one_line(error)}", file=sys.stderr)
+        print(f"error: {config.mistake(error, argv)}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(0)
+
+
+def _owners() -> dict[str, list[str]]:
+    """Headings of the help, and the flags under each."""
+    shared = {
+        "Flags": ["mode", "config", "optimizer", *common.FLAG_NAMES],
+        "Flags of one run on many processes": processes.FLAG_NAMES,
+    }
+    taken = {name for names in shared.values() for name in names}
+    owners = {heading: list(names) for heading, names in shared.items()}
+    for mode in _MODES:
+        own = [name for name in _module(mode).FLAG_NAMES if name not in taken]
+        taken.update(own)
+        if own:
+            owners[f"Flags of --mode={mode}"] = own
+    return owners
 
 
 def define_flags() -> None:
     """Define all flags."""
-    flags.DEFINE_enum(
-        "mode", "sweep", list(_MODES), ". ".join(f"{name}: {what}" for name, what in _MODES.items())
-    )
+    flags.DEFINE_enum("mode", "sweep", list(_MODES), "What to do.")
     config.define_flags()
     common.define_flags()
     processes.define_flags()
@@ -68,7 +88,7 @@ def _run(argv: list[str]) -> int:
         _reject_flags_without_effect()
         return _module(FLAGS.mode).run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{config.hint(error)}", file=sys.stderr)
         return 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from absl import flags
 
 from bs_jax.cli import config
+from bs_jax.recipe import Recipe
 
 FLAGS = flags.FLAGS
 FLAG_NAMES = ("format",)
@@ -17,9 +18,9 @@ def define_flags() -> None:
 
 def run() -> int:
     """Print the explanation."""
-    from bs_jax.training import optimizers, plan
+    from bs_jax.training.resolve import explain_recipe
 
-    explanation = optimizers.explain_recipe(plan.with_length(config.plain()))
+    explanation = explain_recipe(Recipe.parse(config.plain()))
     render = {
         "text": explanation.to_text,
         "markdown": explanation.to_markdown,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,8 @@ from absl import flags
 
 from bs_jax.cli import common, config, train
 from bs_jax.errors import UserError
-from bs_jax.records import run_folder as records
-from bs_jax.records.run_folder import Run
-from bs_jax.records.stores import storage
+from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.records import json_files, metrics_file, stores
 
 if TYPE_CHECKING:  # it imports JAX, which the other modes need not
     from bs_jax.statistics.noise_curve import NoiseScaleCurve
@@ -40,7 +38,7 @@ def run() -> int:
     return 0
 
 
-def plan(recipe: Mapping[str, Any]) -> Run:
+def plan(recipe: Mapping[str, Any]) -> ResolvedRun:
     """Resolve a recipe to a run that measures the noise beside its training, whatever its rule.
 
     A rule whose factors are known before training would take the batch in one piece. Here it is
@@ -57,25 +55,29 @@ def plan(recipe: Mapping[str, Any]) -> Run:
         UserError: the batch cannot be split, the gradients are not independent, or the recipe
             cannot be trained.
     """
-    from bs_jax.sweep.points import default_micro_batch_size, resolve
-    from bs_jax.training import validate
+    from bs_jax.sweep.points import resolve
+    from bs_jax.training.resolve import default_micro_batch_size
 
-    planned = resolve(recipe)
-    batch, micro = planned.config["batch_size"], planned.config["micro_batch_size"]
-    if not recipe["micro_batch_size"] and batch > 1:
-        micro = min(micro, default_micro_batch_size(batch, recipe["base_batch_size"]))
-    validate.check_two_micro_batches("--mode=noise_scale", batch, micro)
-    if planned.config["bn_cross_device"]:
+    base, planned = Recipe.parse(recipe), resolve(recipe)
+    batch, micro = planned.batch_size, planned.micro_batch_size
+    if not base.micro_batch_size and batch > 1:
+        micro = min(micro, default_micro_batch_size(batch, base.base_batch_size))
+    if planned.bn_cross_device and batch // micro > 1:
         raise UserError(
             "config.bn_cross_device couples the gradients of all devices, which hides the noise "
             "between them; set it to False for --mode=noise_scale"
         )
-    measured = {**planned.config, "micro_batch_size": micro, "measure_noise": True}
-    validate.check_run(measured)
-    return Run(f"{planned.run_id}-noise", measured, planned.hparams)
+    measured = dataclasses.replace(
+        planned,
+        run_id=f"{planned.run_id}-noise",
+        micro_batch_size=micro,
+        measures_noise=True,
+    )
+    measured.check_two_micro_batches("--mode=noise_scale")
+    return measured
 
 
-def read(folder: Path, planned: Run) -> NoiseScaleCurve:
+def read(folder: Path, planned: ResolvedRun) -> NoiseScaleCurve:
     """Read the noise scale from the metrics of a run.
 
     Args:
@@ -91,12 +93,12 @@ def read(folder: Path, planned: Run) -> NoiseScaleCurve:
     from bs_jax.statistics.noise_curve import from_metrics
 
     path = folder / "metrics.jsonl"
-    with records.disk_errors(path):
-        lines = storage.read_bytes(path).decode().splitlines()
+    with stores.disk_errors(path):
+        rows = metrics_file.read_rows(path)
     return from_metrics(
-        [json.loads(line) for line in lines],
-        batch_size=planned.config["batch_size"],
-        base_batch_size=planned.hparams["base_batch_size"],
+        rows,
+        batch_size=planned.batch_size,
+        base_batch_size=planned.scaled.base_batch_size,
         where=str(path),
     )
 
@@ -104,11 +106,12 @@ def read(folder: Path, planned: Run) -> NoiseScaleCurve:
 def write(curve: NoiseScaleCurve, folder: Path) -> list[Path]:
     """Write ``noise_scale.csv``, ``.json`` and ``.png`` into a folder; return their paths."""
     from bs_jax.report import plots, style
+    from bs_jax.scaling.noise import ERRORS
 
     paths = [folder / f"noise_scale.{suffix}" for suffix in ("csv", "json", "png")]
     figure = plots.noise_scale_figure(curve.rows, curve.batch_size, curve.base_batch_size, ERRORS)
-    with records.disk_errors(folder):
-        storage.write_bytes(paths[0], curve.to_csv().encode())
-        records.write_json(paths[1], dataclasses.asdict(curve))
-        storage.write_bytes(paths[2], style.to_png(figure))
+    with stores.disk_errors(folder):
+        stores.write_bytes(paths[0], curve.to_csv().encode())
+        json_files.write_json(paths[1], dataclasses.asdict(curve))
+        stores.write_bytes(paths[2], style.to_png(figure))
     return paths

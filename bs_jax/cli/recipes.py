@@ -19,7 +19,8 @@ def find(text: str) -> str:
 
     Args:
         text: the path of a config file, perhaps with a colon and the name of a form. A file that
-            exists wins. Else ``configs/NAME.py`` is the project's own recipe of that name.
+            exists wins. Else ``configs/NAME.py`` and ``NAME`` are the project's own recipe of that
+            name.
 
     Returns:
         The text, with the path of the project's own recipe where that one is meant.
@@ -27,12 +28,18 @@ def find(text: str) -> str:
     Example:
         >>> Path(find("configs/imagenette.py:quick")).name
         'imagenette.py:quick'
+        >>> Path(find("imagenette:quick")).name
+        'imagenette.py:quick'
         >>> find("elsewhere/imagenette.py")
         'elsewhere/imagenette.py'
     """
     path, colon, form = text.partition(":")
     own = folder() / Path(path).name
-    if Path(path).exists() or Path(path).parent != Path("configs") or not own.is_file():
+    if Path(path).parent == Path() and not Path(path).suffix:
+        own = own.with_suffix(".py")
+    elif Path(path).parent != Path("configs"):
+        return text
+    if Path(path).exists() or not own.is_file():
         return text
     return f"{own}{colon}{form}"
 

@@ -15,8 +15,8 @@ from absl import flags
 
 from bs_jax.cli import common, config, processes
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
-from bs_jax.records.stores import storage
+from bs_jax.recipe import Recipe, ResolvedRun, choose
+from bs_jax.records import stores
 
 if TYPE_CHECKING:
     from bs_jax.sweep.cohorts import Schedule
@@ -29,13 +29,13 @@ _RAY = ("ray_address", "ray_cpus", "ray_gpus")
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
-    *_RAY,
-    "launcher",
+    "sweep",
+    "seeds",
     "only",
     "run_axis",
-    "seeds",
-    "sweep",
     "workers",
+    "launcher",
+    *_RAY,
 )
 
 
@@ -107,7 +107,6 @@ def given_seeds() -> list[int]:
 
 
 def _sweep() -> int:
-    from bs_jax.records import run_folder as records
     from bs_jax.sweep import plan, progress
     from bs_jax.sweep.stopping import Stopped
     from bs_jax.training import compilation, distributed
@@ -120,7 +119,7 @@ def _sweep() -> int:
         return 0
     distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
     folder = workdir()
-    distributed.on_first(lambda: records.check_writable(folder))
+    distributed.on_first(lambda: stores.check_writable(folder))
     data = config.load_data(planned.runs)
     open_ids = set(distributed.on_first(lambda: _begin(planned, folder, recipe, data)))
     pending = [run for run in wanted if run.run_id in open_ids]
@@ -160,10 +159,8 @@ def _plan(recipe: Mapping[str, Any]) -> Sweep:
     """The points of the sweep and the runs that they come to."""
     from bs_jax.sweep import plan
     from bs_jax.sweep.points import with_seeds
-    from bs_jax.training import validate
-    from bs_jax.training.plan import with_length
 
-    validate.check_config(with_length(recipe))
+    Recipe.parse(recipe)  # its mistakes are told before those of its points
     points = config.points(FLAGS.sweep)
     _reject_overridden(points)
     if seeds := given_seeds():
@@ -182,32 +179,29 @@ def _reject_overridden(points: Sequence[Point]) -> None:
             )
 
 
-def _wanted(planned: Sweep) -> list[Run]:
+def _wanted(planned: Sweep) -> list[ResolvedRun]:
     """The runs of ``--only``; all where it is not given."""
-    from bs_jax.training import validate
-
     only = [run_id for run_id in FLAGS.only.split(",") if run_id]
     for run_id in only:
-        validate.choose("run in --only", run_id, [run.run_id for run in planned.runs])
+        choose("run in --only", run_id, [run.run_id for run in planned.runs])
     return [run for run in planned.runs if not only or run.run_id in only]
 
 
 def _begin(planned: Sweep, folder: Path, recipe: Mapping[str, Any], data: str) -> list[str]:
     """Write what is known of the sweep; the ids of the runs that are not done."""
-    from bs_jax.records import run_folder as records
     from bs_jax.sweep import plan
 
-    folders = storage.each(folder, lambda run: plan.run_folder(folder, run), planned.runs)
-    with records.disk_errors(folder):
-        listed = storage.exists(folder / "sweep.json")
+    folders = stores.each(folder, lambda run: plan.run_folder(folder, run), planned.runs)
+    with stores.disk_errors(folder):
+        listed = stores.exists(folder / "sweep.json")
     if not FLAGS.only or not listed:  # else the whole sweep's stays
         command = shlex.join(["python", *sys.argv])
         plan.write_sweep_file(planned, folder, recipe, command=command, data=data)
-    done = storage.each(folder, lambda one: one.done, folders)
+    done = stores.each(folder, lambda one: one.done, folders)
     return [one.run.run_id for one, finished in zip(folders, done, strict=True) if not finished]
 
 
-def _schedule(pending: Sequence[Run], planned: Sweep) -> Schedule:
+def _schedule(pending: Sequence[ResolvedRun], planned: Sweep) -> Schedule:
     from bs_jax.sweep.cohorts import Schedule
 
     return Schedule(pending, planned.runs, vmapped=lambda run: FLAGS.run_axis == "vmap")

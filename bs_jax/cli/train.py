@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from bs_jax.cli import common, config, processes
-from bs_jax.records.run_folder import Run
-from bs_jax.records.stores import storage
+from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.records import stores
 
 FLAGS = flags.FLAGS
 FLAG_NAMES = (
     *common.FLAG_NAMES,
     *processes.FLAG_NAMES,
+    "restore_from",
     "allow_config_change",
     "profile",
-    "restore_from",
 )
 
 
@@ -34,8 +35,8 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "profile",
         False,
-        "With --mode=train: write a trace of ten updates and an evaluation to WORKDIR/profile, for "
-        "TensorBoard, xprof or Perfetto, and say what takes the time, instead of training.",
+        "Instead of training, write a trace of ten updates and an evaluation to WORKDIR/profile, "
+        "for TensorBoard, xprof or Perfetto, and say what takes the time.",
     )
 
 
@@ -55,33 +56,32 @@ def _train() -> int:
         return train_run(planned, common.workdir(default))
     from bs_jax.training import distributed
     from bs_jax.training.carry_over import OtherRun
-    from bs_jax.training.plan import with_length
 
-    path = storage.to_path(FLAGS.restore_from, "--restore_from")
+    path = stores.to_path(FLAGS.restore_from, "--restore_from")
     workdir = common.workdir(f"{default}-from-{path.name}")
-    other = OtherRun(path, with_length(config.plain())) if distributed.is_first() else None
+    other = OtherRun(path, Recipe.parse(config.plain())) if distributed.is_first() else None
     if other:
         other.check(workdir)
-    planned.hparams["restored_from"] = str(path)
+    scaled = dataclasses.replace(planned.scaled, restored_from=str(path))
+    planned = dataclasses.replace(planned, scaled=scaled)
     return train_run(planned, workdir, other)
 
 
-def _profile(planned: Run, workdir: Path) -> int:
+def _profile(planned: ResolvedRun, workdir: Path) -> int:
     import jax
 
-    from bs_jax.records import run_folder as records
     from bs_jax.training import compilation, inputs, profiling
 
-    records.check_writable(workdir)
+    stores.check_writable(workdir)
     compilation.enable_cache()
     found = profiling.profile(
-        planned.config, inputs.load_data(planned.config), jax.local_devices(), workdir / "profile"
+        planned, inputs.load_data(planned.data), jax.local_devices(), workdir / "profile"
     )
     print(found.to_text())
     return 0
 
 
-def train_run(planned: Run, workdir: Path, other_run: Any = None) -> int:
+def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int:
     """Train one run in a folder of its own; with ``--dry_run`` print its hyperparameters alone.
 
     Args:
@@ -97,30 +97,29 @@ def train_run(planned: Run, workdir: Path, other_run: Any = None) -> int:
     """
     import jax
 
-    from bs_jax.records import run_folder as records
     from bs_jax.records.run_folder import RunFolder
     from bs_jax.sweep import local, progress
     from bs_jax.sweep.stopping import Stopped
-    from bs_jax.training import compilation, distributed, validate
+    from bs_jax.training import checks, compilation, distributed
 
     distributed.check_same("config", planned.run_id)
     print(progress.describe(planned))
-    for name, value in planned.hparams["scaled"].items():
+    for name, value in planned.scaled.values.items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
-        print(f"  {name}: {planned.hparams['base'][name]:.6g} -> {shown}")
-    for warning in planned.hparams["warnings"]:
+        print(f"  {name}: {planned.scaled.base[name]:.6g} -> {shown}")
+    for warning in planned.scaled.warnings:
         print(f"warning: {warning}")
     if FLAGS.dry_run:
         return 0
-    distributed.on_first(lambda: records.check_writable(workdir))
+    distributed.on_first(lambda: stores.check_writable(workdir))
     config.load_data([planned])
 
-    def open_folder(writes: bool = True) -> RunFolder:
+    def open_folder(writes: bool = True) -> RunFolder[ResolvedRun]:
         return RunFolder(workdir, planned, writes=writes, allow_change=FLAGS.allow_config_change)
 
     if not distributed.on_first(lambda: open_folder().done):
         compilation.enable_cache()
-        validate.check_devices(planned.config, jax.device_count())
+        checks.check_devices(planned, jax.device_count())
         folder = open_folder(distributed.is_first())
         with progress.Display([planned], 0, quiet=not distributed.is_first()) as display:
             display.pending([planned])
@@ -134,7 +133,7 @@ def train_run(planned: Run, workdir: Path, other_run: Any = None) -> int:
     if not distributed.is_first():
         return 0
     summary = RunFolder(workdir, planned).summary()
-    print(f"{summary['status']} after {summary['examples']:,} examples; records in {workdir}")
-    for name, value in summary["final"].items():
+    print(f"{summary.status} after {summary.examples:,} examples; records in {workdir}")
+    for name, value in summary.final.items():
         print(f"  {name}: {value:.4f}")
     return 0

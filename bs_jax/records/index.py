@@ -1,4 +1,4 @@
-"""A cache of what was read from run folders, by the stamps of their files; losing it costs time."""
+"""A cache of what was read from run folders, keyed by their stamps. Losing it costs time only."""
 
 import contextlib
 import json
@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bs_jax.records.files import Unreadable, read_object
-from bs_jax.records.run_folders import Stamp
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
+from bs_jax.records.json_files import Unreadable, read_object
 
 _NAME = ".index.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class Index:
@@ -31,13 +30,13 @@ class Index:
             if found["key"] == self._key:
                 self._entries = dict(found["runs"])
 
-    def get(self, run_id: str, stamp: Stamp, read: Callable[[Any], Any]) -> Any:
-        """What was stored for a folder whose files are as they were, or None.
+    def get(self, run_id: str, stamp: stores.Stamp, read: Callable[[Any], Any]) -> Any:
+        """The entry of a folder whose files have not changed, or None.
 
         Args:
             run_id: name of the folder.
             stamp: of its files now.
-            read: turns what was stored into what is wanted; may fail in any way.
+            read: turns the stored JSON into what is wanted; may fail in any way.
         """
         try:
             entry = self._entries[run_id]
@@ -45,15 +44,15 @@ class Index:
         except Exception:  # written by another version, damaged, or by somebody else
             return None
 
-    def put(self, run_id: str, stamp: Stamp, found: Any) -> None:
-        """Store what a folder held when its files had a stamp."""
+    def put(self, run_id: str, stamp: stores.Stamp, found: Any) -> None:
+        """Store what a folder held while its files had a stamp."""
         self._entries[run_id] = {"stamp": stamp, "found": found}
         self._changed = True
 
     def save(self, run_ids: Iterable[str]) -> None:
-        """Write the index, where something is new and the folder can be written."""
+        """Write the index, if anything is new and the folder can be written."""
         if not self._changed:
             return
         kept = {name: self._entries[name] for name in run_ids if name in self._entries}
         with contextlib.suppress(OSError, ValueError):
-            storage.write_bytes(self._path, json.dumps({"key": self._key, "runs": kept}).encode())
+            stores.write_bytes(self._path, json.dumps({"key": self._key, "runs": kept}).encode())

@@ -2,11 +2,11 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bs_jax.records.files import number
 from bs_jax.records.results import DAMAGED, DIVERGED, MISSING, UNFINISHED, Results
+from bs_jax.report.numbers import duration
 from bs_jax.report.page import Html, Section, bullets, html, tag
 
 _MAX_NAMED = 50
@@ -17,21 +17,21 @@ def reproduce(results: Results, files: Sequence[Path]) -> Section:
     sweep = results.sweep
     again = f"python main.py --mode=report --workdir={shlex.quote(str(results.workdir))}"
     commands = [tag("pre", command) for command in (sweep.command, again) if command]
-    seconds = [number(run.summary.get("wall_time_seconds")) for run in results.runs.values()]
-    total = sum(value for value in seconds if value is not None and math.isfinite(value))
+    summaries = [run.summary for run in results.runs.values() if run.summary]
+    seconds = [summary.wall_time_seconds for summary in summaries]
+    total = sum(value for value in seconds if math.isfinite(value))
     versions: dict[str, dict[str, None]] = {}
-    for run in results.runs.values():
-        found = run.summary.get("versions")
-        for package, version in found.items() if isinstance(found, dict) else ():
-            versions.setdefault(str(package), {})[str(version)] = None
+    for summary in summaries:
+        for package, version in summary.versions.items():
+            versions.setdefault(package, {})[version] = None
     facts = {
         "data": sweep.data,
         "model": sweep.model,
         "training examples": f"{sweep.train_examples:,}" if sweep.train_examples else "",
-        "device": _distinct(results, "device"),
-        "code revision": _distinct(results, "git_revision"),
+        "device": _distinct(summary.device for summary in summaries),
+        "code revision": _distinct(summary.git_revision for summary in summaries),
         "versions": ", ".join(f"{name} {' / '.join(found)}" for name, found in versions.items()),
-        "training time, all runs added up": _duration(total) if total else "",
+        "training time, all runs added up": duration(total) if total else "",
     }
     items = [html(tag("b", name), f": {value}") for name, value in facts.items() if value]
     links = [tag("a", path.name, href=path.name) for path in files]
@@ -43,26 +43,8 @@ def _joined(links: Sequence[Html]) -> list[str]:
     return [part for link in links for part in (", ", link)][1:]
 
 
-def _distinct(results: Results, field: str) -> str:
-    found = dict.fromkeys(
-        value
-        for run in results.runs.values()
-        if isinstance(value := run.summary.get(field), str) and value
-    )
-    return " / ".join(list(found)[:5])
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> _duration(95), _duration(7300)
-    ('1 min 35 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _distinct(texts: Iterable[str]) -> str:
+    return " / ".join([*dict.fromkeys(filter(None, texts))][:5])
 
 
 def without_result(results: Results) -> Section | None:
@@ -92,8 +74,9 @@ def _name(results: Results, run_id: str) -> str:
         for row in results.rows
         if row.run_id == run_id
     )
-    step = results.runs[run_id].summary.get("diverged_at_step")
-    where = f", at step {step:,}" if isinstance(step, int) else ""
+    summary = results.runs[run_id].summary
+    step = summary.diverged_at_step if summary else None
+    where = f", at step {step:,}" if step is not None else ""
     return f"runs/{run_id}: {'; '.join(list(points)[:3])}{where}"
 
 

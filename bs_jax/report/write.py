@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bs_jax.errors import UserError
+from bs_jax.records import stores
 from bs_jax.records.results import Results
-from bs_jax.records.stores import storage
 from bs_jax.report import origin, plots, sections, style, tables
 from bs_jax.report.page import Section, page
 from bs_jax.statistics.analysis import Analysis
@@ -31,7 +31,7 @@ class Extra:
     terminal: "Table"
 
 
-@storage.plainly()
+@stores.store_errors()
 def write_report(results: Results, analysis: Analysis, extras: Sequence[Extra] = ()) -> Path:
     """Writes `<workdir>/report/`: index.html, figures as PNG, rows as CSV and Parquet.
 
@@ -48,36 +48,41 @@ def write_report(results: Results, analysis: Analysis, extras: Sequence[Extra] =
     """
     folder = results.workdir / "report"
     try:
-        storage.make_folder(folder)
+        stores.make_folder(folder)
         files = tables.write_tables(results, folder)
-        for name, rows in ((n, r) for extra in extras for n, r in extra.tables.items() if r):
+        wanted = [("points", tables.points(analysis))]
+        wanted += [(name, rows) for extra in extras for name, rows in extra.tables.items()]
+        for name, rows in wanted:
+            if not rows:
+                continue
             files.append(folder / f"{name}.csv")
-            storage.write_bytes(files[-1], tables.to_csv(rows))
+            stores.write_bytes(files[-1], tables.to_csv(rows))
         for name, figure in (
             ("metric", plots.metric_figure(analysis)),
             ("curves", plots.curves_figure(analysis)),
             ("deviation", plots.deviation_figure(analysis)),
         ):
             files.append(folder / f"{name}.png")
-            storage.write_bytes(files[-1], style.to_png(figure))
+            stores.write_bytes(files[-1], style.to_png(figure))
         found = [
             *(extra.section for extra in extras),
             sections.overview(analysis),
-            sections.arm_panels(analysis),
+            sections.arm_panels(results, analysis),
             sections.deviation(analysis),
+            sections.price(analysis),
             sections.numbers(analysis),
             sections.hyperparameters(results, analysis),
             origin.reproduce(results, files),
             origin.without_result(results),
         ]
         content = page(
-            results.sweep.title or f"Sweep {results.sweep.name}",
+            sections.title(results),
             sections.opening(results, analysis),
             [section for section in found if section is not None],
         )
         path = folder / "index.html"
-        storage.write_bytes(path, content.encode("utf-8", "backslashreplace"))
-    except storage.StoreError:
+        stores.write_bytes(path, content.encode("utf-8", "backslashreplace"))
+    except stores.StoreError:
         raise
     except OSError as error:
         raise UserError(

@@ -1,17 +1,35 @@
-"""Scaling an optimizer's hyperparameters with the batch size: needs JAX and optax, nothing else."""
+"""Scaling an optimizer's hyperparameters with the batch size; imports JAX, optax and NumPy alone.
 
-from bs_jax.scaling.cautions import ScalingWarning
+The rooms, each importing from those above it only:
+
+    rules            a rule is data, and so is a family of optimizers
+    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
+    noise            micro-batch statistics and the gradient noise scale
+    clocked          optimizers that count their own updates, with that clock as a keyword
+    optimizers       the table of optimizers, and a recipe: one call of a factory
+    moments          what an optimizer's state holds
+    transform        scale_by_batch
+    schedules        batch sizes over training
+    explain          every hyperparameter before and after, and where a rule stops being true
+    check            invariance_check
+    problems         the noisy quadratic, where the right answer is known
+"""
+
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
+from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.explain import Explanation, explain
-from bs_jax.scaling.formulas import scale_hyperparams
-from bs_jax.scaling.microbatch import MicrobatchStats, value_grad_and_stats
-from bs_jax.scaling.noise_scale import NoiseScale, noise_scale_estimate
-from bs_jax.scaling.noise_scale import sample as noise_sample
-from bs_jax.scaling.optimizer import ScaleByBatchState
-from bs_jax.scaling.ranger import ranger
-from bs_jax.scaling.registry import FAMILIES
-from bs_jax.scaling.rules import RULES, ScalingRule, power, resolve_rule
+from bs_jax.scaling.hyperparameters import ScalingWarning
+from bs_jax.scaling.noise import (
+    MicrobatchStats,
+    NoiseScale,
+    noise_scale_estimate,
+    value_grad_and_stats,
+)
+from bs_jax.scaling.noise import sample as noise_sample
+from bs_jax.scaling.optimizers import scale_hyperparams
+from bs_jax.scaling.rules import FAMILIES, RULES, ScalingRule, power, resolve_rule
 from bs_jax.scaling.transform import (
+    ScaleByBatchState,
     hyperparams,
     invariant_adamw,
     scale_by_batch,

@@ -1,4 +1,4 @@
-"""Print what a rule makes of a recipe, without training: python -m bs_jax.scaling."""
+"""Print what a rule does to a recipe, without training: python -m bs_jax.scaling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.explain import explain
-from bs_jax.scaling.roles import registered
+from bs_jax.scaling.optimizers import registered
 from bs_jax.scaling.rules import RULES
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.microbatch import value_grad_and_stats
-from bs_jax.scaling.values import check_batch_sizes
+from bs_jax.scaling.hyperparameters import check_batch_sizes
+from bs_jax.scaling.noise import value_grad_and_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,18 @@ class InvarianceCheck:
 
         Returns:
             The matplotlib figure.
+
+        Raises:
+            UserError: if matplotlib is not installed.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UserError(
+                "the picture of invariance_check needs matplotlib: pip install matplotlib, or read"
+                " to_text()"
+            ) from error
 
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         FigureCanvasAgg(figure)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.cautions import DECAYS, find_warnings
-from bs_jax.scaling.formulas import Noise, NoiseScaleNeeded, Scaler, named_values
-from bs_jax.scaling.roles import ROLES, Spec, factory_name, fill_implied, resolve, resolve_factory
+from bs_jax.scaling.hyperparameters import (
+    Noise,
+    NoiseScaleNeeded,
+    Scaled,
+    check_batch_sizes,
+    is_number,
+)
+from bs_jax.scaling.optimizers import Recipe
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
-from bs_jax.scaling.values import check_batch_sizes, check_value, is_number
 
 COLUMNS = ("hyperparameter", "role", "base", "new", "kept", "formula", "source")
+
+# Updates per half-life below which a moving average is hardly one.
+MIN_HALF_LIFE_UPDATES = 0.5
+# Updates in a run below which no rule follows the base (first epochs of the checks in the docs).
+MIN_UPDATES = 100
+# 1 - decay below which float32 holds it to less than two digits.
+_FLOAT32_GAP = 1e-6
+# Decay of the second moment below which optax's RAdam never rectifies.
+RADAM_SMALLEST_DECAY = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +93,7 @@ def explain(
     numbers_alone: bool = True,
     **hyperparams: Any,
 ) -> Explanation:
-    """Tell what a rule makes of a recipe at another batch size: no training, no arrays.
+    """Show what a rule does to a recipe at another batch size, without training.
 
     Args:
         factory: the optax factory, or its name.
@@ -109,30 +121,25 @@ def explain(
         [('learning_rate', 0.002828), ('b1', 0.430467), ('b2', 0.922745)]
     """
     check_batch_sizes(batch_size, base_batch_size)
-    factory, rule = resolve_factory(factory), resolve_rule(rule)
-    values = named_values(factory, hyperparams, roles)
-    spec = resolve(factory, values, roles, family)
-    values = {n: value for n, value in fill_implied(values, spec).items() if n in spec.roles}
-    for name, value in values.items():
-        check_value(name, spec.roles[name], value)
-    values = {name: value for name, value in values.items() if value is not None}
+    rule = resolve_rule(rule)
+    recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    scaler = Scaler(rule, spec, values, batch_size / base_batch_size, noise)
-    rows = [_row(scaler, name, base_batch_size, batch_size) for name in values]
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise)
+    rows = [_row(scaled, name, base_batch_size) for name in recipe.values]
     label = ""
-    if spec.family is None:
+    if recipe.family is None:
         label = " (family unknown)"
-    elif rule.lr_power is None or spec.family.label != "exact":
+    elif rule.lr_power is None or recipe.family.label != "exact":
         # Nothing is exact at a power of k that holds in noise or in signal alone.
-        label = f" ({spec.family.label})"
+        label = f" ({recipe.family.label})"
     title = (
-        f"{factory_name(factory)}{label}, batch size {base_batch_size} -> {batch_size}"
-        f" (k = {scaler.k:g}), rule {rule.name}"
+        f"{recipe.optimizer.name}{label}, batch size {base_batch_size} -> {batch_size}"
+        f" (k = {scaled.k:g}), rule {rule.name}"
     )
-    warnings = find_warnings(
-        scaler,
+    warnings = _find_warnings(
+        scaled,
         batch_size=batch_size,
         base_batch_size=base_batch_size,
         noise_scale=noise_scale,
@@ -142,120 +149,171 @@ def explain(
     return Explanation(title, rows, warnings)
 
 
-def _row(scaler: Scaler, name: str, base_batch_size: int, batch_size: int) -> dict[str, Any]:
-    base, role = scaler.values[name], scaler.spec.roles[name]
-    stand_in = scaler
+def _row(scaled: Scaled, name: str, base_batch_size: int) -> dict[str, Any]:
+    base, stand_in = scaled.values[name], scaled
     if not is_number(base):
-        stand_in = dataclasses.replace(scaler, values={**scaler.values, name: 1.0})
+        stand_in = dataclasses.replace(scaled, values={**scaled.values, name: 1.0})
     try:
         new = stand_in.value(name)
     except NoiseScaleNeeded:
         new = None
-    switched_off = scaler.rule.k_of(name, scaler.k) is None
-    formula = "switched off" if switched_off else _with_power(scaler.rule, _formula(scaler, role))
+    formula = scaled.formula(name)
     if not is_number(base):
         base = "schedule" if callable(base) else "given"
         new = None if new is None else f"{base} x {new:.6g}"
-    if isinstance(base, (int, float)) and base == 0:
+    elif base == 0:
         formula = "0 stays 0"
     return {
         "hyperparameter": name,
-        "role": role,
+        "role": scaled.roles[name].name,
         "base": base,
         "new": new,
-        "kept": "nothing" if switched_off else _kept(scaler, name, base, new, base_batch_size),
+        "kept": scaled.kept(name, base_batch_size),
         "formula": formula,
-        "source": scaler.rule.origin,
+        "source": scaled.rule.origin,
     }
 
 
-def _formula(scaler: Scaler, role: str) -> str:
-    rule, spec = scaler.rule, scaler.spec
-    formula = ROLES[role].formula
-    if not rule.time_constants and rule.lr_power == 0:
-        return "unchanged"
-    factor, q = _factor_names(rule, spec)
-    if role == "learning_rate":
-        momentum = any(
-            r == "undamped_momentum" and scaler.values.get(n) is not None
-            for n, r in spec.roles.items()
-        )
-        return f"x {factor}" + (" (1 - d^k)/(1 - d)" if momentum else "")
-    if role == "weight_decay":
-        if rule.weight_decay_power is not None:
-            return _power("x k", rule.weight_decay_power)
-        return {"k": "unchanged", "k q": "x 1/q"}.get(factor, f"x k/({factor})")
-    if role in ("eps", "eps_root", "weight_decay_normalized", "gradient_norm"):
-        if q == "1" and role != "gradient_norm":
-            return "unchanged"
-        return formula.replace("q", f"({q})" if "^" in q else q)
-    return formula
+def _find_warnings(
+    scaled: Scaled,
+    *,
+    batch_size: int,
+    base_batch_size: int,
+    noise_scale: float | None = None,
+    train_examples: float | None = None,
+    numbers_alone: bool = True,
+) -> list[str]:
+    """Return what to look at before training, each with the largest batch size that is safe.
+
+    Args:
+        scaled: rule, optimizer, base values and k.
+        batch_size: examples per update.
+        base_batch_size: examples per update that the values were tuned at.
+        noise_scale: gradient noise scale in examples, where known.
+        train_examples: length of training, where known.
+        numbers_alone: whether the values may be used by themselves, outside ``scale_by_batch`` and
+            the trainer, which also keep an optimizer's own clock.
+
+    Returns:
+        Sentences; empty if nothing is wrong.
+    """
+    if scaled.k == 1:
+        return []
+    return [
+        *_short_half_lives(scaled, base_batch_size),
+        *_dtypes(scaled),
+        *_radam(scaled, base_batch_size, numbers_alone),
+        *_noise(scaled, batch_size, base_batch_size, noise_scale),
+        *_updates(batch_size, train_examples),
+        *_families(scaled),
+        *_powers(scaled),
+    ]
 
 
-def _with_power(rule: ScalingRule, formula: str) -> str:
-    """The formula of a rule that reads k**k_power wherever others read k."""
-    if rule.k_power == 1:
-        return formula
-    scale = f"k^{rule.k_power:g}"
-    return re.sub(r"\bk\b", f"({scale})" if "^" in formula else scale, formula)
+def _limit(k: float, base_batch_size: int) -> str:
+    return f"holds up to k = {k:.3g} (batch size {int(k * base_batch_size):,})"
 
 
-def _power(prefix: str, exponent: float) -> str:
-    if exponent == 0:
-        return "unchanged"
-    return prefix if exponent == 1 else f"{prefix}^{exponent:g}"
+def _short_half_lives(scaled: Scaled, base_batch_size: int) -> list[str]:
+    found: list[str] = []
+    for name, role in scaled.roles.items():
+        base = scaled.values.get(name)
+        if not role.is_decay or base is None or not is_number(base) or not 0 < base < 1:
+            continue
+        if not scaled.rule.time_constants or scaled.k_of(name) is None:
+            continue
+        half_life = math.log(0.5) / math.log(base)
+        if half_life / scaled.k < MIN_HALF_LIFE_UPDATES:
+            found.append(
+                f"{name}: its half-life of {half_life * base_batch_size:,.0f} examples is"
+                f" {half_life / scaled.k:.2g} updates, so it hardly averages any more;"
+                f" {_limit(half_life / MIN_HALF_LIFE_UPDATES, base_batch_size)}"
+            )
+    return found
 
 
-def _factor_names(rule: ScalingRule, spec: Spec) -> tuple[str, str]:
-    family = spec.family
-    if rule.lr_power is not None:
-        q_power = 0.0 if rule.q_power is None else rule.q_power
-        q = "1" if q_power == 0 else f"k^{q_power:g}"
-        factor = {0.0: "1", 1.0: "k"}.get(rule.lr_power, f"k^{rule.lr_power:g}")
-        return factor, q
-    if family is None:
-        return "F", "q"
-    if rule.invariant and family.can_be_invariant:
-        return "k", "1"
-    return family.lr_formula, {"centered": "c", "sum": "q k^-0.5"}.get(family.denominator, "q")
+def _dtypes(scaled: Scaled) -> list[str]:
+    found: list[str] = []
+    for name, role in scaled.roles.items():
+        base = scaled.values.get(name)
+        if not role.is_decay or base is None:
+            continue
+        dtype = str(getattr(base, "dtype", ""))
+        if dtype in ("bfloat16", "float16"):
+            found.append(f"{name} is {dtype}, which rounds decays near 1 to 1; give a float32")
+        elif is_number(base) and 0 < float(base) < 1 and 1 - scaled.value(name) < _FLOAT32_GAP:
+            k = math.log1p(-_FLOAT32_GAP) / math.log(float(base))
+            found.append(
+                f"{name}: 1 - {name} becomes {1 - scaled.value(name):.2g}, which float32 holds"
+                f" poorly; keep k at or above {k:.3g}"
+            )
+    return found
 
 
-def _movement(power: float, spec: Spec) -> str:
-    """What a fixed power of k keeps of the movement per example."""
-    kept = ROLES["learning_rate"].kept
-    if spec.family is None:
-        return kept
-    noise, signal = spec.family.lr_powers
-    if not noise <= power <= signal:
-        return f"nothing: {kept} changes at any noise"
-    if noise == signal:
-        return kept
-    ends = {noise: ", where noise dominates", signal: ", where signal dominates"}
-    return kept + ends.get(power, ", where noise and signal are alike")
+def _radam(scaled: Scaled, base_batch_size: int, numbers_alone: bool) -> list[str]:
+    name = scaled.optimizer
+    if name not in ("radam", "ranger"):
+        return []
+    base, new = scaled.values["b2"], scaled.value("b2")
+    if not is_number(base) or not is_number(new) or new >= RADAM_SMALLEST_DECAY:
+        return []
+    kept = scaled.rule.own_clocks
+    if kept and not numbers_alone:
+        return []
+    limit = math.log(RADAM_SMALLEST_DECAY) / math.log(base)
+    saved = (
+        " scale_by_batch and the trainer keep the rectification on the clock of base-size updates,"
+        " but these numbers alone do not; by themselves they serve:"
+    )
+    return [
+        f"b2 becomes {new:.3g}: below {RADAM_SMALLEST_DECAY} {name} never rectifies;"
+        f"{saved if kept else ''} {_limit(limit, base_batch_size)}"
+    ]
 
 
-def _kept(scaler: Scaler, name: str, base: Any, new: Any, base_batch_size: int) -> str:
-    role = scaler.spec.roles[name]
-    rule = scaler.rule
-    if role in DECAYS:
-        if not is_number(base) or not 0 < base < 1:
-            return ROLES[role].kept
-        half_life = math.log(0.5) / math.log(base) * base_batch_size
-        if not rule.time_constants or rule.k_power != 1:
-            return f"nothing: half-life {half_life:,.0f} examples before"
-        return f"half-life {half_life:,.0f} examples"
-    if role == "learning_rate" and rule.time_constants and rule.lr_power is not None:
-        return _movement(rule.lr_power * rule.k_power, scaler.spec)
-    if rule.lr_power is not None and rule.weight_decay_power is not None:
-        if not rule.time_constants:
-            return "the number itself"
-        if role == "weight_decay" and (rule.lr_power + rule.weight_decay_power) * rule.k_power != 1:
-            return "nothing: decay per example grows with k"
-    if role == "weight_decay":
-        lr = scaler.values.get("learning_rate")
-        if is_number(lr) and is_number(base):
-            return f"decay {lr * base / base_batch_size:.3g} per example"
-    if role == "period" and is_number(base) and is_number(new) and rule.k_power == 1:
-        now = new * scaler.k * base_batch_size
-        return f"{base * base_batch_size:,.0f} examples (now {now:,.0f})"
-    return ROLES[role].kept
+def _noise(
+    scaled: Scaled, batch_size: int, base_batch_size: int, noise_scale: float | None
+) -> list[str]:
+    if noise_scale is None or batch_size <= max(noise_scale, base_batch_size):
+        return []
+    k = max(noise_scale / base_batch_size, 1.0)
+    return [
+        f"batch size {batch_size:,} is past the noise scale of {noise_scale:,.0f} examples: a"
+        " larger batch buys little there and learning rates near k times the base run into the"
+        f" stability limit; {_limit(k, base_batch_size)}"
+    ]
+
+
+def _updates(batch_size: int, train_examples: float | None) -> list[str]:
+    if train_examples is None or train_examples >= MIN_UPDATES * batch_size:
+        return []
+    return [
+        f"{train_examples:,} examples are {train_examples // batch_size} updates of {batch_size:,};"
+        f" under {MIN_UPDATES} no rule follows the base: use a batch size of at most"
+        f" {max(train_examples // MIN_UPDATES, 1):,}"
+    ]
+
+
+def _families(scaled: Scaled) -> list[str]:
+    family = scaled.family
+    if family is None or family.label == "exact" or not scaled.rule.time_constants:
+        return []
+    return [f"{scaled.optimizer} is scaled approximately: {family.note}"]
+
+
+def _powers(scaled: Scaled) -> list[str]:
+    """Warn of a fixed power of k that no noise makes right for this optimizer."""
+    rule, family = scaled.rule, scaled.family
+    rate = scaled.values.get("learning_rate")
+    if rule.lr_power is None or not rule.time_constants or family is None or rate is None:
+        return []
+    if scaled.k_of("learning_rate") is None:
+        return []
+    (low, high), given = family.lr_powers, rule.lr_power * rule.k_power
+    if low <= given <= high:
+        return []
+    right = f"k^{low:g} whatever the noise" if low == high else f"k^{low:g} to k^{high:g}"
+    return [
+        f"learning rate x k^{given:g}: {scaled.optimizer} follows the base at"
+        f" {right}; use rule 'power({high:g})', 'noise_aware' or 'invariant'"
+    ]

@@ -1,4 +1,8 @@
-"""Scaling rules as data: what each named rule does to a learning rate, a decay, an eps."""
+"""Scaling rules and optimizer families, as data.
+
+A rule says how hyperparameters follow ``k = batch_size / base_batch_size``. A family says how an
+optimizer's update answers to the size and the noise of the gradient.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +11,13 @@ import difflib
 import math
 import numbers
 import re
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 from bs_jax.errors import UserError
 
-# A Python float or a JAX scalar: every formula of this package serves both.
-Scalar = Any
-
-
-def sqrt(x: Scalar) -> Scalar:
-    """Square root that keeps Python floats in double precision."""
-    return math.sqrt(x) if isinstance(x, (int, float)) else x**0.5
-
-
-def noise_factor(k: Scalar, phi: Scalar) -> Scalar:
-    r"""How a raw per-step magnitude (Adam's v, a gradient norm) changes from batch B0 to k B0.
-
-    ``q = sqrt((k + phi) / (k (1 + phi)))``: 1/sqrt(k) where noise dominates, 1 where signal does.
-
-    Args:
-        k: batch size over base batch size.
-        phi: noise scale over base batch size, ``tr(Sigma) / (B0 |g|^2)``.
-
-    Returns:
-        q, of the type of the arguments.
-
-    Example:
-        >>> round(noise_factor(4.0, 0.0), 3), round(noise_factor(4.0, 1e9), 3)
-        (1.0, 0.5)
-    """
-    return sqrt((k + phi) / (k * (1 + phi)))
+# A Python float, or a scalar array that may be traced: every formula of this package serves both.
+Scalar: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +50,8 @@ class ScalingRule:
 
     Example:
         >>> rule = RULES["sqrt"].replace(b2=None, eps=2.0)
-        >>> rule.name, rule.k_of("b2", 8.0), rule.k_of("eps", 8.0), rule.k_of("b1", 8.0)
-        ('sqrt[b2=off,eps=x2]', None, 16.0, 8.0)
+        >>> rule.name, rule.overrides
+        ('sqrt[b2=off,eps=x2]', (('b2', None), ('eps', 2.0)))
     """
 
     name: str
@@ -93,15 +74,6 @@ class ScalingRule:
                     f"rule {self.name!r}: the factor on k for {label!r} is {value!r}; it multiplies"
                     " k, so use a positive number (1.0: as the rule says), or None to switch off"
                 )
-
-    def k_of(self, hyperparameter: str, k: Scalar) -> Scalar | None:
-        """Return the k that this hyperparameter is scaled by; ``None`` if it is switched off."""
-        factor = dict(self.overrides).get(hyperparameter, 1.0)
-        if factor is None:
-            return None
-        factor = factor * self.offset
-        k = k if factor == 1.0 else k * factor
-        return k if self.k_power == 1.0 else k**self.k_power
 
     def replace(self, *, offset: float | None = None, **overrides: float | None) -> ScalingRule:
         """Return the rule with hyperparameters switched off (``None``) or offset (a factor on k).
@@ -134,13 +106,8 @@ class ScalingRule:
         """Whether q follows the measured noise scale."""
         return self.q_power is None
 
-    def is_identity(self, k: Scalar) -> bool:
-        """Whether the rule certainly changes nothing: k is the number 1 and nothing is offset."""
-        factors = [self.offset, *(v for _, v in self.overrides if v is not None)]
-        return isinstance(k, (int, float)) and k == 1 and all(f == 1.0 for f in factors)
 
-
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else repr(value)
 
 
@@ -175,7 +142,7 @@ def power(exponent: float) -> ScalingRule:
     )
 
 
-_SHIPPED = (
+_RULES = (
     ScalingRule(
         "none",
         lr_power=0.0,
@@ -214,7 +181,7 @@ _SHIPPED = (
     ),
 )
 
-RULES: dict[str, ScalingRule] = {rule.name: rule for rule in _SHIPPED}
+RULES: dict[str, ScalingRule] = {rule.name: rule for rule in _RULES}
 
 
 def resolve_rule(rule: str | ScalingRule) -> ScalingRule:
@@ -243,6 +210,116 @@ def resolve_rule(rule: str | ScalingRule) -> ScalingRule:
             return power(float(match[1]))
         except ValueError as error:
             raise UserError(f"rule {rule!r}: write a number, e.g. 'power(0.9)'") from error
-    near = difflib.get_close_matches(str(rule), RULES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown rule {rule!r}: {hint}choose from {', '.join(RULES)}, power(a)")
+    raise UserError(f"unknown rule {rule!r}{nearest(str(rule), RULES)}, power(a)")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return the end of a message about an unknown word: the nearest choice, then all of them."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
+    hint = f": did you mean {near[0]!r}? " if near else ": "
+    return f"{hint}choose from {', '.join(choices)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How an optimizer's update answers to the size and the noise of the gradient.
+
+    Attributes:
+        name: for tables.
+        denominator: what the update is divided by: ``"none"``, ``"raw"`` (magnitude of the step's
+            own gradient), ``"sum"`` (squares summed over steps), ``"centered"`` (variance).
+        normalized: whether the update is normalised once more afterwards, so that F = k.
+        second_moment: how the optimizer keeps it: ``"ema"``, ``"sum"``, ``"layer"`` (one number a
+            leaf), ``"factored"``; these can be made invariant; ``"max"``, ``"centered"``,
+            ``"centered_raw"`` or ``"none"`` cannot.
+        trace_after_lr: whether momentum is taken after the learning rate.
+        label: ``"exact"`` or ``"approximate"``, as the noisy quadratic shows.
+        note: what a user should know.
+        can_be_invariant: whether the second moment can be made that of the base batch size.
+    """
+
+    name: str
+    denominator: str = "none"
+    normalized: bool = False
+    second_moment: str = "none"
+    trace_after_lr: bool = False
+    label: str = "exact"
+    note: str = ""
+    can_be_invariant: bool = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        invariant = self.second_moment in ("ema", "sum", "layer", "factored")
+        object.__setattr__(self, "can_be_invariant", invariant)
+
+    @property
+    def lr_formula(self) -> str:
+        """F, the factor on the learning rate when q is measured."""
+        if self.normalized:
+            return "k"
+        return {"none": "k", "raw": "k q", "sum": "sqrt(k) q", "centered": "sqrt(k) c"}[
+            self.denominator
+        ]
+
+    @property
+    def lr_powers(self) -> tuple[float, float]:
+        """F as a power of k: where noise dominates, and where signal does."""
+        if self.normalized:
+            return 1.0, 1.0
+        return {"none": (1.0, 1.0), "raw": (0.5, 1.0), "sum": (0.0, 0.5), "centered": (0.5, 0.5)}[
+            self.denominator
+        ]
+
+
+_FAMILIES = (
+    Family("linear", note="linear in the gradient"),
+    Family("adam", "raw", second_moment="ema", note="filtered gradient / root of second moment"),
+    Family("rmsprop", "raw", second_moment="ema", trace_after_lr=True),
+    Family(
+        "centered",
+        "centered",
+        second_moment="centered",
+        note="divides by the spread about its own average, which holds the batch's noise alone",
+    ),
+    Family(
+        "centered_rmsprop",
+        "centered",
+        second_moment="centered_raw",
+        trace_after_lr=True,
+        label="approximate",
+        note="the lag of its average behind a moving gradient counts as spread, beside the noise",
+    ),
+    Family(
+        "amsgrad",
+        "raw",
+        second_moment="ema",
+        label="approximate",
+        note="the largest of many noisy second moments depends on how many there were",
+    ),
+    Family(
+        "adamax",
+        "raw",
+        second_moment="max",
+        label="approximate",
+        note="the largest of many noisy gradients depends on how many there were",
+    ),
+    Family("normalized_adam", "raw", normalized=True, second_moment="ema"),
+    Family(
+        "sign",
+        normalized=True,
+        note="the mixing weight is solved to keep signal to noise, which ends at 0 for large k",
+    ),
+    Family(
+        "muon",
+        "raw",
+        normalized=True,
+        second_moment="ema",
+        label="approximate",
+        note="Nesterov's raw share of the gradient is no time constant",
+    ),
+    Family("lars", "raw", trace_after_lr=True),
+    Family("adagrad", "sum", second_moment="sum"),
+    Family("adafactor", "raw", second_moment="factored", trace_after_lr=True),
+    Family("novograd", "raw", second_moment="layer"),
+    Family("wrapper", note="has no learning rate of its own"),
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.noise_scale import ERRORS
+from bs_jax.scaling.noise import ERRORS
 
 COLUMNS: tuple[str, ...] = (
     "step",
@@ -116,7 +116,7 @@ def from_metrics(
     Raises:
         UserError: there is no noise in them.
     """
-    from bs_jax.scaling import noise_scale as lib
+    from bs_jax.scaling import noise as lib
 
     decay = lib.DECAY ** (batch_size / base_batch_size)
     empty = lib.NoiseScaleState._make([0.0] * len(lib.NoiseScaleState._fields))
@@ -152,7 +152,7 @@ def from_metrics(
 
 def _estimates(states: Sequence[Any]) -> dict[str, list[float]]:
     """Every state's estimate, all at once, by name."""
-    from bs_jax.scaling import noise_scale as lib
+    from bs_jax.scaling import noise as lib
 
     stacked = lib.NoiseScaleState._make(np.asarray(states, np.float32).T)
     return {n: np.asarray(v).tolist() for n, v in lib.estimate(stacked)._asdict().items()}

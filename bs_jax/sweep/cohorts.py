@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import distributed
 
 
@@ -20,7 +21,7 @@ class Assignment:
         vmapped: train them side by side in one program, rather than one after another.
     """
 
-    runs: list[Run]
+    runs: list[ResolvedRun]
     vmapped: bool = False
 
 
@@ -40,9 +41,9 @@ class Schedule:
 
     def __init__(
         self,
-        pending: Sequence[Run],
-        planned: Sequence[Run] = (),
-        vmapped: Callable[[Run], bool] = lambda run: False,
+        pending: Sequence[ResolvedRun],
+        planned: Sequence[ResolvedRun] = (),
+        vmapped: Callable[[ResolvedRun], bool] = lambda run: False,
     ) -> None:
         self._cohorts = cohorts_of(pending)
         self._vmapped = {key: vmapped(runs[0]) for key, runs in self._cohorts.items()}
@@ -78,21 +79,19 @@ class Schedule:
         return [Assignment(runs, True)] if self._vmapped[key] else [Assignment([r]) for r in runs]
 
 
-def cohorts_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def cohorts_of(runs: Sequence[ResolvedRun]) -> dict[str, list[ResolvedRun]]:
     """Runs by what their compiled programs depend on; see `optimizers.cohort_key`."""
     from bs_jax.training import optimizers
 
-    cohorts: dict[str, list[Run]] = {}
+    cohorts: dict[str, list[ResolvedRun]] = {}
     for run in runs:
-        cohorts.setdefault(optimizers.cohort_key(run.config), []).append(run)
+        cohorts.setdefault(optimizers.cohort_key(run), []).append(run)
     return cohorts
 
 
-def _cost(runs: Sequence[Run]) -> float:
+def _cost(runs: Sequence[ResolvedRun]) -> float:
     # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
-    return sum(
-        run.config["train_examples"] * (1 + 20 / run.config["micro_batch_size"]) for run in runs
-    )
+    return sum(run.train_examples * (1 + 20 / run.micro_batch_size) for run in runs)
 
 
 class CohortTrainer:
@@ -101,11 +100,11 @@ class CohortTrainer:
     def __init__(self) -> None:
         self._key: tuple[str, bool] | None = None
         self._trainer: Any = None
-        self._data: dict[str, Any] = {}
+        self._data: dict[Any, Any] = {}
 
     def train(
         self,
-        folders: list[RunFolder],
+        folders: list[RunFolder[ResolvedRun]],
         vmapped: bool,
         on_event: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
@@ -116,25 +115,25 @@ class CohortTrainer:
         Args:
             folders: the runs and where they are recorded.
             vmapped: train them side by side.
-            on_event: see `loop.Trainer.train`.
-            should_stop: see `loop.Trainer.train`.
-            other_run: see `loop.Trainer.train`.
+            on_event: see `train.Trainer.train`.
+            should_stop: see `train.Trainer.train`.
+            other_run: see `train.Trainer.train`.
 
         Raises:
             Interrupted: `should_stop` said so; the states are saved.
             UserError: a mistake of the user's.
         """
-        from bs_jax.training import inputs, loop, optimizers, parallel
+        from bs_jax.training import inputs, optimizers, parallel, train
 
-        config = folders[0].run.config
-        key = (optimizers.cohort_key(config), vmapped)
+        run = folders[0].run
+        key = (optimizers.cohort_key(run), vmapped)
         if key != self._key:
             self._trainer = None  # frees the old programs before new ones are made
-            source = inputs.data_key(config)
+            source = inputs.data_key(run.data)
             if source not in self._data:
-                self._data[source] = inputs.load_data(config)
-            self._trainer = loop.Trainer(
-                config, self._data[source], parallel.training_devices(), vmapped=vmapped
+                self._data[source] = inputs.load_data(run.data)
+            self._trainer = train.Trainer(
+                run, self._data[source], parallel.training_devices(), vmapped=vmapped
             )
             self._key = key
         with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bs_jax.records.stores import storage
+from bs_jax.records import stores
 from bs_jax.sweep.cohorts import Schedule
 
 
@@ -20,4 +20,4 @@ def commands(schedule: Schedule, workdir: Path, program: Sequence[str]) -> Itera
     """
     while assignment := schedule.next(0):
         only = ",".join(run.run_id for run in assignment.runs)
-        yield shlex.join([*program, f"--workdir={storage.text_of(workdir)}", f"--only={only}"])
+        yield shlex.join([*program, f"--workdir={stores.text_of(workdir)}", f"--only={only}"])

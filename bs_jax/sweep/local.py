@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.records.stores import storage
 from bs_jax.sweep import plan as sweep
 from bs_jax.sweep.cohorts import Assignment, CohortTrainer, Schedule
 from bs_jax.sweep.progress import Display, describe
@@ -50,7 +51,7 @@ def train_here(
 
 
 def train_one(
-    folder: RunFolder,
+    folder: RunFolder[ResolvedRun],
     display: Display,
     *,
     grace_seconds: float = GRACE_SECONDS,
@@ -74,13 +75,13 @@ def train_one(
 
 def _train(
     trainer: CohortTrainer,
-    folders: list[RunFolder],
+    folders: list[RunFolder[ResolvedRun]],
     vmapped: bool,
     display: Display,
     stop: StopRequest,
     other_run: Any = None,
 ) -> None:
-    from bs_jax.training.loop import Interrupted
+    from bs_jax.training.train import Interrupted
 
     display.starting(0, folders[0].run)
     try:
@@ -144,7 +145,7 @@ class _Pool:
     ) -> None:
         self._schedule, self._workdir, self._display = schedule, workdir, display
         self._grace_seconds = grace_seconds
-        self._logs = storage.Outbox(workdir / "logs")
+        self._logs = stores.Outbox(workdir / "logs")
         self._events: queue.Queue[tuple[_Worker, Event | None]] = queue.Queue()
         self._workers: dict[int, _Worker] = {}
         self._tries: dict[str, int] = {}
@@ -176,7 +177,7 @@ class _Pool:
 
     def _start(self, number: int) -> _Worker:
         setup = Setup(
-            workdir=storage.text_of(self._workdir),
+            workdir=stores.text_of(self._workdir),
             grace_seconds=self._grace_seconds,
             core=self._cores[number % len(self._cores)] if self._cores else None,
         )

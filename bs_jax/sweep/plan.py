@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.records import run_folder as records
-from bs_jax.records.run_folder import Run, RunFolder
+from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.records import sweep_file
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import Point, resolve
-from bs_jax.training import validate
-from bs_jax.training.plan import with_length
+from bs_jax.training import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sweep:
 
     name: str
     rows: list[dict[str, Any]]
-    runs: list[Run]
+    runs: list[ResolvedRun]
     warnings: list[str]
 
 
@@ -48,7 +48,7 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     """
     if not points:
         raise UserError(f"sweep {name!r} has no points")
-    runs: dict[str, Run] = {}
+    runs: dict[str, ResolvedRun] = {}
     rows = []
     for point in points:
         try:
@@ -60,15 +60,14 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
         rows.append(
             {
                 "arm": point.arm,
-                "batch_size": run.config["batch_size"],
+                "batch_size": run.batch_size,
                 "offset": point.overrides.get("scaling.offset", config["scaling"]["offset"]),
-                "seed": run.config["seed"],
+                "seed": run.seed,
                 "run_id": run.run_id,
             }
         )
     distinct = list(runs.values())
-    warnings = validate.comparison_warnings(run.config for run in distinct)
-    return Sweep(name, rows, distinct, warnings)
+    return Sweep(name, rows, distinct, checks.comparison_warnings(distinct))
 
 
 def listing(sweep: Sweep) -> str:
@@ -78,7 +77,7 @@ def listing(sweep: Sweep) -> str:
     finds while training.
     """
     runs = {run.run_id: run for run in sweep.runs}
-    values = [runs[row["run_id"]].hparams["scaled"] for row in sweep.rows]
+    values = [runs[row["run_id"]].scaled.values for row in sweep.rows]
     names = list(dict.fromkeys(name for scaled in values for name in scaled))
     cells = {name: [_number(scaled.get(name)) for scaled in values] for name in names}
     same = {name: column[0] for name, column in cells.items() if len(set(column)) == 1}
@@ -87,8 +86,7 @@ def listing(sweep: Sweep) -> str:
         "batch_size": [str(row["batch_size"]) for row in sweep.rows],
         "offset": [f"{row['offset']:g}" for row in sweep.rows],
         "updates": [
-            f"{runs[row['run_id']].config['train_examples'] // row['batch_size']:,}"
-            for row in sweep.rows
+            f"{runs[row['run_id']].train_examples // row['batch_size']:,}" for row in sweep.rows
         ],
         **{name: column for name, column in cells.items() if name not in same},
         "seed": [str(row["seed"]) for row in sweep.rows],
@@ -110,7 +108,7 @@ def _number(value: Any) -> str:
     return "measured" if value is None else f"{value:.6g}"
 
 
-def run_folder(workdir: Path, run: Run, *, writes: bool = True) -> RunFolder:
+def run_folder(workdir: Path, run: ResolvedRun, *, writes: bool = True) -> RunFolder:
     """The folder of one run of a sweep; see `RunFolder`."""
     return RunFolder(workdir / "runs" / run.run_id, run, writes=writes)
 
@@ -127,25 +125,22 @@ def write_sweep_file(
         command: what the user typed.
         data: one line about the data set.
     """
-    report = config["report"]
-    records.write_json(
-        workdir / "sweep.json",
-        {
-            "name": sweep.name,
-            "config_name": config["name"],
-            "title": config["title"],
-            "command": command,
-            "base_batch_size": config["base_batch_size"],
-            "train_examples": with_length(config)["train_examples"],
-            "accuracy_metric": report["accuracy_metric"],
-            "smoothed_metric": report["smoothed_metric"],
-            "loss_metric": report["loss_metric"],
-            "curve_metric": report["curve_metric"],
-            "margin": report["margin"],
-            "data": data,
-            "model": config["model"]["name"],
-            "recipe": config,
-            "warnings": sweep.warnings,
-            "points": sweep.rows,
-        },
+    recipe = Recipe.parse(config)
+    described = sweep_file.Sweep(
+        name=sweep.name,
+        config_name=recipe.name,
+        title=recipe.title,
+        command=command,
+        base_batch_size=recipe.base_batch_size,
+        accuracy_metric=recipe.report.accuracy_metric,
+        loss_metric=recipe.report.loss_metric,
+        curve_metric=recipe.report.curve_metric,
+        margin=recipe.report.margin,
+        warnings=tuple(sweep.warnings),
+        data=data,
+        model=recipe.model.name,
+        train_examples=recipe.train_examples,
+        smoothed_metric=recipe.report.smoothed_metric,
     )
+    points = [sweep_file.SweepPoint(**row) for row in sweep.rows]
+    sweep_file.write_sweep(workdir, described, points, config)

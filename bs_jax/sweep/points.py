@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
-
-# What two runs may differ in and still be the same training, number for number.
-_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "checkpoint_every_examples")
+from bs_jax.recipe import Recipe, ResolvedRun, unknown_field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,35 +62,33 @@ def apply_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     >>> apply_overrides({"a": {"b": 1}}, {"a.b": 2})
     {'a': {'b': 2}}
     """
-    result = json.loads(json.dumps(dict(config)))
+    result = _copied(config)
     for path, value in overrides.items():
         *parents, leaf = path.split(".")
         node = result
         for depth, name in enumerate(parents):
             if not isinstance(node.get(name), dict):
-                raise _unknown_field(".".join(parents[: depth + 1]), node)
+                raise unknown_field(".".join(parents[: depth + 1]), node)
             node = node[name]
         if leaf not in node:
-            raise _unknown_field(path, node)
-        node[leaf] = json.loads(json.dumps(value))
+            raise unknown_field(path, node)
+        node[leaf] = value
     return result
 
 
-def _unknown_field(path: str, node: Mapping[str, Any]) -> UserError:
-    name = path.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(name, list(node), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(node))}"
-    return UserError(f"config has no field {path!r}; {hint}")
+def _copied(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a config anew; their values are replaced, never changed."""
+    return {
+        name: _copied(value) if isinstance(value, Mapping) else value
+        for name, value in node.items()
+    }
 
 
-def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Run:
-    """Scale the recipe to the point's batch size and freeze the outcome as a run.
-
-    A rule whose factors are known before training leaves plain numbers, so two points that come
-    to the same numbers (every rule at k = 1, say) are one run with one id.
+def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ResolvedRun:
+    """Read a config with a point's overrides and scale it to the point's batch size.
 
     Args:
-        config: the recipe, nested mapping with the fields of ``configs/fashion_mnist.py``.
+        config: the recipe, nested data with the fields of ``configs/fashion_mnist.py``.
         overrides: dotted field -> value.
 
     Returns:
@@ -106,59 +98,6 @@ def resolve(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = Non
         UserError: unknown field, rule or optimizer, impossible numbers.
     """
     # Imported here, since config files import this module and `--mode=report` needs no JAX.
-    from bs_jax.training import optimizers, validate
-    from bs_jax.training.form import check_form
-    from bs_jax.training.plan import with_length
+    from bs_jax.training.resolve import resolve_recipe
 
-    full = apply_overrides(config, overrides or {})
-    check_form(full)
-    full = with_length(full)
-    validate.check_config(full)
-    scaled = optimizers.scale_recipe(full)
-    trained = json.loads(json.dumps(full))
-    if not scaled.rule_while_training:
-        trained["optimizer"]["hyperparams"] = {
-            name: scaled.values[name] for name in full["optimizer"]["hyperparams"]
-        } | scaled.defaults
-        trained["scaling"] = {"rule": "fixed"} | ({"clock": scaled.clock} if scaled.clock else {})
-        trained["base_batch_size"] = full["batch_size"]
-        trained["micro_batch_size"] = full["micro_batch_size"] or full["batch_size"]
-    else:
-        trained["micro_batch_size"] = full["micro_batch_size"] or default_micro_batch_size(
-            full["batch_size"], full["base_batch_size"]
-        )
-    trained["bn_decay"] = scaled.values["bn_decay"]
-    trained["ema_decay"] = scaled.values["ema_decay"] if full["ema_decay"] else 0.0
-    validate.check_run(trained)
-    hparams = {
-        "rule": full["scaling"]["rule"],
-        "batch_size": full["batch_size"],
-        "base_batch_size": full["base_batch_size"],
-        "k": full["batch_size"] / full["base_batch_size"],
-        "base": scaled.base,
-        "scaled": scaled.values,
-        "rows": scaled.rows,
-        "warnings": scaled.warnings,
-    }
-    return Run(_run_id(trained), trained, hparams)
-
-
-def default_micro_batch_size(batch_size: int, base_batch_size: int) -> int:
-    """Examples per gradient sample: the base batch where the batch holds two of them, else half.
-
-    With micro-batches of exactly the base batch the invariant second moment needs no
-    extrapolation (Wang & Aitchison 2024). The largest divisor of the batch at or below the target
-    is taken, so that the batch is split evenly.
-
-    >>> default_micro_batch_size(256, 64), default_micro_batch_size(96, 64)
-    (64, 48)
-    """
-    target = min(base_batch_size, batch_size // 2)
-    return next(b for b in range(max(target, 1), 0, -1) if batch_size % b == 0)
-
-
-def _run_id(config: Mapping[str, Any]) -> str:
-    content = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"b{config['batch_size']}-s{config['seed']}-{digest}"
+    return resolve_recipe(Recipe.parse(apply_overrides(config, overrides or {})))

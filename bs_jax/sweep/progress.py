@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from bs_jax.records.run_folder import Run
+from bs_jax.recipe import ResolvedRun
 
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
@@ -29,7 +29,7 @@ class Display:
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[ResolvedRun],
         finished: int,
         console: Console | None = None,
         *,
@@ -38,7 +38,7 @@ class Display:
         self._console = console or Console(file=sys.stderr, highlight=False, quiet=quiet)
         self._total, self._finished, self._failed = len(runs), finished, 0
         self._examples = {run.run_id: 0 for run in runs}
-        self._goal = {run.run_id: run.config["train_examples"] for run in runs}
+        self._goal = {run.run_id: run.train_examples for run in runs}
         self._names = {run.run_id: describe(run) for run in runs}
         self._pending_goal = 1
         self._workers: dict[int, str] = {}
@@ -70,7 +70,7 @@ class Display:
         else:  # the last word of a log: how far it came, however soon after the line before
             self._console.print(f"{self._finished} of {self._total} runs done, {self._left()}")
 
-    def pending(self, runs: Sequence[Run]) -> None:
+    def pending(self, runs: Sequence[ResolvedRun]) -> None:
         """Say which runs are still to be trained: the measure of the time left."""
         self._pending_goal = max(sum(self._goal[run.run_id] for run in runs), 1)
 
@@ -94,7 +94,7 @@ class Display:
                 soft_wrap=True,
             )
 
-    def starting(self, worker: int, run: Run) -> None:
+    def starting(self, worker: int, run: ResolvedRun) -> None:
         """Say what a worker turned to."""
         self._workers[worker] = f"{self._names[run.run_id]}: starting"
 
@@ -130,15 +130,11 @@ class Display:
         return Group(self._bar, *lines)
 
 
-def describe(run: Run) -> str:
-    """A run in a few words: rule, batch size, seed.
-
-    >>> describe(Run("b16-s0-x", {"batch_size": 16, "seed": 0}, {"rule": "sqrt", "k": 0.25}))
-    'sqrt, batch size 16 (k = 0.25), seed 0'
-    """
-    k, rule = run.hparams["k"], run.hparams["rule"]
-    name = "base recipe" if k == 1 else rule
-    return f"{name}, batch size {run.config['batch_size']} (k = {k:g}), seed {run.config['seed']}"
+def describe(run: ResolvedRun) -> str:
+    """A run in a few words: rule, batch size, seed."""
+    k = run.scaled.k
+    name = "base recipe" if k == 1 else run.scaled.rule
+    return f"{name}, batch size {run.batch_size} (k = {k:g}), seed {run.seed}"
 
 
 def _duration(seconds: float) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
-from bs_jax.records.stores import storage
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
 from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
 from bs_jax.sweep.progress import Display, describe
@@ -62,7 +62,7 @@ def train_on_ray(
     try:
         gpus = gpus if gpus >= 0 else float(ray.cluster_resources().get("GPU", 0) > 0)
         setup = Setup(
-            workdir=storage.text_of(workdir),
+            workdir=stores.text_of(workdir),
             grace_seconds=grace_seconds,
             dies_with_parent=True,  # where its node is lost but the machine is not
         )
@@ -173,7 +173,7 @@ class Told:
             self._finished.add(event["run_id"])
         self._display.event(task, event)
 
-    def ended(self, task: int, runs: Sequence[Run]) -> None:
+    def ended(self, task: int, runs: Sequence[ResolvedRun]) -> None:
         """Tell of runs that are recorded as done but were not told of, after their task ended.
 
         A node can be lost after it records a run and before it tells of it. The task's next attempt
@@ -184,7 +184,7 @@ class Told:
                 continue
             folder = run_folder(self._workdir, run, writes=False)
             if folder.done:
-                status = folder.summary()["status"]
+                status = folder.summary().status
                 self.event(task, {"event": "run_finished", "run_id": run.run_id, "status": status})
 
 
@@ -206,7 +206,7 @@ def train_share(
     """
     name = f"worker-{socket.gethostname()}-{os.getpid()}.log"
     failures: list[str] = []
-    logs = storage.Outbox(storage.to_path(setup.workdir) / "logs")
+    logs = stores.Outbox(stores.to_path(setup.workdir) / "logs")
     worker = WorkerProcess(setup, logs.folder / name, own_session=False)
     done, stopped = 0, False
     try:
@@ -276,7 +276,7 @@ def _serve(
         display.starting(number, runs[0])
         open_tasks[remote.remote(number, share, mailbox)] = (number, runs)
     failures: list[str] = []
-    told = Told(display, storage.to_path(setup.workdir))
+    told = Told(display, stores.to_path(setup.workdir))
     while open_tasks and not stop():
         ready, _ = ray.wait(list(open_tasks), timeout=_POLL_SECONDS)
         for number, event in ray.get(mailbox.take.remote()):

@@ -4,7 +4,7 @@
 ``python -m bs_jax.sweep.worker``. Both speak one JSON object a line:
 
 - in: first the `Setup`; then an assignment a line; the end of the input ends the process.
-- out: events. Those of `loop.Trainer.train`, and after each assignment one that ends it:
+- out: events. Those of `train.Trainer.train`, and after each assignment one that ends it:
   ``assignment_done``, ``crashed`` or ``user_error`` (both with a ``message``), ``interrupted``.
 """
 
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bs_jax.errors import UserError
-from bs_jax.records.run_folder import Run
-from bs_jax.records.stores import storage
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
 from bs_jax.sweep.stopping import StopRequest
 
 if TYPE_CHECKING:  # it imports JAX, which has to wait until the worker keeps to its core
@@ -89,7 +89,8 @@ class WorkerProcess:
 
     def train(self, assignment: Assignment) -> None:
         """Hand it an assignment, to be trained after those before."""
-        self._tell(dataclasses.asdict(assignment))
+        runs = [run.to_json() for run in assignment.runs]
+        self._tell({"runs": runs, "vmapped": assignment.vmapped})
 
     def _tell(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # `events` ends, which tells enough
@@ -169,14 +170,14 @@ def _serve(setup: Setup, send: Callable[[Event], None], stop: StopRequest) -> in
     from bs_jax.sweep import plan as sweep
     from bs_jax.sweep.cohorts import CohortTrainer
     from bs_jax.training import compilation
-    from bs_jax.training.loop import Interrupted
+    from bs_jax.training.train import Interrupted
 
     compilation.enable_cache()
     trainer = CohortTrainer()
-    workdir = storage.to_path(setup.workdir)
+    workdir = stores.to_path(setup.workdir)
     for line in sys.stdin:
         message = json.loads(line)
-        runs = [Run(**fields) for fields in message["runs"]]
+        runs = [ResolvedRun.from_json(fields) for fields in message["runs"]]
         try:
             folders = [sweep.run_folder(workdir, run) for run in runs]
             trainer.train(folders, message["vmapped"], send, stop)

@@ -97,14 +97,6 @@ def main() -> None:
     import optax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
-    import bs_jax.cli.dispatch
-    import bs_jax.cli.sweep
-    import bs_jax.report.write
-    import bs_jax.sweep.local
-    import bs_jax.sweep.worker
-    import bs_jax.training.loop
-    import bs_jax.training.step  # noqa: F401
-
     children: set[int] = set()
     buffer = b""
     while True:

@@ -1,8 +1,10 @@
 """Runs that are scheduled and shown, and never trained."""
 
+import dataclasses
+
 from helpers.training import tiny_config
 
-from bs_jax.records.run_folder import Run
+from bs_jax.sweep.points import resolve
 
 
 def fake_run(name, cohort, examples=100):
@@ -13,6 +15,5 @@ def fake_run(name, cohort, examples=100):
         cohort: a number.
         examples: its length.
     """
-    config = tiny_config(train_examples=examples, **{"data.image_size": cohort})
-    config["scaling"] = {"rule": "fixed"}
-    return Run(name, config | {"micro_batch_size": 16}, {"k": 1.0, "rule": "none"})
+    run = resolve(tiny_config(train_examples=examples, **{"data.image_size": cohort}))
+    return dataclasses.replace(run, run_id=name)

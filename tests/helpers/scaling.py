@@ -1,9 +1,14 @@
 """Small parameters, gradients and training loops shared by the tests of the transformation."""
 
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from bs_jax import scaling
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 RECIPE = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
@@ -48,3 +53,23 @@ def scan(tx, grads):
         return (optax.apply_updates(params, updates), state), None
 
     return jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), grads)[0][0]
+
+
+def functions_run(call):
+    """Return (file, name) of every function of bs_jax.scaling that a call goes into, in order.
+
+    Lambdas and comprehensions are read where they stand, so they do not count.
+    """
+    folder, walk = str(Path(scaling.__file__).parent), []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(folder) and code.co_name[0] != "<":
+            walk.append((Path(code.co_filename).name, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return walk

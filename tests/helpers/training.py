@@ -11,7 +11,7 @@ import numpy as np
 from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import apply_overrides, resolve
-from bs_jax.training.loop import Trainer
+from bs_jax.training.train import Trainer
 
 SIZE = 8  # pixels
 
@@ -69,7 +69,7 @@ def train(path: Path, overrides: dict | None = None, *, devices: int = 1, **kwar
     """Train one run of the tiny recipe and return its rows of metrics."""
     run = resolve(tiny_config(**(overrides or {})))
     folder = RunFolder(path, run)
-    Trainer(run.config, tiny_data(), jax.devices()[:devices]).train([folder], **kwargs)
+    Trainer(run, tiny_data(), jax.devices()[:devices]).train([folder], **kwargs)
     return rows(path)
 
 

@@ -1,9 +1,10 @@
-"""Holds a folder of an object store for one process, which has no lock that the system releases.
+"""Holds a folder of an object store for one process by a lease that must be renewed.
 
-Holders are numbered: each creates the object ``LOCK/NUMBER`` one above the last, which of many
-who try succeeds for one. The holder renews its object while it works; when it ends it marks it
-released. One that has not been renewed for as long as it says, seen by the clock of the one who
-waits, is stale, and the next number may be taken. A holder that finds a higher number stops.
+An object store has no lock that the system releases when a process dies. So every holder creates
+the object ``LOCK/NUMBER``, with the number after the last one; if several processes try at once,
+one succeeds. The holder renews its object while it works, and marks it released when it ends. A
+second process waits. If the lease is not renewed for 30 s (by the second process's own clock), it
+takes over with the next number. A holder that finds a higher number than its own stops.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.records.stores import storage
+from bs_jax.records.stores import files
 
 _FOLDER = "LOCK"
 _SECONDS = 30.0
-_RENEWALS = 3  # in the life of a lease
-_PATIENCE = 2  # of one who waits for a holder that lives, in lives of a lease
-_POLLS = 10  # of one who waits, in the life of a lease
+_RENEWALS = 3  # in the time that a lease lasts
+_PATIENCE = 2  # leases to wait for a holder that is alive
+_POLLS = 10  # of a waiting process, in the time that a lease lasts
 _MAX_POLL_SECONDS = 1.0
 
 
 def lease_seconds() -> float:
-    """How long a lease lasts that is not renewed: ``$BS_JAX_LEASE_SECONDS``, or 30.
+    """How long a lease lasts without renewal, in seconds: ``$BS_JAX_LEASE_SECONDS``, or 30.
 
     Raises:
-        UserError: it is no positive number.
+        UserError: the variable is not a positive number.
     """
     given = os.environ.get("BS_JAX_LEASE_SECONDS", "")
     try:
@@ -49,11 +50,11 @@ def lease_seconds() -> float:
 
 
 class Lease:
-    """A folder held by this process. Use `held`.
+    """A lease on a folder for this process. Use `held`.
 
     Args:
-        folder: of an object store.
-        seconds: that it lasts without renewal.
+        folder: a folder of an object store.
+        seconds: how long the lease lasts without renewal.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
@@ -73,10 +74,10 @@ class Lease:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """Wait until the folder is free, or its holder stale, and take it.
+        """Wait until the folder is free or its lease has expired, and take it.
 
         Raises:
-            UserError: its holder is seen to live on for the time of two leases.
+            UserError: the holder keeps renewing for the time of two leases.
         """
         began = since = _now()
         seen: tuple[int, bytes] | None = None
@@ -90,18 +91,18 @@ class Lease:
             holder = _parse(content)
             stale = _now() - since > float(holder["seconds"])
             if holder["owner"] == self._owner["owner"]:
-                self._number = number  # taken, though the answer that said so was lost
+                self._number = number  # ours, though the store's answer that said so was lost
                 return
             if number == 0 or holder["released"] or stale or _is_dead(holder):
                 self._renewed = _now()
                 try:
-                    storage.create(self._path(number + 1), self._body())
+                    files.create(self._path(number + 1), self._body())
                 except FileExistsError:
-                    continue  # another was faster
+                    continue  # another process was faster
                 self._number = number + 1
                 for old in self._numbers():
                     if old < number:
-                        storage.unlink(self._path(old))
+                        files.unlink(self._path(old))
                 return
             if lives and _now() - began > _PATIENCE * self._seconds:
                 raise UserError(
@@ -111,32 +112,32 @@ class Lease:
             time.sleep(min(float(holder["seconds"]) / _POLLS, _MAX_POLL_SECONDS))
 
     def check(self) -> None:
-        """Return if the folder is still held; call it before every write.
+        """Return if this process still holds the folder; call it before every write.
 
         Raises:
-            UserError: another process has taken it, as this one was silent for too long.
-            StoreError: that cannot be found out.
+            UserError: this process did not renew in time and another took over.
+            StoreError: the store cannot be asked.
         """
         if self._successor is None and _now() - self._renewed > self._seconds:
             self._renew()
         if self._successor is not None:
             raise UserError(
-                f"another process ({_name(self._successor)}) has taken over {self._folder} after "
-                f"this one was silent for {self._seconds:g} seconds; this one stops"
+                f"another process ({_name(self._successor)}) has taken over {self._folder}: "
+                f"this one did not renew its lease for {self._seconds:g} seconds; this one stops"
             )
 
     def renew_until_released(self) -> None:
-        """Renew in time until `release`; what fails is tried again."""
+        """Renew in time until `release`; try again after a failure."""
         while not self._ended.wait(self._seconds / _RENEWALS) and self._successor is None:
             with contextlib.suppress(OSError):
                 self._renew()
 
     def release(self) -> None:
-        """Let the next one have the folder at once."""
+        """Let the next process have the folder at once."""
         self._ended.set()
         with self._one, contextlib.suppress(OSError):
             if self._successor is None:
-                storage.write_bytes(self._path(self._number), self._body(released=True))
+                files.write_bytes(self._path(self._number), self._body(released=True))
 
     def _renew(self) -> None:
         with self._one:
@@ -148,7 +149,7 @@ class Lease:
                 self._successor = _parse(content)
                 return
             self._renewals += 1
-            storage.write_bytes(self._path(self._number), self._body())
+            files.write_bytes(self._path(self._number), self._body())
             self._renewed = began
 
     def _body(self, *, released: bool = False) -> bytes:
@@ -159,17 +160,17 @@ class Lease:
         return self._folder / _FOLDER / f"{number:06d}"
 
     def _numbers(self) -> list[int]:
-        found = storage.names(self._folder / _FOLDER)
+        found = files.names(self._folder / _FOLDER)
         return sorted(int(name) for name in found if name.isdecimal())
 
     def _last(self) -> tuple[int, bytes]:
-        """Number and content of the newest holder's object; 0 where there was none."""
+        """Number and content of the newest lease; number 0 if there is none."""
         number = max(self._numbers(), default=0)
         if number == 0:
             return 0, b""
         try:
-            return number, storage.read_bytes(self._path(number))
-        except FileNotFoundError:  # deleted by hand, or its store is slow to show it
+            return number, files.read_bytes(self._path(number))
+        except FileNotFoundError:  # deleted by hand, or the store is slow to show it
             return number, b""
 
 
@@ -178,13 +179,13 @@ def held(folder: Path) -> Iterator[Lease]:
     """Hold a folder of an object store.
 
     Args:
-        folder: to hold.
+        folder: the folder.
 
     Yields:
         The lease; call its `check` before every write.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the folder.
     """
     lease = Lease(folder, lease_seconds())
     lease.acquire()
@@ -196,12 +197,12 @@ def held(folder: Path) -> Iterator[Lease]:
 
 
 def _now() -> float:
-    """Seconds that also pass while the machine sleeps, whatever is done to its calendar."""
+    """Seconds on a clock that runs while the machine sleeps and that nobody can set."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _parse(content: bytes) -> dict[str, Any]:
-    """A holder's object, whatever is in it."""
+    """The content of a lease, with defaults for anything missing or of another type."""
     found: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(content)
@@ -223,7 +224,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _process_name(pid: int) -> list[Any] | None:
-    """What no other process has: the boot, the pid's namespace, the pid, its start; on Linux."""
+    """What identifies a process, on Linux: boot, namespace of the pid, pid, start."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return [boot, os.readlink("/proc/self/ns/pid"), pid, _started(pid)]
@@ -232,7 +233,7 @@ def _process_name(pid: int) -> list[Any] | None:
 
 
 def _started(pid: int) -> int:
-    """When a process began, in ticks since the boot; -1 once it has ended."""
+    """When a process started, in ticks since the boot; -1 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -241,7 +242,7 @@ def _started(pid: int) -> int:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that has ended: no need to wait for it."""
+    """Whether the holder was a process of this machine and has ended, so nobody need wait."""
     told = holder["process"]
     if not isinstance(told, list) or len(told) != 4 or not isinstance(told[2], int):
         return False

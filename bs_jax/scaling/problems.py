@@ -1,0 +1,219 @@
+"""The noisy quadratic: a problem where the right answer at any batch size is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax import contrib
+
+from bs_jax.scaling.clocked import ranger
+from bs_jax.scaling.noise import MicrobatchStats
+from bs_jax.scaling.rules import RULES
+from bs_jax.scaling.transform import scale_by_batch
+
+BASE_BATCH_SIZE = 64
+SIGMAS = (10.0, 1.0, 0.3)  # noise over signal of the base batch: about 100, 1 and growing, 0.1
+# Largest deviation from the base, of a mean that starts at 1, within which a family is exact.
+EXACT_WITHIN = 0.012
+
+
+class Check(NamedTuple):
+    """An optimizer as it is held against the noisy quadratic.
+
+    Attributes:
+        factory: the optax factory.
+        recipe: its hyperparameters at the base batch size.
+        shape: of the parameters.
+        evaluate: ``(x, state) -> parameters`` to look at, where not x itself.
+    """
+
+    factory: Callable[..., Any]
+    recipe: dict[str, Any]
+    shape: tuple[int, ...] = (128,)
+    evaluate: Callable[[Any, Any], Any] | None = None
+
+
+def checks() -> dict[str, Check]:
+    """Return every optimizer of the registry with a recipe that moves x about as Adam's does."""
+    adam = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99}
+    rms = {"learning_rate": 1e-3, "decay": 0.99}
+    matrix = (16, 16)
+
+    def averaged(x: Any, state: Any) -> Any:
+        return contrib.schedule_free_eval_params(state.inner_state, x)
+
+    return {
+        "sgd": Check(optax.sgd, {"learning_rate": 3e-4}),
+        "sgd, momentum": Check(optax.sgd, {"learning_rate": 3e-5, "momentum": 0.9}),
+        "sgd, Nesterov": Check(
+            optax.sgd, {"learning_rate": 3e-5, "momentum": 0.9, "nesterov": True}
+        ),
+        "adam": Check(optax.adam, adam),
+        "adamw": Check(optax.adamw, {**adam, "weight_decay": 0.3}),
+        "nadam": Check(optax.nadam, adam),
+        "nadamw": Check(optax.nadamw, {**adam, "weight_decay": 0.3}),
+        "radam": Check(optax.radam, adam),
+        "ranger": Check(ranger, {**adam, "learning_rate": 2e-3}),
+        "amsgrad": Check(optax.amsgrad, adam),
+        "adamax": Check(optax.adamax, adam),
+        "adamaxw": Check(optax.adamaxw, {**adam, "weight_decay": 0.3}),
+        "adabelief": Check(optax.adabelief, adam),
+        "lion": Check(optax.lion, {"learning_rate": 1e-3, "weight_decay": 0.1}),
+        "lamb": Check(optax.lamb, {**adam, "weight_decay": 0.3}),
+        "lars": Check(
+            optax.lars, {"learning_rate": 1.0, "momentum": 0.9, "trust_coefficient": 1e-3}
+        ),
+        "rmsprop": Check(optax.rmsprop, rms),
+        "rmsprop, momentum": Check(optax.rmsprop, {**rms, "learning_rate": 1e-4, "momentum": 0.9}),
+        "rmsprop, centered": Check(optax.rmsprop, {**rms, "centered": True}),
+        "adagrad": Check(optax.adagrad, {"learning_rate": 0.05}),
+        "adafactor": Check(
+            optax.adafactor, {"learning_rate": 1e-3, "min_dim_size_to_factor": 8}, matrix
+        ),
+        "adafactor, unfactored": Check(optax.adafactor, {"learning_rate": 1e-3}, matrix),
+        "novograd": Check(optax.novograd, adam),
+        "muon": Check(contrib.muon, {"learning_rate": 1e-2}, matrix),
+        "muon, no Nesterov": Check(
+            contrib.muon, {"learning_rate": 1e-2, "nesterov": False}, matrix
+        ),
+        "muon's adam": Check(contrib.muon, {"learning_rate": 1e-3, "adam_b2": 0.99}),
+        "schedule_free_sgd": Check(
+            contrib.schedule_free_sgd, {"learning_rate": 1e-3}, evaluate=averaged
+        ),
+        "schedule_free_adamw": Check(
+            contrib.schedule_free_adamw, {"learning_rate": 1e-3, "b2": 0.99}, evaluate=averaged
+        ),
+    }
+
+
+def deviations(
+    check: Check, rule: str, *, ks: Sequence[float] = (8, 0.25), base_updates: int = 4000
+) -> np.ndarray:
+    """Return how far each batch size strays from the base.
+
+    Args:
+        check: the optimizer.
+        rule: a rule's name; two micro-batches serve those that measure.
+        ks: batch sizes over the base batch size.
+        base_updates: length, in updates of the base batch size.
+
+    Returns:
+        Largest deviation of the mean of x, shape (len(ks), len(SIGMAS)).
+    """
+
+    def train(rule: str, k: float, microbatches: int) -> np.ndarray:
+        def make(batch_size: int, base_batch_size: int) -> Any:
+            scaled = scale_by_batch(
+                check.factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+            )
+            return scaled(**check.recipe)
+
+        return run(
+            make,
+            k=k,
+            sigmas=SIGMAS,
+            microbatches=microbatches,
+            base_updates=base_updates,
+            shape=check.shape,
+            read=check.evaluate,
+        )
+
+    base = train("none", 1, 1)
+    measured = 2 if RULES[rule].measures_noise else 1
+    return np.stack([np.abs(train(rule, k, measured) - base).max(axis=1) for k in ks])
+
+
+def run(
+    make_optimizer: Callable[[int, int], Any],
+    *,
+    k: float,
+    sigmas: Sequence[float],
+    microbatches: int = 1,
+    base_updates: int = 4000,
+    shape: tuple[int, ...] = (128,),
+    seed: int = 0,
+    quarters: int = 4,
+    read: Callable[[Any, Any], Any] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+) -> np.ndarray:
+    r"""Train on ``g = x + noise``, noise of deviation sigma/sqrt(k), from x = 1.
+
+    A correct rule gives the rows of k = 1 at every k: the mean of x after each quarter of the same
+    number of examples. Each run is made twice, with opposite noise, and averaged, which takes most
+    of the sampling noise out of the mean.
+
+    Args:
+        make_optimizer: ``(batch_size, base_batch_size) -> transformation``.
+        k: batch size over base batch size.
+        sigmas: deviations of the base batch's gradient noise, per coordinate; one run each.
+        microbatches: parts of each batch, whose statistics the optimizer is given if above 1.
+        base_updates: length, in updates of the base batch size.
+        shape: of x.
+        seed: of the noise.
+        quarters: number of equal stretches after which the mean of x is taken.
+        read: ``(x, state) -> parameters`` to look at in place of x (averaged weights).
+        batch_sizes: batch size in each quarter, where it changes; passed to every update.
+
+    Returns:
+        The means, float32 of shape (len(sigmas), quarters).
+
+    Example:
+        >>> import optax
+        >>> (row,) = run(lambda b, b0: optax.sgd(1e-3), k=1, sigmas=[0.0])
+        >>> [round(float(x), 3) for x in row]
+        [0.368, 0.135, 0.05, 0.018]
+    """
+    base = BASE_BATCH_SIZE
+    optimizer = make_optimizer(round(base * k), base)
+    n = microbatches
+
+    def quarter(carry: Any, sigma: Any, key: jax.Array, batch_size: int) -> Any:
+        deviation = sigma * np.sqrt(n * base / batch_size)
+
+        def step(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], None]:
+            x, state = carry
+            parts = x[None] + deviation * jax.random.normal(key, (n, *shape))
+            grad = jnp.mean(parts, axis=0)
+            extra: dict[str, Any] = {}
+            if n > 1:
+                extra["microbatch"] = MicrobatchStats(jnp.mean(jnp.square(parts), axis=0), n)
+            if batch_sizes is not None:
+                extra["batch_size"] = jnp.int32(batch_size)
+            updates, state = optimizer.update(grad, state, x, **extra)
+            return (x + updates, state), None
+
+        updates = round(base_updates * base / batch_size / quarters)
+        return jax.lax.scan(step, carry, jax.random.split(key, updates))[0]
+
+    def look(carry: tuple[Any, Any]) -> jax.Array:
+        return jnp.mean(carry[0] if read is None else read(*carry))
+
+    def train_once(sigma: jax.Array, key: jax.Array) -> jax.Array:
+        x = jnp.ones(shape)
+        carry, keys = (x, optimizer.init(x)), jax.random.split(key, quarters)
+        if batch_sizes is None:
+
+            def body(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+                carry = quarter(carry, sigma, key, round(base * k))
+                return carry, look(carry)
+
+            return jax.lax.scan(body, carry, keys)[1]
+        means = []
+        for i, batch_size in enumerate(batch_sizes):
+            carry = quarter(carry, sigma, keys[i], batch_size)
+            means.append(look(carry))
+        return jnp.stack(means)
+
+    @jax.jit
+    @jax.vmap
+    def train(sigma: jax.Array, key: jax.Array) -> jax.Array:
+        both = jax.vmap(train_once, in_axes=(0, None))(jnp.stack([sigma, -sigma]), key)
+        return jnp.mean(both, axis=0)
+
+    seeds = jax.random.split(jax.random.key(seed), len(sigmas))
+    return np.asarray(train(jnp.asarray(sigmas, jnp.float32), seeds))
