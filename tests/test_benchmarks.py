@@ -76,8 +76,8 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", gpu.RECIPE_FORMS.values(), ids=gpu.RECIPE_FORMS)
 def test_what_the_recipe_adds_is_a_recipe(change):
-    config = _programs.make_config("xresnet50", 128, 64, **change["overrides"])
-    assert config != _programs.make_config("xresnet50", 128, 64)
+    run = _programs.make_run("xresnet50", 128, 64, **change["overrides"])
+    assert run.run_id != _programs.make_run("xresnet50", 128, 64).run_id
 
 
 @pytest.mark.long
@@ -158,9 +158,9 @@ ENTRY %main {
 
 @pytest.mark.parametrize("name", ["adamw", "ranger"])
 def test_an_optimizer_over_vectors_is_the_optimizer(name):
-    config = _programs.make_config("resnet4_patch", 8, 4, **{"optimizer.name": name})
-    values = optimizers.traced_values(config)
-    plain = optimizers.make_optimizer(config, {n: jnp.float32(v) for n, v in values.items()})
+    run = _programs.make_run("resnet4_patch", 8, 4, **{"optimizer.name": name})
+    values = optimizers.traced_values(run)
+    plain = optimizers.make_optimizer(run, {n: jnp.float32(v) for n, v in values.items()})
     params = {
         "conv": {"kernel": jnp.arange(6.0).reshape(2, 3)},
         "norm": {"bias": jnp.ones(3), "scale": jnp.full(3, 2.0)},
