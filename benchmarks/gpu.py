@@ -131,7 +131,10 @@ class Size:
         ("xresnet50", 128, 8, (4, 16), 10),
         ("xresnet50", 128, 64, (4,), 10),
     )
-    transform: tuple[tuple[str, ...], ...] = (("--model=resnet18", "--rounds=30"),)
+    transform: tuple[tuple[str, ...], ...] = (
+        ("--model=resnet18", "--steps=20", "--rounds=20"),
+        ("--model=gpt", "--steps=20", "--rounds=20"),
+    )
 
 
 TINY = Size(

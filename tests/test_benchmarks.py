@@ -1,5 +1,6 @@
 """The benchmarks run, at a size where they measure nothing, and write what the docs read."""
 
+import argparse
 import gzip
 import json
 import time
@@ -21,6 +22,7 @@ from benchmarks import (
     scaling,
     sweep_config,
     train_step,
+    transform_overhead,
 )
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers
@@ -97,6 +99,17 @@ def test_runs_side_by_side_and_the_transform_are_measured_too(tmp_path, monkeypa
     assert set(row["images_per_second"]) == {"ours", "2 vmapped"}
     assert result["transform"][0]["results"]["against plain"]["static"]["ratio"] > 0
     assert "no_such_flag" in result["transform"][1]["not_measured"]
+
+
+@pytest.mark.long
+def test_the_transform_costs_the_same_updates_in_one_program_and_one_by_one():
+    settings = {"batch_size": 4, "microbatches": 2, "devices": 1, "model": "gpt"}
+    losses = []
+    for steps, calls in ((1, 3), (3, 1)):
+        problem = transform_overhead.Problem(argparse.Namespace(**settings, steps=steps))
+        run = transform_overhead.make_step(problem, transform_overhead.CASES["invariant"])
+        losses.append([float(run()) for _ in range(calls)][-1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_what_does_not_compile_in_time_is_ended_and_named(tmp_path):
