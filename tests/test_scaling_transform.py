@@ -104,7 +104,10 @@ def test_a_schedule_written_for_the_base_size_serves_unchanged(batch_size):
     _, _, updates = train(
         make(learning_rate=schedule), jax.tree.map(lambda p: jnp.ones((40, *p.shape)), PARAMS)
     )
-    expected = [-k * float(schedule(k * t)) for t in range(40)]
+    # An update stands for k base-size ones and reads the middle of them, between two by a line.
+    middles = [max(k * t + (k - 1) / 2, 0.0) for t in range(40)]
+    ends = [[float(schedule(int(m) + i)) for i in (0, 1)] for m in middles]
+    expected = [-k * (a + (b - a) * (m % 1)) for m, (a, b) in zip(middles, ends, strict=True)]
     np.testing.assert_allclose(updates["b"][:, 0], expected, rtol=1e-5, atol=1e-7)
 
 

@@ -4,12 +4,13 @@ from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.hyperparameters import ScalingWarning
-from bs_jax.scaling.noise import (
+from bs_jax.scaling.limit import BatchRamp
+from bs_jax.scaling.microbatch import (
+    GradientAccumulator,
     MicrobatchStats,
-    NoiseScale,
-    noise_scale_estimate,
     value_grad_and_stats,
 )
+from bs_jax.scaling.noise import NoiseScale
 from bs_jax.scaling.noise import sample as noise_sample
 from bs_jax.scaling.optimizers import scale_hyperparams
 from bs_jax.scaling.rules import FAMILIES, RULES, ScalingRule, power, resolve_rule
@@ -17,13 +18,16 @@ from bs_jax.scaling.transform import (
     ScaleByBatchState,
     hyperparams,
     invariant_adamw,
+    noise_scale_estimate,
     scale_by_batch,
 )
 
 __all__ = [
     "FAMILIES",
     "RULES",
+    "BatchRamp",
     "Explanation",
+    "GradientAccumulator",
     "InvarianceCheck",
     "MicrobatchStats",
     "NoiseScale",
