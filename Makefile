@@ -24,7 +24,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e '.[trainer]'
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed

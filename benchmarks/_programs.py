@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
+from bs_jax.recipe import ResolvedRun
 
 CLASSES = 10
 
@@ -25,9 +26,9 @@ def make_images(count: int, image_size: int, channels: int = 3) -> ArraySplit:
     return ArraySplit(images, draw.integers(0, CLASSES, count, dtype=np.int32))
 
 
-def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) -> dict[str, Any]:
-    """The resolved config of a run by the default recipe, plain AdamW at its own batch size."""
-    from bs_jax.experiments.points import resolve
+def make_run(model: str, image_size: int, batch_size: int, **overrides: Any) -> ResolvedRun:
+    """A run by the default recipe, plain AdamW at its own batch size."""
+    from bs_jax.sweep.points import resolve
     from configs.fashion_mnist import get_config
 
     settings = {
@@ -42,7 +43,7 @@ def make_config(model: str, image_size: int, batch_size: int, **overrides: Any) 
         "data.mean": (0.5,),
         "data.std": (0.25,),
     }
-    return resolve(json.loads(get_config().to_json()), settings | overrides).config
+    return resolve(json.loads(get_config().to_json()), settings | overrides)
 
 
 def request_devices(count: int) -> int:
@@ -54,12 +55,12 @@ def request_devices(count: int) -> int:
 
 
 def chunk_and_arguments(
-    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+    run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The compiled chunk that the trainer runs, and what it is called with at the start of a run.
 
     Args:
-        config: a resolved run's config.
+        run: the run.
         data: held on the device.
         steps: updates a call.
         devices: how many to spread a batch over.
@@ -68,9 +69,9 @@ def chunk_and_arguments(
     from bs_jax.training import parallel, plan, step
 
     used = jax.local_devices()[:devices]
-    programs = step.make_programs(config, CLASSES, data.image_shape, used, vmapped=bool(runs))
-    inputs = step.run_inputs(config)
-    order = np.arange(steps * config["batch_size"], dtype=np.int32) % len(data)
+    programs = step.make_programs(run, CLASSES, data.image_shape, used, vmapped=bool(runs))
+    inputs = step.run_inputs(run)
+    order = np.arange(steps * run.batch_size, dtype=np.int32) % len(data)
     batches = plan.per_device(order.reshape(steps, -1), devices)
     if runs:
         inputs = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), inputs)
@@ -82,10 +83,10 @@ def chunk_and_arguments(
 
 
 def train_chunks(
-    config: Mapping[str, Any], data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+    run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
 ) -> Callable[[], Any]:
     """A call that takes `steps` updates and returns their metrics; see `chunk_and_arguments`."""
-    chunk, (state, *others) = chunk_and_arguments(config, data, steps, devices, runs)
+    chunk, (state, *others) = chunk_and_arguments(run, data, steps, devices, runs)
 
     def run() -> Any:
         nonlocal state
@@ -95,13 +96,13 @@ def train_chunks(
     return run
 
 
-def streamed_chunks(config: Mapping[str, Any], data: ArraySplit) -> Callable[[Any], Any]:
+def streamed_chunks(run: ResolvedRun, data: ArraySplit) -> Callable[[Any], Any]:
     """A call that takes the updates of one streamed chunk: (images, labels, aspects)."""
     from bs_jax.training import parallel, plan, step
 
     used = jax.local_devices()[:1]
-    programs = step.make_programs(config, CLASSES, data.image_shape, used)
-    inputs = step.run_inputs(config)
+    programs = step.make_programs(run, CLASSES, data.image_shape, used)
+    inputs = step.run_inputs(run)
     state = parallel.replicate(programs.init(inputs), used)
     inputs = parallel.replicate(inputs, used)
 

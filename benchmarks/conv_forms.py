@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks import _measure
-from bs_jax.models import conv_cpu
-from bs_jax.models.conv_cpu import IMAGE_GRADIENTS
-from bs_jax.models.conv_forms import FORMS, Settings
+from bs_jax.models.cpu import conv as conv_cpu
+from bs_jax.models.cpu.conv import IMAGE_GRADIENTS
+from bs_jax.models.cpu.forms import FORMS, Settings
 from bs_jax.training import compilation
 
 

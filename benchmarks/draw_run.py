@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bs_jax.experiments import _report_style as style
-from bs_jax.experiments._report_files import read_lines
-from bs_jax.experiments._report_statistics import mean_interval
+from bs_jax.records.metrics_file import read_rows
+from bs_jax.report import style
+from bs_jax.statistics.contrasts import mean_interval
 
 COLUMNS = (
     *("seed", "step", "examples", "train/loss", "train/accuracy"),
@@ -28,8 +28,7 @@ COLUMNS = (
 def read_run(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics, with its seed."""
     seed = json.loads((folder / "config.json").read_text(encoding="utf-8"))["seed"]
-    rows, _ = read_lines(folder / "metrics.jsonl")
-    return [{"seed": seed, **row} for row in rows]
+    return [{"seed": seed, **row} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def draw(runs: list[list[dict[str, Any]]]) -> bytes:

@@ -108,11 +108,11 @@ def _step(
 
 def bytes_per_step(flags: argparse.Namespace) -> float:
     """Bytes that the compiled step reads and writes, as XLA counts them."""
-    config = _programs.make_config(
+    run = _programs.make_run(
         flags.model, flags.image_size, flags.batch_size, **{"model.dtype": flags.dtype}
     )
     data = _programs.make_images(flags.batch_size, flags.image_size)
-    chunk, arguments = _programs.chunk_and_arguments(config, data, 1)
+    chunk, arguments = _programs.chunk_and_arguments(run, data, 1)
     cost = chunk.lower(*arguments).compile().cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     return float(cost.get("bytes accessed", 0.0))
@@ -133,17 +133,15 @@ def copy_bandwidth(floats: int) -> float:
 def side_by_side(size: Size, dtype: str) -> list[dict[str, float]]:
     """Images a second of so many runs in one program, at the smallest batch."""
     batch_size = min(size.batch_sizes)
-    config = _programs.make_config(
-        size.model, size.image_size, batch_size, **{"model.dtype": dtype}
-    )
+    run = _programs.make_run(size.model, size.image_size, batch_size, **{"model.dtype": dtype})
     data = _programs.make_images(4 * batch_size, size.image_size)
-    chunk, arguments = _programs.chunk_and_arguments(config, data, 1, runs=1)
+    chunk, arguments = _programs.chunk_and_arguments(run, data, 1, runs=1)
     own = memory.peak_bytes(chunk, *arguments)
     budget = pipeline.device_budget_bytes(jax.local_devices()[0], 1.0)
     most = memory.runs_at_once(own, data.images.nbytes, budget, size.most_runs)
     rows, runs = [], 1
     while runs <= most:
-        program = _programs.train_chunks(config, data, size.steps, runs=runs)
+        program = _programs.train_chunks(run, data, size.steps, runs=runs)
         seconds = min(_measure.interleave({"runs": program}, rounds=size.rounds)["runs"])
         rate = runs * batch_size * size.steps / seconds
         rows.append({"runs": runs, "images_per_second": rate, "bytes_per_run": own})

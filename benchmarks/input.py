@@ -157,11 +157,11 @@ def _busy(
     """Shares of the time that the device computes, images a second with all data on it, and the
     bytes read for an image that is not in memory.
     """
-    config = _programs.make_config(
+    run = _programs.make_run(
         flags.model, flags.image_size, flags.batch_size, **{"data.crop_area": (0.35, 1.0)}
     )
-    resident = _programs.train_chunks(config, data, flags.steps)
-    streamed = _programs.streamed_chunks(config, data)
+    resident = _programs.train_chunks(run, data, flags.steps)
+    streamed = _programs.streamed_chunks(run, data)
     orders = np.random.default_rng(0).permutation(len(data)).astype(np.int32)
     orders = list(orders.reshape(flags.chunks, flags.steps, flags.batch_size))
     disk = []

@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def _program(
     flags: argparse.Namespace, image_size: int, batch_size: int, **spread: int
 ) -> Callable[[], Any]:
-    config = _programs.make_config(flags.model, image_size, batch_size)
+    run = _programs.make_run(flags.model, image_size, batch_size)
     data = _programs.make_images(4 * batch_size, image_size)
-    return _programs.train_chunks(config, data, flags.steps, **spread)
+    return _programs.train_chunks(run, data, flags.steps, **spread)
 
 
 if __name__ == "__main__":

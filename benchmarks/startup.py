@@ -79,17 +79,17 @@ def child(flags: argparse.Namespace) -> dict[str, float]:
 
     from benchmarks import _programs
     from bs_jax.data import pipeline
-    from bs_jax.training import compilation, loop, parallel, step  # noqa: F401  what a run imports
+    from bs_jax.training import compilation, parallel, step, train  # noqa: F401  what a run imports
 
     compilation.enable_cache()
     reached("imports")
     data = _programs.make_images(2 * flags.batch_size, flags.image_size)
-    config = _programs.make_config(flags.model, flags.image_size, flags.batch_size)
+    run = _programs.make_run(flags.model, flags.image_size, flags.batch_size)
     devices = jax.devices()[:1]
-    programs = step.make_programs(config, _programs.CLASSES, data.image_shape, devices)
+    programs = step.make_programs(run, _programs.CLASSES, data.image_shape, devices)
     resident = parallel.replicate(pipeline.device_arrays(data), devices)
     reached("data")
-    inputs = step.run_inputs(config)
+    inputs = step.run_inputs(run)
     state = jax.block_until_ready(parallel.replicate(programs.init(inputs), devices))
     inputs = parallel.replicate(inputs, devices)
     reached("initial state")

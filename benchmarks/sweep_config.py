@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from bs_jax.experiments.points import Point, product
+from bs_jax.sweep.points import Point, product
 from configs.fashion_mnist import get_config as fashion_mnist
 
 BATCH_SIZES = (8, 16, 32, 64)

@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def measure(flags: argparse.Namespace) -> dict[str, Any]:
     """All that the JSON file holds."""
     data = _programs.make_images(4 * flags.batch_size, flags.image_size)
-    config = _programs.make_config(
+    run = _programs.make_run(
         flags.model, flags.image_size, flags.batch_size, **{"model.dtype": flags.dtype}
     )
-    programs = {"ours": _programs.train_chunks(config, data, flags.steps)}
+    programs = {"ours": _programs.train_chunks(run, data, flags.steps)}
     start = time.perf_counter()
     jax.block_until_ready(programs["ours"]())
     first_call = time.perf_counter() - start

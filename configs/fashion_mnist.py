@@ -8,7 +8,7 @@ Expected: test accuracy about .84 at the base batch size; the report says what e
 
 import ml_collections
 
-from bs_jax.experiments.points import Point, product
+from bs_jax.sweep.points import Point, product
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import Point, product
+from bs_jax.sweep.points import Point, product
 
 ARCHITECTURES = ("xresnet50", "xse_resnext50", "xse_resnext50_blur")
 EPOCHS = {"20epochs": 20.0, "5epochs": 5.0}

@@ -28,6 +28,7 @@ if "BS_JAX_TEST_CACHE" not in os.environ:  # the parallel workers and subprocess
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("BS_JAX_TEST_DEVICES", "2")))
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,3 +40,20 @@ hypothesis.settings.load_profile("repeatable")
 
 # Doctests import every module; this one needs an extra (the tests that use it skip without).
 collect_ignore = [] if importlib.util.find_spec("torch") else ["helpers/torch_xresnet.py"]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """An object store with a server of its own."""
+    from helpers import fake_gcs
+
+    with fake_gcs.connected(monkeypatch) as served:
+        yield served
+
+
+@pytest.fixture
+def root(store):
+    """A folder in it."""
+    from bs_jax.records import stores
+
+    return stores.to_path(f"{store.url}/some/folder")

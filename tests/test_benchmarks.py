@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import conv_forms, gpu, input, scaling, sweep_config, train_step
-from bs_jax.experiments.points import resolve
+from bs_jax.sweep.points import resolve
 
 SMALL = ["--model=resnet4_patch", "--image_size=8", "--batch_size=4"]
 
@@ -69,7 +69,7 @@ def test_the_sweep_to_be_timed_is_sixteen_runs_of_four_programs():
     config = json.loads(sweep_config.get_config().to_json())
     runs = [resolve(config, point.overrides) for point in sweep_config.sweep_timed()]
     assert len({run.run_id for run in runs}) == 16
-    assert {run.config["batch_size"] for run in runs} == {8, 16, 32, 64}
+    assert {run.batch_size for run in runs} == {8, 16, 32, 64}
 
 
 def test_the_peers_networks_are_ours(monkeypatch):

@@ -8,12 +8,15 @@ import types
 from pathlib import Path
 
 import pytest
-from test_launchers import fake_run
+from helpers.runs import fake_run
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import ray_launcher
-from bs_jax.experiments.sweep import run_folder
-from bs_jax.training.records import MetricsFile, Run
+from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_files import Summary
+from bs_jax.sweep import ray_cluster
+from bs_jax.sweep.cohorts import Assignment, Schedule
+from bs_jax.sweep.plan import run_folder
+from bs_jax.sweep.worker import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
@@ -22,11 +25,13 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 def test_a_share_is_of_one_cohort_and_there_are_as_many_as_run_at_once():
     runs = [fake_run(f"a{n}", 8) for n in range(5)] + [fake_run(f"b{n}", 9) for n in range(2)]
     for slots, sizes in ((1, [5, 2]), (2, [5, 2]), (4, [2, 2, 1, 2]), (99, [1] * 7)):
-        shares = ray_launcher.shares_of(runs, slots, "loop")
+        shares = ray_cluster.shares_of(Schedule(runs), slots)
         assert [len(share) for share in shares] == sizes
-        assert all(len({run.run_id[0] for run in share}) == 1 for share in shares)
-        assert sorted(run.run_id for share in shares for run in share) == [r.run_id for r in runs]
-    assert [len(share) for share in ray_launcher.shares_of(runs, 99, "vmap")] == [5, 2]
+        ids = [[run.run_id for assignment in share for run in assignment.runs] for share in shares]
+        assert all(len({run_id[0] for run_id in share}) == 1 for share in ids)
+        assert sorted(run_id for share in ids for run_id in share) == [run.run_id for run in runs]
+    whole = ray_cluster.shares_of(Schedule(runs, vmapped=lambda run: True), 99)
+    assert [[len(assignment.runs) for assignment in share] for share in whole] == [[5], [2]]
 
 
 @pytest.mark.parametrize(
@@ -34,41 +39,40 @@ def test_a_share_is_of_one_cohort_and_there_are_as_many_as_run_at_once():
     [({"CPU": 8.0}, 1, 0, 8), ({"CPU": 8.0, "GPU": 2.0}, 2, 1, 2), ({"CPU": 1.0}, 4, 0, 1)],
 )
 def test_tasks_at_once_are_what_the_cluster_can_hold(resources, cpus, gpus, slots):
-    assert ray_launcher._slots(resources, cpus, gpus) == slots
+    assert ray_cluster.slots(resources, cpus, gpus) == slots
 
 
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'bs_jax\[ray\]'"):
-        ray_launcher._connect(None)
+        ray_cluster._connect(None)
 
 
 def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch):
-    setup = {"workdir": str(tmp_path), "core": None, "run_axis": "loop", "grace_seconds": 5.0}
+    setup = Setup(workdir=str(tmp_path), grace_seconds=5.0)
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\ncat > /dev/null\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    run = fake_run("a0", 8)
-    fields = {"run_id": run.run_id, "config": run.config, "hparams": run.hparams}
-    with pytest.raises(ray_launcher.WorkerLost, match="code -9"):
-        ray_launcher.train_share([fields], setup, lambda event: None)
+    share = [Assignment([fake_run("a0", 8)])]
+    with pytest.raises(ray_cluster.WorkerLost, match="code -9"):
+        ray_cluster.train_share(share, setup, lambda event: None)
     crashed = '{"event": "crashed", "message": "ValueError: no"}'
     script.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{crashed}'\n")
-    (failure,) = ray_launcher.train_share([fields], setup, lambda event: None)
+    (failure,) = ray_cluster.train_share(share, setup, lambda event: None)
     assert failure == "base recipe, batch size 16 (k = 1), seed 0: ValueError: no"
 
 
 def test_a_run_that_a_lost_node_recorded_and_did_not_tell_of_is_told_once(tmp_path):
-    runs = [Run(f"b8-s{seed}-x", {"seed": seed}, {}) for seed in range(3)]
+    runs = [fake_run(f"b8-s{seed}-x", 8) for seed in range(3)]
     for run in runs[:2]:
         folder = run_folder(tmp_path, run)
         folder.begin()
         MetricsFile(folder.path / "metrics.jsonl", 0).close()
-        folder.finish({"status": "diverged"})
+        folder.finish(Summary("diverged", {}))
     events = []
     display = types.SimpleNamespace(event=lambda task, event: events.append((task, event)))
-    told = ray_launcher.Told(display, tmp_path)
+    told = ray_cluster.Told(display, tmp_path)
     first = {"event": "run_finished", "run_id": runs[0].run_id, "status": "diverged"}
     told.event(0, first)
     told.event(1, first)  # of two attempts
@@ -130,18 +134,3 @@ def test_an_unknown_run_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2
     assert "unknown run in --only 'b16-s0-nothing'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--mode=train", "--launcher=print"), "--launcher has no effect with --mode=train"),
-        (("--sweep=tiny", "--restore_from=x"), "--restore_from has no effect with --mode=sweep"),
-    ],
-)
-def test_a_flag_that_the_mode_would_pass_over_is_refused(flags, said):
-    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stdout == ""

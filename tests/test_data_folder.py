@@ -4,49 +4,17 @@ import gzip
 import io
 import os
 import pathlib
-import struct
 import tarfile
-import zlib
 
 import numpy as np
 import pytest
+from helpers.images import bomb, colour, encode, make_archive, make_tree
 from PIL import Image
 
 from bs_jax.data import load
 from bs_jax.errors import UserError
 
-LARGER_IMAGES = (
-    pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenette2-224.tar"
-)
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def colour(index: int, size: tuple[int, int] = (12, 10)) -> bytes:
-    return encode(Image.new("RGB", size, (index * 20 % 256, 255 - index * 20 % 256, 7)))
-
-
-def make_tree(root: pathlib.Path, classes=("cat", "dog"), train=3, val=2, val_name="val"):
-    count = 0
-    for split, number in (("train", train), (val_name, val)):
-        for name in classes:
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(number):
-                (folder / f"{i}.png").write_bytes(colour(count))
-                count += 1
-    return root
-
-
-def make_archive(tree: pathlib.Path, path: pathlib.Path, top: str = "pets") -> pathlib.Path:
-    mode = "w:gz" if path.suffix in (".tgz", ".gz") else "w"
-    with tarfile.open(path, mode) as tar:
-        tar.add(tree, arcname=top)
-    return path
+IMAGENETTE = os.environ.get("BS_JAX_TEST_IMAGENETTE")  # its archive, where one is at hand
 
 
 @pytest.fixture
@@ -129,16 +97,6 @@ def test_grey_jpeg_among_colours(tree, open_data):
     image = open_data(tree).train.read(np.array([3]))[0]
     assert (image == image[..., :1]).all()
     assert image.std() > 20
-
-
-def bomb(width: int, height: int) -> bytes:
-    def part(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", b"") + part(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -336,12 +294,11 @@ def test_default_cache_folder(tmp_path, tree, monkeypatch):
     assert len(list((tmp_path / "xdg/bs_jax").iterdir())) == 2
 
 
+@pytest.mark.skipif(not IMAGENETTE, reason="BS_JAX_TEST_IMAGENETTE names no archive of Imagenette")
 def test_real_archive_by_its_first_images(tmp_path, open_data):
-    if not LARGER_IMAGES.exists():
-        pytest.skip("no folder of larger images beside the checkout")
     wanted, part = {"train": 2, "val": 1}, tmp_path / "imagenette.tar"
     taken: dict[tuple[str, str], int] = {}
-    with tarfile.open(LARGER_IMAGES) as tar, tarfile.open(part, "w") as small:
+    with tarfile.open(IMAGENETTE) as tar, tarfile.open(part, "w") as small:
         for member in tar:
             parts = member.name.split("/")
             if len(parts) != 4 or taken.get((parts[1], parts[2]), 0) >= wanted[parts[1]]:

@@ -12,11 +12,11 @@ import tempfile
 
 import numpy as np
 import pytest
+from helpers.images import bomb, colour, encode, make_archive, make_tree
 from helpers.process import taking_less_than
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
-from test_data_folder import bomb, colour, encode, make_archive, make_tree
 
 from bs_jax.data import load
 from bs_jax.data.decode import MAX_BYTES, UnreadableError, decode_square, strict_decoding

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.commands import finish, joined, lines, run, wait_for
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
 from bs_jax.data import pipeline
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, distributed, parallel, step
 
 TRAIN = "--mode=train"
@@ -127,7 +127,7 @@ def test_an_error_of_one_process_ends_all(tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_shard_map_and_pmap_are_the_same_to_the_bit():
-    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"})).config
+    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"}))
     data, devices = tiny_data(), jax.devices()[:2]
     images = parallel.replicate(pipeline.device_arrays(data.train), devices)
     batches = np.arange(3 * 32, dtype=np.int32).reshape(2, 3, 16)

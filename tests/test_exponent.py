@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bs_jax.experiments import analysis
-from bs_jax.experiments.exponent import learning_rate_exponent
-from bs_jax.experiments.results import Results, Row, Run, Sweep
+from bs_jax.records.results import Results, Row, Run, Sweep
+from bs_jax.statistics import analysis
+from bs_jax.statistics.exponent import learning_rate_exponent
 from configs import imagenette
 
 SWEEP = Sweep("s", "c", "t", "", 64, "acc", "loss", "train/loss", 0.01, (), "", "", None)
@@ -34,9 +34,13 @@ def sweep_of(exponent, *, curvature=0.006, sd=0.003, seeds=3, offsets=imagenette
     return analysis.analyse(Results(Path(), SWEEP, tuple(rows), runs, (), ()))
 
 
+def exponent_of(analysed):
+    return learning_rate_exponent(analysed, arm="lr_lin", control="no")
+
+
 @pytest.mark.parametrize("exponent", [0.5, 0.8, 1.0])
 def test_without_noise_to_speak_of_the_exponent_is_exact(exponent):
-    found = learning_rate_exponent(sweep_of(exponent, sd=1e-6))
+    found = exponent_of(sweep_of(exponent, sd=1e-6))
     assert found is not None
     assert found.value == pytest.approx(exponent, abs=1e-3)
     assert found.high - found.low < 1e-3
@@ -44,7 +48,7 @@ def test_without_noise_to_speak_of_the_exponent_is_exact(exponent):
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    found = [learning_rate_exponent(sweep_of(0.8, seed=seed)) for seed in range(40)]
+    found = [exponent_of(sweep_of(0.8, seed=seed)) for seed in range(40)]
     assert all(f is not None for f in found)
     held = sum(f.low <= 0.8 <= f.high for f in found if f is not None)
     assert held >= 35  # P(fewer of 40 at 95 %) is 1 %
@@ -52,7 +56,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 
 def test_two_batch_sizes_with_three_learning_rates_are_enough():
-    found = learning_rate_exponent(sweep_of(0.8, offsets={16: (1.0, 2.0), 64: (), 256: (0.5, 1.0)}))
+    found = exponent_of(sweep_of(0.8, offsets={16: (1.0, 2.0), 64: (), 256: (0.5, 1.0)}))
     assert found is not None
     assert found.low < 0.8 < found.high
     assert found.points == 7
@@ -68,10 +72,10 @@ def test_two_batch_sizes_with_three_learning_rates_are_enough():
     ],
 )
 def test_where_there_is_no_top_there_is_no_exponent(changes):
-    assert learning_rate_exponent(sweep_of(0.8, **changes)) is None
+    assert exponent_of(sweep_of(0.8, **changes)) is None
 
 
 def test_without_seed_noise_the_residuals_serve():
-    found = learning_rate_exponent(sweep_of(0.8, seeds=1))
+    found = exponent_of(sweep_of(0.8, seeds=1))
     assert found is not None
     assert found.low < 0.8 < found.high

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from helpers.synthetic_records import write_records
 
-from bs_jax.experiments import _report_findings as shown
-from bs_jax.experiments import analysis, findings
-from bs_jax.experiments._report_noise import SeedNoise
-from bs_jax.experiments._report_statistics import linear_contrast
-from bs_jax.experiments._report_tables import write_findings
-from bs_jax.experiments.findings import CONTRADICTED, SUPPORTED, UNDECIDED
-from bs_jax.experiments.report import write_report
-from bs_jax.experiments.results import Curve, Results, Row, Run, Sweep
+from bs_jax import studies
+from bs_jax.records.results import Curve, Results, Row, Run, Sweep, load_results
+from bs_jax.report.tables import to_csv
+from bs_jax.report.write import write_report
+from bs_jax.statistics import analysis
+from bs_jax.statistics.contrasts import linear_contrast
+from bs_jax.statistics.seed_noise import SeedNoise
+from bs_jax.studies.imagenette import findings, shown
+from bs_jax.studies.imagenette.findings import CONTRADICTED, SUPPORTED, UNDECIDED
 from configs import imagenette
 
 MARGIN = 0.01
@@ -202,7 +203,7 @@ def test_what_weight_decay_leaves_of_a_weight_is_the_published_number(size, lr, 
         {"optim/learning_rate": curve},
         {},
     )
-    assert shown._weight_left(run, size) == pytest.approx(left, abs=6e-4)
+    assert shown.weight_left(run, size) == pytest.approx(left, abs=6e-4)
 
 
 def test_the_page_and_the_terminal_show_every_finding():
@@ -210,12 +211,12 @@ def test_the_page_and_the_terminal_show_every_finding():
 
     results = sweep_of(PUBLISHED_TRUTH)
     found = analysis.analyse(results)
-    page = shown.findings(results, found, None)
+    page = shown.section(results, found, None).html()
     assert all(name in page for name in NAMES)
     assert page.count("supported</span>") == 2 * len(NAMES)  # in the list, and over its tests
     assert page.count("6 seeds a point.") == len(NAMES)
     console = Console(width=80, record=True, file=io.StringIO())
-    table = shown.terminal_findings(found)
+    table = shown.terminal(found)
     console.print(table)
     text = console.export_text()
     assert text.count("✓ supported") == len(NAMES)
@@ -229,7 +230,7 @@ def test_controls_and_measuring_rules_stand_beside_the_findings():
         results.runs["wd_lin-256-1.0-0"], curves=curve, scaled={"weight_decay": 4.0}
     )
     results = dataclasses.replace(results, runs={**results.runs, run.run_id: run})
-    page = shown.findings(results, analysis.analyse(results), None)
+    page = shown.section(results, analysis.analyse(results), None).html()
     controls = page.split("Controls, and rules")[1].replace("</td>", "\n")
     text = re.sub(r"<[^>]*>", "", controls)
     lines = [line for line in text.splitlines() if line]
@@ -255,19 +256,18 @@ def test_the_smoothed_accuracy_is_a_second_witness():
     assert smoothed is not None
     assert smoothed.base is not None
     assert smoothed.base.interval.mean == pytest.approx(0.7, abs=0.01)
-    page = shown.findings(results, analysis.analyse(results), smoothed)
+    page = shown.section(results, analysis.analyse(results), smoothed).html()
     assert page.count("By the smoothed accuracy: supported.") == len(NAMES)
 
 
-def test_findings_are_written_as_a_table_too(tmp_path):
+def test_findings_are_written_as_a_table_too():
     answers = findings.answer(analysis.analyse(sweep_of(PUBLISHED_TRUTH, seeds=1)))
-    (path,) = write_findings({"acc": answers}, tmp_path)
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    written = to_csv(shown.rows({"acc": answers})).decode()
+    rows = list(csv.DictReader(written.splitlines()))
     assert [row["finding"] for row in rows].count(NAMES[0]) == 6
     assert len(rows) == 6 + 5 * 2
     assert {row["verdict"] for row in rows} == {UNDECIDED}
     assert all(row["low_95"] == "" and float(row["effect"]) < 1 for row in rows)
-    assert write_findings({"acc": ()}, tmp_path) == []
 
 
 def test_a_whole_report_from_records_has_the_findings_by_both_metrics(tmp_path):
@@ -278,7 +278,9 @@ def test_a_whole_report_from_records_has_the_findings_by_both_metrics(tmp_path):
         effects=effects,
         smoothed_metric="eval/smoothed_accuracy",
     )
-    page = write_report(tmp_path).read_text()
+    results = load_results(tmp_path)
+    found = analysis.analyse(results)
+    page = write_report(results, found, studies.extras(results, found)).read_text()
     assert "The published findings" in page
     assert page.count("By the smoothed accuracy: contradicted.") == 1  # far worse below the base
     lines = (tmp_path / "report/findings.csv").read_text().splitlines()
@@ -291,5 +293,4 @@ def test_a_whole_report_from_records_has_the_findings_by_both_metrics(tmp_path):
 def test_other_sweeps_have_no_such_section():
     results = sweep_of(PUBLISHED_TRUTH, arms=("no",))
     found = analysis.analyse(results)
-    assert shown.findings(results, found, None) == ""
-    assert shown.terminal_findings(found) is None
+    assert studies.extras(results, found) == []

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from helpers.training import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_helpers import tiny_config
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import apply_overrides, resolve
+from bs_jax.sweep.points import apply_overrides, resolve
 from bs_jax.training.plan import Plan
 
 SMALL = tiny_config()
@@ -51,7 +51,7 @@ def plan_or_one_line(overrides):
         assert "\n" not in str(error)  # noqa: PT017
         return
     json.dumps(run.config)
-    chunks = list(Plan.of(run.config).chunks()) if run.config["train_examples"] < 10**6 else []
+    chunks = list(Plan.of(run).chunks(run.batch_size)) if run.train_examples < 10**6 else []
     assert all(chunk.end > chunk.start for chunk in chunks)
 
 

@@ -5,14 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.synthetic_records import write_records
+from helpers.synthetic_records import Run, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import analysis, report, results
-from bs_jax.training import records
-from bs_jax.training.records import MetricsFile, Run, RunFolder
+from bs_jax.records import metrics_file, results
+from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_files import Summary
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.report import terminal
+from bs_jax.statistics import analysis
 
 ROOT = Path(__file__).resolve().parents[1]
 scalars = st.one_of(
@@ -44,7 +47,7 @@ def restored(path, content):
 def check(sweep):
     found = results.load_results(sweep)
     analysed = analysis.analyse(found)
-    report.terminal_table(analysed)
+    terminal.verdict_table(analysed)
     return found
 
 
@@ -98,7 +101,7 @@ def test_a_run_folder_with_any_content_is_opened_or_refused(tmp_path_factory, fi
     run = Run("r", {"batch_size": 4}, {"k": 1.0})
     RunFolder(folder, run).begin()
     (folder / "metrics.jsonl").write_text('{"examples": 4, "train/loss": 1.0}\n')
-    RunFolder(folder, run).finish({"status": "done"})
+    RunFolder(folder, run).finish(Summary("done", {}))
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     (folder / file).write_bytes(raw)
     try:
@@ -106,7 +109,7 @@ def test_a_run_folder_with_any_content_is_opened_or_refused(tmp_path_factory, fi
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017 (most contents are fine)
     MetricsFile(folder / "metrics.jsonl", 100).close()
-    records.metrics_digest(folder / "metrics.jsonl", 100)
+    metrics_file.metrics_digest(folder / "metrics.jsonl", 100)
 
 
 def test_nothing_that_is_read_can_be_executed():

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
-from bs_jax.experiments.sweep import listing, plan_sweep
+from bs_jax.recipe import FixedValues
+from bs_jax.sweep.plan import listing, plan_sweep
+from bs_jax.sweep.points import resolve
 from bs_jax.training.optimizers import schedule_shape
-from bs_jax.training.plan import Plan, with_length
+from bs_jax.training.plan import Plan
 from configs import imagenette
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ def test_the_published_sweep_is_twelve_arms_of_25_points(seed_sweep):
 def test_every_point_has_the_published_hyperparameters(seed_sweep):
     runs = {run.run_id: run for run in seed_sweep.runs}
     for row in seed_sweep.rows:
-        config = runs[row["run_id"]].config
+        run = runs[row["run_id"]]
         s = row["batch_size"] / 64 * row["offset"]
         s = s**0.5 if row["arm"] == "all_sqrt" else s
         expected = {
@@ -69,11 +70,11 @@ def test_every_point_has_the_published_hyperparameters(seed_sweep):
             for name, value in BASE.items()
             if name in SCALED[row["arm"]].split()
         }
-        found = config["optimizer"]["hyperparams"] | {"bn_decay": config["bn_decay"]}
+        found = dict(run.optimizer.hyperparams) | {"bn_decay": run.bn_decay}
         untouched = {"eps": 1e-6, "sync_period": 6, "slow_step_size": 0.5}
         assert found == pytest.approx(BASE | expected | untouched, rel=1e-12), row
-        assert config["scaling"] == {"rule": "fixed"}
-        assert (config["label_smoothing"], config["ghost_batch_size"]) == (0.1, 0)
+        assert isinstance(run.optimizer, FixedValues)
+        assert (run.label_smoothing, run.ghost_batch_size) == (0.1, 0)
 
 
 def test_points_that_come_to_the_same_numbers_share_a_run(seed_sweep):
@@ -89,18 +90,16 @@ def test_points_that_come_to_the_same_numbers_share_a_run(seed_sweep):
     ("batch_size", "updates"), [(8, 1183), (16, 591), (32, 295), (64, 147), (128, 73), (256, 36)]
 )
 def test_an_epoch_leaves_out_its_last_incomplete_batch(batch_size, updates):
-    config = resolve(recipe(), {"batch_size": batch_size}).config
-    plan = Plan.of(config)
-    assert plan.num_steps == 20 * updates
-    assert plan.train_examples == plan.num_steps * batch_size  # the schedule ends with the run
-    last = list(plan.chunks())[-1]
-    assert (last.end, last.evaluate) == (plan.num_steps, True)
+    run = resolve(recipe(), {"batch_size": batch_size})
+    assert run.train_examples == 20 * updates * batch_size  # the schedule ends with the run
+    last = list(Plan.of(run).chunks(batch_size))[-1]
+    assert (last.end, last.evaluate) == (20 * updates, True)
 
 
 def test_the_learning_rate_is_flat_to_three_quarters_then_a_cosine():
-    config = with_length(recipe())
-    total = config["train_examples"]
-    shape = schedule_shape(config)
+    run = resolve(recipe())
+    total = run.train_examples
+    shape = schedule_shape(run.schedule, total)
     shares = np.array([0, 0.5, 0.75, 0.875, 1.0])
     expected = [1.0, 1.0, 1.0, 0.5 + 0.5e-5, 1e-5]
     np.testing.assert_allclose([shape(share * total) for share in shares], expected, atol=2e-7)
@@ -108,7 +107,7 @@ def test_the_learning_rate_is_flat_to_three_quarters_then_a_cosine():
 
 def test_the_controls_separate_the_learning_rate_from_the_decay_it_multiplies():
     sweep = planned("controls")
-    runs = {run.run_id: run.config["optimizer"]["hyperparams"] for run in sweep.runs}
+    runs = {run.run_id: run.optimizer.hyperparams for run in sweep.runs}
     factors = {
         (
             row["batch_size"],
@@ -139,7 +138,7 @@ def test_the_study_has_the_noise_measuring_rules_on_the_same_points():
 
 def test_ghost_batches_are_the_same_at_every_batch_size():
     sweep = planned("ghost")
-    assert {run.config["ghost_batch_size"] for run in sweep.runs} == {8}
+    assert {run.ghost_batch_size for run in sweep.runs} == {8}
     assert sweep.warnings == []
     assert len(planned("seed").warnings) == 1
 
@@ -147,8 +146,8 @@ def test_ghost_batches_are_the_same_at_every_batch_size():
 @pytest.mark.parametrize("name", ["anchor", "quick"])
 def test_the_other_sweeps_can_be_trained(name):
     sweep = planned(name, "quick")
-    assert {run.config["model"]["name"] for run in sweep.runs} == {"xresnet10_small"}
-    assert all(run.config["train_epochs"] == 0 for run in sweep.runs)
+    assert {run.model.name for run in sweep.runs} == {"xresnet10_small"}
+    assert all(run.train_examples % run.batch_size == 0 for run in sweep.runs)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +191,8 @@ def test_a_length_that_cannot_be_is_named(changes, message):
 
 
 def test_a_length_in_epochs_with_their_remainders():
-    config = resolve(recipe(), {"drop_remainder": False, "train_epochs": 1.5}).config
-    assert config["train_examples"] == int(1.5 * 9469)
-    assert with_length(config) == config
+    run = resolve(recipe(), {"drop_remainder": False, "train_epochs": 1.5})
+    assert run.train_examples == int(1.5 * 9469)
 
 
 def test_the_listing_has_a_line_a_point_and_says_what_is_measured(seed_sweep):

@@ -11,45 +11,47 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import lines, run, start, wait_for
+from helpers.runs import fake_run
+from helpers.training import rows
 from rich.console import Console
-from training_helpers import rows
 
-from bs_jax.experiments.launchers import Schedule
-from bs_jax.experiments.progress import Display
-from bs_jax.training.records import Run
+from bs_jax.sweep.cohorts import Schedule
+from bs_jax.sweep.progress import Display
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def fake_run(name, cohort, examples=100):
-    from training_helpers import tiny_config
-
-    config = tiny_config(train_examples=examples, **{"data.image_size": cohort})
-    config["scaling"] = {"rule": "fixed"}
-    return Run(name, config | {"micro_batch_size": 16}, {"k": 1.0, "rule": "none"})
 
 
 def test_a_worker_stays_with_its_cohort_and_then_helps_another():
     runs = [fake_run(f"a{n}", 8) for n in range(4)] + [fake_run(f"b{n}", 9) for n in range(2)]
     schedule = Schedule(runs)
-    order = [schedule.next(worker)[0].run_id for worker in (0, 1, 0, 1, 1, 0)]
+    order = [schedule.next(worker).runs[0].run_id for worker in (0, 1, 0, 1, 1, 0)]
     # Worker 0 takes the larger cohort, worker 1 the other, then part of the first.
     assert order == ["a0", "b0", "a1", "b1", "a2", "a3"]
-    assert schedule.next(0) == []
+    assert schedule.next(0) is None
 
 
-def test_vmapped_assignments_hold_a_whole_cohort():
-    runs = [fake_run(f"a{n}", 8) for n in range(3)] + [fake_run("b0", 9)]
-    schedule = Schedule(runs, at_once=4)
-    assert [[r.run_id for r in schedule.next(0)] for _ in range(3)] == [
-        ["a0", "a1", "a2"],
+def test_vmapped_assignments_hold_a_whole_cohort_finished_runs_included():
+    runs = [fake_run(f"a{n}", 8) for n in range(3)] + [fake_run("b0", 9), fake_run("c0", 10)]
+    schedule = Schedule(runs[1:4], runs, vmapped=lambda run: True)
+    found = [schedule.next(0), schedule.next(0)]
+    assert [[run.run_id for run in a.runs] for a in found] == [["a0", "a1", "a2"], ["b0"]]
+    assert all(assignment.vmapped for assignment in found)
+    assert schedule.next(0) is None
+
+
+def test_a_cohort_is_vmapped_or_not_by_itself():
+    runs = [fake_run(f"a{n}", 8) for n in range(2)] + [fake_run(f"b{n}", 9) for n in range(2)]
+    schedule = Schedule(runs, vmapped=lambda run: run.run_id.startswith("a"))
+    found = [schedule.next(0) for _ in range(3)]
+    assert sorted([run.run_id for run in assignment.runs] for assignment in found) == [
+        ["a0", "a1"],
         ["b0"],
-        [],
+        ["b1"],
     ]
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
     run = fake_run("a0", 8)
     console = Console(file=sys.stdout, force_terminal=False, width=200)
     with Display([run], 0, console) as display:
@@ -73,7 +75,7 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
 
 
 def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
-    monkeypatch.setattr("bs_jax.experiments.progress._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
     run = fake_run("a0", 8)
     with Display([run], 0, Console(file=sys.stdout, force_terminal=False)) as display:
         display.event(0, {"event": "run_finished", "run_id": "a0", "status": "interrupted"})
@@ -150,7 +152,7 @@ def swept(tmp_path_factory):
         process = start(f"--workdir={workdir}", recipe=SWEEP)
         wait_until_one_trains(workdir, process)
         found = subprocess.run(
-            ["pgrep", "-P", str(process.pid), "-f", "experiments.worker"],
+            ["pgrep", "-P", str(process.pid), "-f", "sweep.worker"],
             capture_output=True,
             text=True,
         )

@@ -9,12 +9,12 @@ import types
 
 import pytest
 from helpers.commands import ROOT
-from test_storage import root, store  # noqa: F401 (fixtures)
+from helpers.synthetic_records import Run
 
-from bs_jax import lease, storage
 from bs_jax.errors import UserError
-from bs_jax.lease import Lease
-from bs_jax.training.records import Run, RunFolder
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.records.stores import files, lease
+from bs_jax.records.stores.lease import Lease
 
 SECONDS = 0.3
 
@@ -41,17 +41,17 @@ def elsewhere(folder):
 
 
 @pytest.mark.usefixtures("lively")
-def test_the_next_one_begins_when_the_first_has_ended(root):  # noqa: F811
+def test_the_next_one_begins_when_the_first_has_ended(root):
     for _ in range(3):
         with lease.held(root) as found:
             found.check()
             refused = pytest.raises(UserError, match="is training in gs://bucket/some/folder; wait")
             with refused, lease.held(root):
                 raise AssertionError
-    assert storage.names(root / "LOCK") == {"000002", "000003"}
+    assert files.names(root / "LOCK") == {"000002", "000003"}
 
 
-def test_who_is_silent_is_taken_over_and_stops(root):  # noqa: F811
+def test_who_is_silent_is_taken_over_and_stops(root):
     first = elsewhere(root)
     first.acquire()
     began = time.monotonic()
@@ -66,7 +66,7 @@ def test_who_is_silent_is_taken_over_and_stops(root):  # noqa: F811
     elsewhere(root).acquire()  # at once, as the second has released it
 
 
-def test_who_was_silent_but_not_taken_over_goes_on(root):  # noqa: F811
+def test_who_was_silent_but_not_taken_over_goes_on(root):
     first = elsewhere(root)
     first.acquire()
     time.sleep(1.5 * SECONDS)
@@ -77,7 +77,7 @@ def test_who_was_silent_but_not_taken_over_goes_on(root):  # noqa: F811
 
 
 @pytest.mark.usefixtures("lively")
-def test_of_many_who_wait_for_a_stale_lease_one_takes_it(root):  # noqa: F811
+def test_of_many_who_wait_for_a_stale_lease_one_takes_it(root):
     elsewhere(root).acquire()
     took, refused, settled = [], [], threading.Event()
 
@@ -102,11 +102,11 @@ def test_of_many_who_wait_for_a_stale_lease_one_takes_it(root):  # noqa: F811
     assert (len(took), len(refused)) == (1, 3)
 
 
-def test_a_holder_of_this_machine_that_was_killed_is_not_waited_for(root, store, monkeypatch):  # noqa: F811
+def test_a_holder_of_this_machine_that_was_killed_is_not_waited_for(root, store, monkeypatch):
     monkeypatch.setenv("BS_JAX_LEASE_SECONDS", "500")
     program = (
-        "import sys, time\nfrom bs_jax import lease, storage\n"
-        f"with lease.held(storage.to_path({str(root)!r})):\n"
+        "import sys, time\nfrom bs_jax.records.stores import files, lease\n"
+        f"with lease.held(files.to_path({str(root)!r})):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -122,7 +122,7 @@ def test_a_holder_of_this_machine_that_was_killed_is_not_waited_for(root, store,
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"seconds": "x", "process": [1, 2]}'])
-def test_whatever_lies_there_is_waited_for_as_long_as_a_lease(root, store, content, monkeypatch):  # noqa: F811
+def test_whatever_lies_there_is_waited_for_as_long_as_a_lease(root, store, content, monkeypatch):
     monkeypatch.setattr(lease, "_SECONDS", 0.3)
     store.put("some/folder/LOCK/000007", content)
     store.put("some/folder/LOCK/notes.txt", b"")
@@ -131,8 +131,8 @@ def test_whatever_lies_there_is_waited_for_as_long_as_a_lease(root, store, conte
     assert json.loads(store.objects["some/folder/LOCK/000008"])["released"] is True
 
 
-def test_a_lost_answer_to_the_creation_is_no_other_holder(root, monkeypatch):  # noqa: F811
-    create = storage.create
+def test_a_lost_answer_to_the_creation_is_no_other_holder(root, monkeypatch):
+    create = files.create
 
     def lossy(path, content):
         create(path, content)
@@ -142,13 +142,13 @@ def test_a_lost_answer_to_the_creation_is_no_other_holder(root, monkeypatch):  #
         raise AssertionError("it waits for itself")
 
     monkeypatch.setenv("BS_JAX_LEASE_SECONDS", "600")
-    monkeypatch.setattr(storage, "create", lossy)
+    monkeypatch.setattr(files, "create", lossy)
     monkeypatch.setattr(lease, "time", types.SimpleNamespace(**{**vars(time), "sleep": waited}))
     with lease.held(root) as found:
         found.check()
 
 
-def test_a_run_that_was_taken_over_writes_no_more(root, store, monkeypatch):  # noqa: F811
+def test_a_run_that_was_taken_over_writes_no_more(root, store, monkeypatch):
     monkeypatch.setattr(Lease, "renew_until_released", lambda self: None)  # as if it stood still
     run = Run("b8", {"batch_size": 8, "seed": 0}, {"rule": "none"})
     first = RunFolder(root, run)

@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 from helpers.process import open_files, resident_mib
-from training_helpers import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data
 
-from bs_jax.experiments import launchers
-from bs_jax.experiments.points import resolve
-from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep import worker
+from bs_jax.sweep.points import resolve
+from bs_jax.training.train import Trainer
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 
@@ -20,7 +20,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /pr
 @linux
 def test_run_after_run_leaves_no_file_open(tmp_path):
     runs = [resolve(tiny_config(seed=seed, tensorboard=True)) for seed in range(5)]
-    trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1])
     trainer.train([RunFolder(tmp_path / "0", runs[0])])
     before = open_files()
     for number, run in enumerate(runs[1:], 1):
@@ -42,7 +42,7 @@ def test_memory_does_not_grow_over_ten_thousand_updates(tmp_path, streamed):
     cadence = {f"{name}_every_examples": 1600 for name in ("eval", "log", "checkpoint")}
     run = resolve(tiny_config(**{"train_examples": 160_000, "data.streamed": streamed, **cadence}))
     seen = []
-    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
     trainer.train(
         [RunFolder(tmp_path, run)],
         lambda event: seen.append((event.get("examples"), resident_mib())),
@@ -57,9 +57,9 @@ def test_memory_does_not_grow_over_ten_thousand_updates(tmp_path, streamed):
 def test_the_log_of_a_worker_is_bounded(tmp_path):
     path = tmp_path / "logs" / "worker-0.log"
     path.parent.mkdir()
-    path.write_bytes(b"x" * (launchers.LOG_BYTES + 1))
+    path.write_bytes(b"x" * (worker.LOG_BYTES + 1))
     for _ in range(2):
-        with launchers.open_log(path) as log:
+        with worker.open_log(path) as log:
             log.write("more\n")
     assert path.read_text() == "more\nmore\n"
-    assert path.with_suffix(".log.old").stat().st_size == launchers.LOG_BYTES + 1
+    assert path.with_suffix(".log.old").stat().st_size == worker.LOG_BYTES + 1

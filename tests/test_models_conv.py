@@ -1,6 +1,8 @@
 """Convolutions: every form against XLA's own, in values, gradients and transformations."""
 
+import ast
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from bs_jax.models import conv_cpu
+import bs_jax.models.cpu
 from bs_jax.models.conv import conv_general_dilated
-from bs_jax.models.conv_cpu import IMAGE_GRADIENTS, convolve
-from bs_jax.models.conv_forms import FORMS, Settings
+from bs_jax.models.cpu import conv as conv_cpu
+from bs_jax.models.cpu.conv import IMAGE_GRADIENTS, convolve
+from bs_jax.models.cpu.forms import FORMS, Settings
 
 KEY = jax.random.key(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -251,3 +254,18 @@ def test_forms_are_chosen_by_shape():
     assert chosen(32, 2, 512) == ("patches", "columns", "taps")
     assert chosen(32, 8, 512, kernel=1) == ("taps", "columns", "taps")
     assert chosen(8, 7, 16) == ("patches", "columns", "patches")
+
+
+def test_the_forms_of_the_cpu_lie_behind_one_function():
+    root, door = pathlib.Path(bs_jax.__file__).parent, "bs_jax.models.cpu"
+    imported = [
+        (str(path.relative_to(root)), f"{node.module}.{name.name}")
+        for path in root.rglob("*.py")
+        if path.parent != root / "models" / "cpu"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if f"{node.module}.{name.name}.".startswith(f"{door}.")
+    ]
+    assert imported == [("models/conv.py", door)]
+    assert bs_jax.models.cpu.__all__ == ["convolve"]

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import tiny_config, tiny_data
+from helpers.training import tiny_config, tiny_data
 
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, loop, memory, parallel, profiling, step
-from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.training.train import Trainer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -46,7 +46,7 @@ def test_runs_that_differ_in_values_only_and_further_evaluations_compile_nothing
         {"optimizer.hyperparams.learning_rate": 1e-3, "optimizer.hyperparams.weight_decay": 0.2},
         {"bn_decay": 0.5, "optimizer.hyperparams.b2": 0.9},
     )
-    trainer = Trainer(first.run.config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(first.run, tiny_data(), jax.devices()[:1])
     with counted_compilations() as found:
         trainer.train([first])  # two chunks of one length, two evaluations
         assert found, "the counter does not count"
@@ -60,7 +60,7 @@ def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
         tmp_path,
         {"eval_every_examples": 48, "log_every_examples": 16, "checkpoint_every_examples": 0},
     )
-    trainer = Trainer(folder.run.config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(folder.run, tiny_data(), jax.devices()[:1])
     fetches, chunks = [], []
     get, train_chunk = jax.device_get, trainer._programs.train_chunk
 
@@ -85,7 +85,7 @@ def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
 
 
 def test_the_state_is_donated_and_lives_on_in_the_same_memory():
-    config = resolve(tiny_config()).config
+    config = resolve(tiny_config())
     devices = jax.devices()[:1]
     programs = step.make_programs(config, 3, (8, 8, 1), devices)
     inputs = step.run_inputs(config)
@@ -131,7 +131,7 @@ def test_options_for_the_compiler_are_given_on_cpus_only_and_leave_the_users_alo
 
 
 def test_a_profile_names_operations_and_opens_in_perfetto(tmp_path):
-    config = resolve(tiny_config()).config
+    config = resolve(tiny_config())
     found = profiling.profile(config, tiny_data(), jax.devices()[:1], tmp_path, updates=2)
     assert found.seconds_per_update > 0
     assert sum(share for _, share in found.operations) == pytest.approx(1)
@@ -157,7 +157,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
     runs = folders(tmp_path, *({"seed": seed} for seed in range(5)))
-    trainer = Trainer(runs[0].run.config, tiny_data(), jax.devices()[:1], vmapped=True)
+    trainer = Trainer(runs[0].run, tiny_data(), jax.devices()[:1], vmapped=True)
     one = []
     decide = memory.runs_at_once
 

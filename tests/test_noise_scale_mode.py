@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_helpers import tiny_config, tiny_data
+from helpers.training import tiny_config, tiny_data
 
 from bs_jax import models
+from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
-from bs_jax.experiments import noise_scale, plots_noise
+from bs_jax.recipe import FixedValues
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.report import plots
 from bs_jax.scaling import MicrobatchStats, noise_sample
-from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.statistics import noise_curve
+from bs_jax.training.train import Interrupted, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, BASE = 64, 32
@@ -52,7 +55,7 @@ def synthetic_rows(trace, signals, seed=0, updates=20):
 
 
 def curve_of(found):
-    return noise_scale.from_metrics(found, batch_size=BATCH, base_batch_size=BASE)
+    return noise_curve.from_metrics(found, batch_size=BATCH, base_batch_size=BASE)
 
 
 def test_a_known_noise_scale_lies_within_the_stated_range():
@@ -92,7 +95,7 @@ def test_the_table_and_the_figure():
     assert len(lines) <= 18
     assert lines[0].split()[:4] == ["examples", "B_noise", "from", "to"]
     assert lines[-2].split()[0] == "64,000"
-    figure = plots_noise.noise_scale_figure(curve)
+    figure = plots.noise_scale_figure(curve.rows, BATCH, BASE, errors=2.0)
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     texts = {text.get_text() for text in axes.texts}
@@ -104,7 +107,7 @@ def test_the_table_and_the_figure():
 def measuring(overrides, data=None):
     """Return path -> curve: a run of the tiny recipe, its programs compiled once."""
     run = noise_scale.plan(tiny_config(**overrides))
-    trainer = Trainer(run.config, data or tiny_data(), jax.devices()[:1])
+    trainer = Trainer(run, data or tiny_data(), jax.devices()[:1])
 
     def measure(path, **kwargs):
         trainer.train([RunFolder(path, run)], **kwargs)
@@ -168,8 +171,8 @@ def test_another_optimizer():
     config = tiny_config(**{"optimizer.name": "sgd"})
     config["optimizer"]["hyperparams"] = {"learning_rate": 0.1, "momentum": 0.9}
     run = noise_scale.plan(config)
-    assert run.config["micro_batch_size"] == 8  # half the batch
-    assert run.config["scaling"] == {"rule": "fixed"}
+    assert run.micro_batch_size == 8  # half the batch
+    assert isinstance(run.optimizer, FixedValues)
     assert run.run_id.endswith("-noise")
 
 

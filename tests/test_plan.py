@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from bs_jax.training.plan import Plan, per_device
 
 
-def make_plan(batch_size=8, train=100, log=16, evaluate=40, checkpoint=0, short=False):
-    return Plan(batch_size, train, log, evaluate, checkpoint, short)
+def make_plan(train=100, log=16, evaluate=40, checkpoint=0, short=False):
+    return Plan(train, log, evaluate, checkpoint, short)
 
 
+sizes = st.integers(1, 40)
 plans = st.builds(
     make_plan,
-    batch_size=st.integers(1, 40),
     train=st.integers(40, 400),
     log=st.integers(1, 100),
     evaluate=st.integers(1, 200),
@@ -23,39 +23,63 @@ plans = st.builds(
 )
 
 
-@given(plans)
-def test_chunks_cover_every_update_once_and_end_with_an_evaluation(plan):
-    chunks = list(plan.chunks())
+@given(plans, sizes)
+def test_chunks_cover_every_update_once_and_end_with_an_evaluation(plan, size):
+    chunks = list(plan.chunks(size))
     assert [c.start for c in chunks] == [0, *(c.end for c in chunks[:-1])]
-    assert chunks[-1].end == plan.num_steps
+    assert [c.examples for c in chunks] == [c.start * size for c in chunks]
+    assert chunks[-1].end == plan.train_examples // size
     assert chunks[-1].evaluate
     assert all(c.end > c.start for c in chunks)
+    assert [plan.is_last(c) for c in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
-@given(plans)
-def test_a_resumed_run_goes_through_the_same_chunks(plan):
-    chunks = list(plan.chunks())
+@given(plans, sizes)
+def test_events_are_the_first_updates_that_have_seen_a_multiple_of_their_cadence(plan, size):
+    last = plan.train_examples // size
+
+    def due(every):
+        steps = {-(-m * every // size) for m in range(1, plan.train_examples // every + 1)}
+        return {step for step in steps if step <= last} | {last}
+
+    evaluations = due(plan.eval_every_examples)
+    every = plan.checkpoint_every_examples
+    checkpoints = due(every) if every else set()
+    logs = due(plan.log_every_examples)
+    chunks = list(plan.chunks(size))
+    assert {c.end for c in chunks if c.evaluate} == evaluations
+    assert {c.end for c in chunks if c.checkpoint} == checkpoints
+    assert {c.end for c in chunks} == evaluations | checkpoints | (
+        logs if plan.short_chunks else set()
+    )
+    windows = {end for c in chunks for _, end in plan.log_windows(c)}
+    assert windows == logs | {c.end for c in chunks}
+
+
+@given(plans, sizes)
+def test_a_resumed_run_goes_through_the_same_chunks(plan, size):
+    chunks = list(plan.chunks(size))
     for position, chunk in enumerate(chunks):
-        assert list(plan.chunks(chunk.end)) == chunks[position + 1 :]
+        assert list(plan.chunks(size, chunk.end, chunk.end_examples)) == chunks[position + 1 :]
 
 
-@given(plans)
-def test_log_windows_partition_each_chunk(plan):
-    for chunk in plan.chunks():
+@given(plans, sizes)
+def test_log_windows_partition_each_chunk(plan, size):
+    for chunk in plan.chunks(size):
         updates = [u for start, end in plan.log_windows(chunk) for u in range(start, end)]
         assert updates == list(range(chunk.start, chunk.end))
 
 
 def test_events_happen_at_the_first_update_past_the_cadence():
     # 40 and 80 examples fall due within updates 5 and 10 of 8 examples; 96 of 100 can be trained.
-    ends = [(c.end, c.evaluate) for c in make_plan().chunks()]
+    ends = [(c.end, c.evaluate) for c in make_plan().chunks(8)]
     assert ends == [(5, True), (10, True), (12, True)]
     # With 12 examples an update, 40 examples are first reached in update 4 (48 examples).
-    assert [c.end for c in make_plan(batch_size=12).chunks()] == [4, 7, 8]
+    assert [c.end for c in make_plan().chunks(12)] == [4, 7, 8]
 
 
 def test_checkpoints_also_at_the_end():
-    chunks = list(make_plan(checkpoint=64).chunks())
+    chunks = list(make_plan(checkpoint=64).chunks(8))
     assert [c.end for c in chunks if c.checkpoint] == [8, 12]
 
 

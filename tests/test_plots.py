@@ -10,10 +10,9 @@ from helpers.synthetic_records import diverge, edit_json, write_records
 
 pytest.importorskip("matplotlib")
 
-from bs_jax.experiments import _report_style as style
-from bs_jax.experiments import plots
-from bs_jax.experiments.analysis import analyse
-from bs_jax.experiments.results import load_results
+from bs_jax.records.results import load_results
+from bs_jax.report import plots, style
+from bs_jax.statistics.analysis import analyse
 
 
 @pytest.fixture(scope="module")

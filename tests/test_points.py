@@ -4,22 +4,23 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers.training import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
-from training_helpers import tiny_config
 
-from bs_jax import flags
+from bs_jax.cli import sweep as cli
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import (
+from bs_jax.recipe import MeasuredWhileTraining
+from bs_jax.sweep.plan import plan_sweep
+from bs_jax.sweep.points import (
     Point,
     apply_overrides,
-    default_micro_batch_size,
     product,
     resolve,
     with_seeds,
 )
-from bs_jax.experiments.sweep import plan_sweep
-from bs_jax.training import optimizers, validate
+from bs_jax.training import checks, optimizers
+from bs_jax.training.resolve import default_micro_batch_size
 from configs import fashion_mnist
 
 RULES = ("none", "linear", "sqrt", "noise_aware", "invariant")
@@ -49,16 +50,16 @@ def test_at_k_1_every_rule_is_the_base_run(rule):
 
 def test_hyperparameters_follow_the_rule_and_the_record_says_so():
     run = resolve(recipe(**{"scaling.rule": "sqrt", "batch_size": 256}))
-    hyperparams = run.config["optimizer"]["hyperparams"]
+    hyperparams = run.optimizer.hyperparams
     assert hyperparams["learning_rate"] == pytest.approx(2e-3 * 2)
     assert hyperparams["b1"] == pytest.approx(0.9**4)
     assert hyperparams["b2"] == pytest.approx(0.99**4)
     assert hyperparams["weight_decay"] == pytest.approx(0.1 * 2)
     assert hyperparams["eps"] == pytest.approx(1e-8 / 2)
-    assert run.config["bn_decay"] == pytest.approx(0.9**4)
-    assert run.hparams["base"]["learning_rate"] == 2e-3
-    assert run.hparams["scaled"]["bn_decay"] == run.config["bn_decay"]
-    assert {row["hyperparameter"] for row in run.hparams["rows"]} >= {"b1", "bn_decay"}
+    assert run.bn_decay == pytest.approx(0.9**4)
+    assert run.scaled.base["learning_rate"] == 2e-3
+    assert run.scaled.values["bn_decay"] == run.bn_decay
+    assert {row["hyperparameter"] for row in run.scaled.rows} >= {"b1", "bn_decay"}
 
 
 def test_switches_and_offsets_act_on_one_hyperparameter():
@@ -72,7 +73,7 @@ def test_switches_and_offsets_act_on_one_hyperparameter():
             }
         )
     )
-    hyperparams = run.config["optimizer"]["hyperparams"]
+    hyperparams = run.optimizer.hyperparams
     assert hyperparams["b2"] == 0.99
     assert hyperparams["learning_rate"] == pytest.approx(2e-3 * 4)
     assert hyperparams["b1"] == pytest.approx(0.81)
@@ -80,14 +81,15 @@ def test_switches_and_offsets_act_on_one_hyperparameter():
 
 def test_a_rule_that_works_while_training_keeps_the_base_recipe():
     run = resolve(recipe(**{"scaling.rule": "noise_aware", "batch_size": 256}))
-    assert run.config["optimizer"]["hyperparams"]["learning_rate"] == 2e-3
-    assert run.config["base_batch_size"] == 64
-    assert run.config["micro_batch_size"] == 64
-    assert run.hparams["scaled"]["learning_rate"] is None
+    assert isinstance(run.optimizer, MeasuredWhileTraining)
+    assert run.optimizer.hyperparams["learning_rate"] == 2e-3
+    assert run.optimizer.base_batch_size == 64
+    assert run.micro_batch_size == 64
+    assert run.scaled.values["learning_rate"] is None
     known = resolve(
         recipe(**{"scaling.rule": "noise_aware", "batch_size": 256, "scaling.noise_scale": 1e12})
     )
-    rate = known.config["optimizer"]["hyperparams"]["learning_rate"]
+    rate = known.optimizer.hyperparams["learning_rate"]
     assert rate == pytest.approx(2e-3 * 2, rel=1e-6)  # all noise: the square-root rule
 
 
@@ -112,7 +114,7 @@ def test_what_is_only_shown_does_not_change_the_id_and_what_is_trained_does():
 
 def test_cohorts_share_programs_across_seeds_values_and_fixed_rules():
     def key(**overrides):
-        return optimizers.cohort_key(resolve(recipe(batch_size=32, **overrides)).config)
+        return optimizers.cohort_key(resolve(recipe(batch_size=32, **overrides)))
 
     fixed = key(**{"scaling.rule": "none"})
     assert key(**{"scaling.rule": "sqrt", "seed": 5}) == fixed
@@ -150,11 +152,11 @@ def test_other_seeds_replace_a_sweeps_own_at_every_point():
 
 @pytest.mark.parametrize("text", ["0,0", "-1", "a", "1.5", "0,,1", "٣"])
 def test_seeds_on_the_command_line_are_distinct_whole_numbers(monkeypatch, text):
-    monkeypatch.setattr(flags, "FLAGS", SimpleNamespace(seeds=text.split(",")))
+    monkeypatch.setattr(cli, "FLAGS", SimpleNamespace(seeds=text.split(",")))
     with pytest.raises(UserError, match=f"--seeds={text}: give whole numbers from 0, none twice"):
-        flags.given_seeds()
-    flags.FLAGS.seeds = ["3", " 0"]
-    assert flags.given_seeds() == [3, 0]
+        cli.given_seeds()
+    cli.FLAGS.seeds = ["3", " 0"]
+    assert cli.given_seeds() == [3, 0]
 
 
 MISTAKES = {
@@ -201,11 +203,11 @@ def test_a_bad_point_is_named():
 
 
 def test_arms_that_normalise_different_groups_are_warned_about():
-    configs = [
+    runs = [
         resolve(recipe(**{"batch_size": size, "ghost_batch_size": 0, "scaling.rule": "none"}))
         for size in (32, 64)
     ]
-    warnings = validate.comparison_warnings(run.config for run in configs)
+    warnings = checks.comparison_warnings(runs)
     assert len(warnings) == 1
     assert "32, 64 examples together" in warnings[0]
 
@@ -213,10 +215,10 @@ def test_arms_that_normalise_different_groups_are_warned_about():
 def test_sgd_recipes_resolve_with_the_undamped_momentum_corrected():
     config = recipe(**{"scaling.rule": "linear", "batch_size": 128, "optimizer.name": "sgd"})
     config["optimizer"]["hyperparams"] = {"learning_rate": 0.1, "momentum": 0.9}
-    hyperparams = resolve(config).config["optimizer"]["hyperparams"]
+    hyperparams = resolve(config).optimizer.hyperparams
     assert hyperparams["momentum"] == pytest.approx(0.81)
     assert hyperparams["learning_rate"] == pytest.approx(0.1 * 2 * (1 - 0.81) / (1 - 0.9))
 
 
 def test_the_tiny_recipe_of_the_tests_is_valid():
-    assert resolve(tiny_config()).config["model"]["name"] == "resnet4_patch"
+    assert resolve(tiny_config()).model.name == "resnet4_patch"

@@ -11,10 +11,11 @@ from helpers.synthetic_records import diverge, edit_json, write_records
 pytest.importorskip("matplotlib")
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import report
-from bs_jax.experiments._report_page import html, page, tag
-from bs_jax.experiments.analysis import analyse
-from bs_jax.experiments.results import load_results
+from bs_jax.records.results import load_results
+from bs_jax.report.page import Section, html, page, tag
+from bs_jax.report.terminal import verdict_table
+from bs_jax.report.write import write_report
+from bs_jax.statistics.analysis import analyse
 
 _VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
 
@@ -47,6 +48,11 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
+def report_on(workdir):
+    results = load_results(workdir)
+    return write_report(results, analyse(results))
+
+
 def check(path):
     checker = Checker()
     checker.feed(path.read_text(encoding="utf-8"))
@@ -62,7 +68,7 @@ def written(tmp_path_factory):
     (workdir / "runs/b16-s1-sqrt-1.0/DONE").unlink()
     (workdir / "runs/holiday").mkdir()
     edit_json(workdir / "sweep.json", warnings=["ghost batches differ"])
-    return report.write_report(workdir)
+    return report_on(workdir)
 
 
 def test_the_page_is_well_formed_light_and_asks_the_network_for_nothing(written):
@@ -84,7 +90,7 @@ def test_the_verdict_comes_first_in_words(written):
     assert "none, linear and sqrt: it matters (margin ±1.00 points)." in text
     assert "Final accuracy stays within ±1.00 points of the base from batch size 16 to 256" in text
     assert text.index("does not matter") < text.index("Final accuracy against batch size")
-    for verdict in ("✓ invariant", "✗ not invariant"):
+    for verdict in ("✓ equivalent", "✗ different"):
         assert verdict in text
 
 
@@ -123,7 +129,7 @@ def test_every_text_is_escaped(tmp_path):
     hparams = json.loads((folder / "hparams.json").read_text())
     edit_json(folder / "hparams.json", scaled=hparams["scaled"] | {evil: 1.0}, warnings=[evil])
     (workdir / "runs" / "<script>1").mkdir()
-    checker, text = check(report.write_report(workdir))
+    checker, text = check(report_on(workdir))
     assert "script" not in checker.tags
     assert text.count('<script>alert("x")</script>&amp;') > 10
 
@@ -147,14 +153,14 @@ def test_a_thin_sweep_gives_a_thin_report_in_clear_words(tmp_path, change, expec
             shutil.rmtree(folder)
         if change == "no curves":
             (folder / "metrics.jsonl").unlink()
-    _, text = check(report.write_report(workdir))
+    _, text = check(report_on(workdir))
     assert expected in text
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
 def test_writing_again_replaces_every_file_and_leaves_no_others(written):
     before = {path.name: path.read_bytes() for path in written.parent.iterdir()}
-    assert report.write_report(written.parent.parent) == written
+    assert report_on(written.parent.parent) == written
     after = {path.name: path.read_bytes() for path in written.parent.iterdir()}
     assert after == before
     assert {"index.html", "metric.png", "curves.png", "deviation.png", "results.csv"} <= set(after)
@@ -164,7 +170,7 @@ def test_a_report_that_cannot_be_written_is_a_one_line_error(tmp_path):
     workdir = write_records(tmp_path, ("none",), (32, 64), seeds=1, rows=2)
     (workdir / "report").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*report") as caught:
-        report.write_report(workdir)
+        report_on(workdir)
     assert "\n" not in str(caught.value)
 
 
@@ -177,7 +183,7 @@ def test_the_terminal_table_has_a_line_a_rule_and_takes_names_literally(tmp_path
     edit_json(workdir / "sweep.json", points=points)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(report.terminal_table(analyse(load_results(workdir))))
+        console.print(verdict_table(analyse(load_results(workdir))))
     text = console.export_text()
     assert "[red]a[/red]" in text
     assert "64 (base)" in text
@@ -187,4 +193,4 @@ def test_the_terminal_table_has_a_line_a_rule_and_takes_names_literally(tmp_path
 def test_plain_text_is_escaped_and_made_html_is_not():
     assert tag("b", "<i>", tag("i", "&")) == "<b>&lt;i&gt;<i>&amp;</i></b>"
     assert html("a\x00b") == "a b"
-    assert page("<t>", "x & y").count("&lt;t&gt;") == 1
+    assert page("<t>", "x & y", [Section("<u>", "<v>")]).count("&lt;t&gt;") == 1

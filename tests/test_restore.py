@@ -6,15 +6,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from training_helpers import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.scaling import ScaleByBatchState
+from bs_jax.sweep.points import resolve
 from bs_jax.training import step
 from bs_jax.training.carry_over import OtherRun
-from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.training.train import Interrupted, Trainer
 
 
 def losses(found):
@@ -27,7 +27,7 @@ def interrupted(path, devices=1, chunks=1, **overrides):
     folder = RunFolder(path, run)
     calls = iter(range(chunks))
     with pytest.raises(Interrupted):
-        Trainer(run.config, tiny_data(), jax.devices()[:devices]).train(
+        Trainer(run, tiny_data(), jax.devices()[:devices]).train(
             [folder], should_stop=lambda: next(calls, None) == chunks - 1
         )
     return folder
@@ -38,7 +38,7 @@ def test_on_another_number_of_devices(tmp_path):
     whole = train(tmp_path / "whole")
     folder = interrupted(tmp_path / "parts", devices=1)
     found = train(tmp_path / "parts", devices=2)
-    assert folder.summary()["resumed_at_step"] == 6
+    assert folder.summary().resumed_at_step == 6
     np.testing.assert_allclose(losses(found), losses(whole), rtol=2e-3)
 
 
@@ -49,11 +49,9 @@ def other_run(tmp_path, recipe, source=None):
 
 def state_at(recipe, other):
     run, data = resolve(recipe), tiny_data()
-    programs = step.make_programs(run.config, 3, data.train.image_shape, jax.devices()[:1])
-    fresh = jax.device_get(programs.init(step.run_inputs(run.config)))
-    return other.state_for(run.config, fresh, 3, data.train.image_shape), other._newest(
-        3, (8, 8, 1)
-    )
+    programs = step.make_programs(run, 3, data.train.image_shape, jax.devices()[:1])
+    fresh = jax.device_get(programs.init(step.run_inputs(run)))
+    return other.state_for(run, fresh, 3, data.train.image_shape), other._newest(3, (8, 8, 1))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +81,14 @@ def test_at_the_same_batch_size_a_restored_run_is_the_rest_of_the_other(tmp_path
     whole = train(tmp_path / "whole")
     other = other_run(tmp_path, tiny_config())
     folder = RunFolder(tmp_path / "rest", resolve(tiny_config()))
-    Trainer(folder.run.config, tiny_data(), jax.devices()[:1]).train([folder], other_run=other)
+    Trainer(folder.run, tiny_data(), jax.devices()[:1]).train([folder], other_run=other)
     assert rows(folder.path) == [row for row in whole if row["examples"] > 96]
 
 
 def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     recipe = tiny_config(**{"batch_size": 32, "scaling.rule": "sqrt", "eval_every_examples": 32})
     other, run = other_run(tmp_path, recipe), resolve(recipe)
-    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
     whole, parts = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "parts", run)
     trainer.train([whole], other_run=other)
     assert [row["examples"] for row in rows(whole.path)] == [128, 160, 192]
@@ -100,7 +98,7 @@ def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     anew = OtherRun(tmp_path / "source", recipe)  # as the same command does when given again
     anew.check(parts.path)
     trainer.train([parts], other_run=anew)
-    assert parts.summary()["resumed_at_step"] == 4
+    assert parts.summary().resumed_at_step == 4
     assert rows(parts.path) == rows(whole.path)
 
 
@@ -139,7 +137,7 @@ def test_a_changed_config_is_refused_with_what_changed_and_the_flag_that_permits
     assert "label_smoothing is" in str(refused.value)
     assert "--allow_config_change" in str(refused.value)
     folder = RunFolder(tmp_path, longer, allow_change=True)
-    Trainer(longer.config, tiny_data(), jax.devices()[:1]).train([folder])
+    Trainer(longer, tiny_data(), jax.devices()[:1]).train([folder])
     assert rows(tmp_path)[-1]["examples"] == 288
     assert folder.done
     assert json.loads((tmp_path / "config.json").read_text())["train_examples"] == 288

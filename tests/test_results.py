@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
-from bs_jax.experiments import results
-from bs_jax.experiments._report_tables import write_tables
+from bs_jax.records import results
+from bs_jax.report.tables import write_tables
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -250,7 +250,8 @@ def test_text_that_no_file_can_hold_does_not_stop_the_tables(workdir, tmp_path):
 
 def test_the_offline_rooms_do_not_import_jax():
     code = (
-        "import sys; from bs_jax.experiments import results, analysis, plots, report; "
+        "import sys; from bs_jax.records import results; from bs_jax.statistics import analysis; "
+        "from bs_jax.report import plots, write; "
         "print([name for name in ('jax', 'optax', 'flax', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers.synthetic_records import diverge, edit_json, write_records
 
-from bs_jax.experiments import analysis, results
+from bs_jax.records import results, stores
+from bs_jax.statistics import analysis
 
 
 @pytest.fixture
@@ -18,13 +19,13 @@ def workdir(tmp_path):
 def opened(monkeypatch):
     """Names of the run folders whose records were read."""
     names = []
-    load = results._load_run
+    listed = stores.names
 
-    def listening(point, folder, *rest):
-        names.append(point.run_id)
-        return load(point, folder, *rest)
+    def listening(folder):
+        names.append(folder.name)
+        return listed(folder)
 
-    monkeypatch.setattr(results, "_load_run", listening)
+    monkeypatch.setattr(stores, "names", listening)
     return names
 
 
@@ -56,7 +57,7 @@ def test_what_has_not_changed_is_not_read_again(workdir, opened):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"key": 1}', b'{"key": [1, "eval/accuracy"], "runs": 3}', b"\xff"],
+    [b"", b"{", b"[]", b'{"key": 1}', b'{"key": [2, "eval/accuracy"], "runs": 3}', b"\xff"],
 )
 def test_a_damaged_index_costs_time_alone(workdir, content):
     first = results.load_results(workdir)
@@ -82,6 +83,7 @@ def test_a_damaged_entry_is_read_again(workdir):
         ("scaled", 5),
         ("base", {"b1": []}),
         ("rule", None),
+        ("summary", {"status": "interrupted", "final": {}}),
         ("warnings", [1]),
         ("curves", {"train/loss": [[1, 2], [0.5]]}),
     ],

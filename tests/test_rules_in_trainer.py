@@ -2,14 +2,15 @@
 
 import jax
 import pytest
-from scaling_helpers import assert_close, gradients
-from scaling_helpers import train as train_by
-from training_helpers import tiny_config
+from helpers.scaling import assert_close, gradients
+from helpers.scaling import train as train_by
+from helpers.training import tiny_config
 
 from bs_jax import scale_by_batch
-from bs_jax.experiments.points import resolve
+from bs_jax.recipe import FixedValues
 from bs_jax.scaling import explain
 from bs_jax.scaling.optimizers import Recipe, resolve_factory
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
 BASE = 64
@@ -53,8 +54,13 @@ def config_of(optimizer, rule, batch_size, **overrides):
     )
 
 
+def shape_of(config):
+    run = resolve(config)
+    return optimizers.schedule_shape(run.schedule, run.train_examples)
+
+
 def trainers_updates(config, grads):
-    trained = resolve(config).config
+    trained = resolve(config)
 
     def updates(hyperparams):
         return train_by(optimizers.make_optimizer(trained, hyperparams), grads)[2]
@@ -79,7 +85,7 @@ def points():
 @pytest.mark.parametrize(("optimizer", "rule", "batch_size"), list(points()))
 def test_the_trainer_updates_as_scale_by_batch_does(optimizer, rule, batch_size):
     config, grads = config_of(optimizer, rule, batch_size), gradients(STEPS)
-    shape = optimizers.schedule_shape(config)
+    shape = shape_of(config)
     arguments = dict(HYPERPARAMS[optimizer])
     peak = arguments.pop("learning_rate")
     by_hand = scale_by_batch(optimizer, batch_size=batch_size, base_batch_size=BASE, rule=rule)(
@@ -95,7 +101,7 @@ def test_the_trainer_updates_as_scale_by_batch_does(optimizer, rule, batch_size)
 def test_a_published_arm_is_the_plain_optimizer_with_other_numbers(optimizer, rule):
     """And so it is in `scale_by_batch`."""
     config, grads = config_of(optimizer, rule, 4 * BASE), gradients(STEPS)
-    shape, s = optimizers.schedule_shape(config), 4.0 if rule == "seed" else 2.0
+    shape, s = shape_of(config), 4.0 if rule == "seed" else 2.0
     given = HYPERPARAMS[optimizer]
     arguments = {"b1": {"radam": 0.9, "ranger": 0.95}[optimizer] ** s, "b2": 0.95**s}
     if optimizer == "ranger":
@@ -104,7 +110,7 @@ def test_a_published_arm_is_the_plain_optimizer_with_other_numbers(optimizer, ru
     rates = {"learning_rate": lambda count: s * 1e-2 * shape(count * 4 * BASE)}
     plain = resolve_factory(optimizer)(**rates, **arguments)
     want = train_by(plain, grads)[2]
-    assert "clock" not in resolve(config).config["scaling"]
+    assert not resolve(config).optimizer.clock
     assert_close(trainers_updates(config, grads), want, rtol=1e-3, atol=1e-7)
     scaled = scale_by_batch(optimizer, batch_size=4 * BASE, base_batch_size=BASE, rule=rule)(
         **{**given, "learning_rate": lambda count: 1e-2 * shape(count * BASE)}
@@ -118,26 +124,27 @@ def test_rules_share_a_program_and_points_with_the_same_numbers_a_run():
 
     assert run("sqrt").run_id == run("power(0.5)").run_id != run("linear").run_id
     key = optimizers.cohort_key
-    assert key(run("sqrt").config) == key(run("linear").config) != key(run("seed").config)
+    assert key(run("sqrt")) == key(run("linear")) != key(run("seed"))
     assert len({run(rule, BASE).run_id for rule in ("none", "sqrt", "linear", "seed")}) == 1
     # An offset that undoes k leaves nothing to follow, nor does b2 switched off its own clock.
     undone = resolve(config_of("ranger", "linear", BASE // 4, **{"scaling.offset": 4.0}))
     assert undone.run_id == run("none", BASE // 4).run_id
     off = resolve(config_of("ranger", "linear", 4 * BASE, **{"scaling.off": ("b2",)}))
-    assert off.config["scaling"] == {"rule": "fixed"}
+    assert isinstance(off.optimizer, FixedValues)
+    assert not off.optimizer.clock
 
 
 def test_a_rule_that_measures_nothing_needs_no_micro_batches():
     run = resolve(config_of("ranger", "sqrt", 4 * BASE, micro_batch_size=4 * BASE))
-    assert run.config["micro_batch_size"] == 4 * BASE
-    assert run.config["scaling"]["clock"] == {"k": 4.0, "base_b2": 0.95, "unrectified": 2.0}
+    assert run.micro_batch_size == 4 * BASE
+    assert run.optimizer.clock == {"k": 4.0, "base_b2": 0.95, "unrectified": 2.0}
 
 
 @pytest.mark.parametrize(("rule", "warned"), [("linear", False), ("seed", True)])
 def test_only_what_never_rectifies_in_the_trainer_is_warned_of_there(rule, warned):
     config = config_of("radam", rule, 16 * BASE, train_examples=2**20)
     config["optimizer"]["hyperparams"] = {"learning_rate": 1e-2, "b2": 0.9}
-    found = [line for line in resolve(config).hparams["warnings"] if "rectif" in line]
+    found = [line for line in resolve(config).scaled.warnings if "rectif" in line]
     assert bool(found) == warned
     alone = explain("radam", batch_size=16 * BASE, base_batch_size=BASE, rule=rule, b2=0.9)
     assert any("never rectifies" in line for line in alone.warnings)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers.scaling import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
 from hypothesis import given
 from hypothesis import strategies as st
-from scaling_helpers import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import (

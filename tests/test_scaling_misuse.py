@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scaling_helpers import PARAMS, assert_close
+from helpers.scaling import PARAMS, assert_close
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import (

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_helpers import tiny_config, train
+from helpers.training import tiny_config, train
 
-from bs_jax.experiments.points import resolve
+from bs_jax.recipe import FixedValues
 from bs_jax.scaling import explain, ranger, scale_by_batch
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers
 
 STEPS = 200
@@ -118,7 +119,7 @@ def config_of(**overrides):
     config["ghost_batch_size"] = 0
     config["train_examples"] = 64 * STEPS
     config["schedule"] |= {"flat_fraction": 0.75, "final_fraction": 1e-5}
-    return resolve(config, overrides).config
+    return resolve(config, overrides)
 
 
 def test_a_config_sets_every_part_of_it():
@@ -140,8 +141,8 @@ def test_a_config_sets_every_part_of_it():
 
 def test_a_run_of_the_published_rule_is_plain_ranger_with_other_numbers():
     config = config_of(batch_size=256, **{"scaling.rule": "seed"})
-    scaled = config["optimizer"]["hyperparams"]
-    assert config["scaling"] == {"rule": "fixed"}
+    scaled = config.optimizer.hyperparams
+    assert isinstance(config.optimizer, FixedValues)
     assert scaled["learning_rate"] == pytest.approx(4 * 8e-3)
     assert scaled["weight_decay"] == pytest.approx(4 * 1e-2)
     assert scaled["b2"] == pytest.approx(0.99**4)

@@ -2,10 +2,11 @@
 
 import jax.numpy as jnp
 import pytest
-from training_helpers import tiny_config
+from helpers.training import tiny_config
 
-from bs_jax.experiments.points import resolve
+from bs_jax.recipe import MeasuredWhileTraining
 from bs_jax.scaling import MicrobatchStats, hyperparams
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
 
 
@@ -23,15 +24,15 @@ def recipe(batch_size, **overrides):
     )
 
 
-def rate_after(config, examples):
+def rate_after(run, examples):
     """The learning rate of the update that follows so many examples."""
-    optimizer = optimizers.make_optimizer(config, step.run_inputs(config).hyperparams)
+    optimizer = optimizers.make_optimizer(run, step.run_inputs(run).hyperparams)
     params = jnp.ones(2)
     state = optimizer.init(params)
     stats = MicrobatchStats(2 * params, 2)
-    for _ in range(examples // config["batch_size"] + 1):
+    for _ in range(examples // run.batch_size + 1):
         updates, state = optimizer.update(params, state, params, microbatch=stats)
-    if config["scaling"]["rule"] != "fixed":
+    if isinstance(run.optimizer, MeasuredWhileTraining):
         return float(hyperparams(state)["learning_rate"])
     return float(-updates[0])  # of SGD on a gradient of 1
 
@@ -43,17 +44,18 @@ def rate_after(config, examples):
 def test_ema_batch_norm_schedule_and_warm_up_follow(rule, optimizer, batch_size):
     sgd = {"optimizer.name": optimizer, "optimizer.hyperparams": {"learning_rate": 0.1}}
     changes = {"scaling.rule": rule} | (sgd if optimizer == "sgd" else {})
-    base = resolve(recipe(16, **changes)).config
-    new = resolve(recipe(batch_size, **changes)).config
+    base = resolve(recipe(16, **changes))
+    new = resolve(recipe(batch_size, **changes))
     k = batch_size / 16
     scale = 1.0 if rule == "none" else k
-    assert new["bn_decay"] == pytest.approx(base["bn_decay"] ** scale)
-    assert new["ema_decay"] == pytest.approx(0.99**scale)
+    assert new.bn_decay == pytest.approx(base.bn_decay**scale)
+    assert new.ema_decay == pytest.approx(0.99**scale)
     # What no hyperparameter can replace stays as it is.
-    assert new["ghost_batch_size"] == base["ghost_batch_size"]
-    assert new["label_smoothing"] == base["label_smoothing"]
+    assert new.ghost_batch_size == base.ghost_batch_size
+    assert new.label_smoothing == base.label_smoothing
     # Warm-up and decay are read at the same examples, whatever the number of updates.
-    shape, peak = optimizers.schedule_shape(base), base["optimizer"]["hyperparams"]["learning_rate"]
+    shape = optimizers.schedule_shape(base.schedule, base.train_examples)
+    peak = base.optimizer.hyperparams["learning_rate"]
     for examples in (0, 256, 512, 1024):
         expected = scale * peak * float(shape(examples))
         assert rate_after(new, examples) == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -61,8 +63,8 @@ def test_ema_batch_norm_schedule_and_warm_up_follow(rule, optimizer, batch_size)
 
 @pytest.mark.parametrize("name", ["ema_decay", "bn_decay"])
 def test_each_can_be_switched_off_and_offset(name):
-    off = resolve(recipe(64, **{"scaling.rule": "sqrt", "scaling.off": (name,)})).config
-    assert off[name] == {"ema_decay": 0.99, "bn_decay": 0.9}[name]
+    off = resolve(recipe(64, **{"scaling.rule": "sqrt", "scaling.off": (name,)}))
+    assert getattr(off, name) == {"ema_decay": 0.99, "bn_decay": 0.9}[name]
     offsets = {"scaling.offsets": ((name, 2.0),)}
-    moved = resolve(recipe(64, **{"scaling.rule": "sqrt", **offsets})).config
-    assert moved[name] == pytest.approx({"ema_decay": 0.99, "bn_decay": 0.9}[name] ** 8)
+    moved = resolve(recipe(64, **{"scaling.rule": "sqrt", **offsets}))
+    assert getattr(moved, name) == pytest.approx({"ema_decay": 0.99, "bn_decay": 0.9}[name] ** 8)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scaling_helpers import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
+from helpers.scaling import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import (

@@ -1,11 +1,12 @@
 """SGD with and without momentum trains through the whole trainer."""
 
 import pytest
-from training_helpers import tiny_config, tiny_data
+from helpers.training import tiny_config, tiny_data
 
-from bs_jax.experiments.points import resolve
-from bs_jax.training.loop import Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.recipe import FixedValues
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
+from bs_jax.training.train import Trainer
 
 
 @pytest.mark.parametrize("rule", ["linear", "noise_aware"])
@@ -19,9 +20,7 @@ def test_sgd_trains(tmp_path, rule, hyperparams):
     config["optimizer"]["hyperparams"] = hyperparams
     run = resolve(config)
     # SGD is linear in the gradient: nothing has to be measured, whatever the noise.
-    assert run.config["scaling"] == {"rule": "fixed"}
-    (summary,) = Trainer(run.config, tiny_data(), jax.devices()[:1]).train(
-        [RunFolder(tmp_path, run)]
-    )
-    assert summary["status"] == "done"
-    assert summary["final"]["train/loss"] < 1.2
+    assert isinstance(run.optimizer, FixedValues)
+    (summary,) = Trainer(run, tiny_data(), jax.devices()[:1]).train([RunFolder(tmp_path, run)])
+    assert summary.status == "done"
+    assert summary.final["train/loss"] < 1.2

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from bs_jax.experiments import _report_noise as noises
-from bs_jax.experiments import _report_statistics as statistics
+from bs_jax.statistics import contrasts as statistics
+from bs_jax.statistics import seed_noise as noises
 
 MARGIN = 0.01
 

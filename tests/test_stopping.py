@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers.process import open_files
 
-from bs_jax.experiments.stopping import StopRequest
+from bs_jax.sweep.stopping import StopRequest
 
 # What is prepared, and what then runs without Python.
 BUSY = {
@@ -30,7 +30,7 @@ BUSY = {
 SCRIPT = """
 import functools, sys
 import jax, jax.numpy as jnp
-from bs_jax.experiments.stopping import StopRequest
+from bs_jax.sweep.stopping import StopRequest
 {prepare}
 with StopRequest({grace}) as stop:
     print("ready", flush=True)

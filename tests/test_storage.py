@@ -8,37 +8,20 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.fake_gcs import BUCKET, serving
+from helpers.fake_gcs import BUCKET
 from helpers.synthetic_records import edit_json, write_records
 
-from bs_jax import storage
 from bs_jax.data import sources
 from bs_jax.errors import UserError
-from bs_jax.experiments import report, results
-from bs_jax.experiments._report_tables import write_tables
-from bs_jax.training import checkpoint, compilation, records
+from bs_jax.records import metrics_file, results, stores
+from bs_jax.records.stores import files
+from bs_jax.report import write as report
+from bs_jax.report.tables import write_tables
+from bs_jax.statistics.analysis import analyse
+from bs_jax.training import checkpoint, compilation
 from bs_jax.training.state import TrainState
 
-fsspec = pytest.importorskip("fsspec")
-gcsfs = pytest.importorskip("gcsfs")
-
-
-@pytest.fixture
-def store(monkeypatch):
-    with serving() as served:
-        for name, value in served.environment.items():
-            monkeypatch.setenv(name, value)
-        # What the variable does where the library is imported after it is set.
-        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-        storage._store.cache_clear()
-        yield served
-        gcsfs.core.GCSFileSystem.clear_instance_cache()
-        storage._store.cache_clear()
-
-
-@pytest.fixture
-def root(store):
-    return storage.to_path(f"{store.url}/some/folder")
+pytest.importorskip("gcsfs")
 
 
 def put_folder(store, folder, key):
@@ -50,52 +33,52 @@ def put_folder(store, folder, key):
 @pytest.mark.parametrize("kind", ["disk", "store"])
 def test_a_store_answers_as_a_disk_does(kind, tmp_path, root):
     folder = tmp_path / "some" if kind == "disk" else root
-    storage.make_folder(folder)
-    storage.make_folder(folder / "runs")
+    stores.make_folder(folder)
+    stores.make_folder(folder / "runs")
     for name, content in {
         "a b.json": b"{}\n",
         "DONE": b"",
         "é %2F": b"\x00\n\n--\xff",
     }.items():
-        storage.write_bytes(folder / name, content)
-        assert storage.read_bytes(folder / name) == content
-        assert storage.exists(folder / name)
-    storage.write_bytes(folder / "DONE", b"again")
-    storage.rename(folder / "DONE", folder / "runs" / "DONE")
-    assert not storage.exists(folder / "DONE")
-    assert storage.read_bytes(folder / "runs" / "DONE") == b"again"
-    assert storage.names(folder) == {"a b.json", "é %2F", "runs"}
-    assert storage.names(folder / "nowhere") == set()
-    storage.unlink(folder / "a b.json")
-    storage.unlink(folder / "a b.json")
+        stores.write_bytes(folder / name, content)
+        assert stores.read_bytes(folder / name) == content
+        assert stores.exists(folder / name)
+    stores.write_bytes(folder / "DONE", b"again")
+    stores.rename(folder / "DONE", folder / "runs" / "DONE")
+    assert not stores.exists(folder / "DONE")
+    assert stores.read_bytes(folder / "runs" / "DONE") == b"again"
+    assert stores.names(folder) == {"a b.json", "é %2F", "runs"}
+    assert stores.names(folder / "nowhere") == set()
+    stores.unlink(folder / "a b.json")
+    stores.unlink(folder / "a b.json")
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(folder / "a b.json")
-    storage.write_bytes(folder / "rows", b"")
-    growing = storage.Appender(folder / "rows", "")
+        stores.read_bytes(folder / "a b.json")
+    stores.write_bytes(folder / "rows", b"")
+    growing = stores.GrowingFile(folder / "rows", "")
     growing.write("1\n")
     growing.write("2\n")
     growing.flush()
-    assert storage.read_bytes(folder / "rows") == b"1\n2\n"
+    assert stores.read_bytes(folder / "rows") == b"1\n2\n"
     growing.close()
-    assert storage.each(folder, lambda n: n * n, range(40)) == [n * n for n in range(40)]
+    assert stores.each(folder, lambda n: n * n, range(40)) == [n * n for n in range(40)]
 
 
 def test_a_path_of_a_store_is_told_as_it_was_given(root):
     assert str(root / "x") == f"gs://{BUCKET}/some/folder/x"
     assert (root / "x").name == "x"
-    assert storage.to_path(storage.text_of(root)) == root
-    assert os.path.isabs(storage.text_of(storage.to_path("here")))
+    assert stores.to_path(stores.text_of(root)) == root
+    assert os.path.isabs(stores.text_of(stores.to_path("here")))
 
 
 def test_listings_of_many_pages_are_whole(store, root):
     for number in range(45):
         store.put(f"some/folder/runs/{number}/DONE", b"")
     store.put("some/folder2/runs/x/DONE", b"")
-    assert len(storage.names(root / "runs")) == 45
-    before = storage.stamps(root)
+    assert len(stores.names(root / "runs")) == 45
+    before = files.stamps(root)
     assert before.keys() == {f"runs/{number}/DONE" for number in range(45)}
-    storage.write_bytes(root / "runs" / "7" / "DONE", b"")
-    after = storage.stamps(root)
+    stores.write_bytes(root / "runs" / "7" / "DONE", b"")
+    after = files.stamps(root)
     assert [name for name in after if after[name] != before[name]] == ["runs/7/DONE"]
 
 
@@ -105,7 +88,7 @@ def test_of_many_who_create_an_object_one_succeeds(root):
     def contend(number):
         start.wait()
         try:
-            storage.create(root / "LOCK", str(number).encode())
+            files.create(root / "LOCK", str(number).encode())
             won.append(number)
         except FileExistsError:
             pass
@@ -116,15 +99,15 @@ def test_of_many_who_create_an_object_one_succeeds(root):
     for thread in threads:
         thread.join()
     assert len(won) == 1
-    assert storage.read_bytes(root / "LOCK") == str(won[0]).encode()
+    assert stores.read_bytes(root / "LOCK") == str(won[0]).encode()
 
 
 def test_metrics_are_put_whole_and_no_more_often_than_needed(store, root, monkeypatch):
-    monkeypatch.setattr(storage, "_HAND_OVER_SECONDS", 3600.0)
+    monkeypatch.setattr(files, "_SECONDS_BETWEEN_PUTS", 3600.0)
     path = root / "metrics.jsonl"
     rows = [{"step": n, "examples": 8 * n, "train/loss": 1.0 / n} for n in range(1, 40)]
     store.put("some/folder/metrics.jsonl", (json.dumps(rows[0]) + '\n{"step": 2, "ex').encode())
-    metrics = records.MetricsFile(path, examples=8)
+    metrics = metrics_file.MetricsFile(path, examples=8)
     assert metrics.kept == rows[:1]
     store.requests.clear()
     for row in rows[1:]:
@@ -133,12 +116,12 @@ def test_metrics_are_put_whole_and_no_more_often_than_needed(store, root, monkey
     metrics.flush()
     metrics.close()
     assert len(store.requests) <= 2
-    assert [json.loads(line) for line in storage.read_bytes(path).splitlines()] == rows
-    assert records.metrics_digest(path, 8 * 39) == metrics.digest
+    assert [json.loads(line) for line in stores.read_bytes(path).splitlines()] == rows
+    assert metrics_file.metrics_digest(path, 8 * 39) == metrics.digest
 
 
 def test_what_only_a_disk_can_hold_is_sent_once(store, root):
-    box = storage.Outbox(root / "logs")
+    box = stores.Outbox(root / "logs")
     (box.folder / "deep").mkdir()
     (box.folder / "deep" / "a.log").write_text("1")
     box.send()
@@ -147,8 +130,8 @@ def test_what_only_a_disk_can_hold_is_sent_once(store, root):
     assert store.requests == []
     (box.folder / "b.log").write_text("2")
     box.close()
-    assert storage.read_bytes(root / "logs" / "deep" / "a.log") == b"1"
-    assert storage.read_bytes(root / "logs" / "b.log") == b"2"
+    assert stores.read_bytes(root / "logs" / "deep" / "a.log") == b"1"
+    assert stores.read_bytes(root / "logs" / "b.log") == b"2"
     assert not box.folder.exists()
 
 
@@ -224,7 +207,7 @@ def test_a_checkpoint_that_has_lost_its_arrays_leaves_the_others_readable(tmp_pa
 
 def test_a_store_out_of_reach_damages_nothing(store, checkpoints):
     store.refused = (403, "no storage.objects.get access")
-    with pytest.raises(storage.StoreError, match=r"no storage\.objects\.get access"):
+    with pytest.raises(stores.StoreError, match=r"no storage\.objects\.get access"):
         restored(checkpoints)
     store.refused = None
     assert restored(checkpoints) == 3
@@ -238,11 +221,11 @@ def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(store, roo
     assert found.rows == wanted.rows
     assert found.problems == wanted.problems
     assert len(found.problems) == 1
-    assert report.write_report(root, found) == root / "report" / "index.html"
+    assert report.write_report(found, analyse(found)) == root / "report" / "index.html"
     (local / "tables").mkdir()
     for path in write_tables(wanted, local / "tables"):
-        assert storage.read_bytes(root / "report" / path.name) == path.read_bytes()
-    assert storage.names(root / "report") >= {"curves.png", "results.csv", "index.html"}
+        assert stores.read_bytes(root / "report" / path.name) == path.read_bytes()
+    assert stores.names(root / "report") >= {"curves.png", "results.csv", "index.html"}
 
     edit_json(local / "runs/b32-s1-sqrt-1.0/summary.json", status="diverged", final={})
     key = "some/folder/runs/b32-s1-sqrt-1.0/summary.json"
@@ -268,26 +251,26 @@ def test_names_in_a_store_lead_nowhere_else(store, root, tmp_path):
 @pytest.mark.parametrize("text", ["ftp://host/x", "gs:/bucket/x", "gs://", "memory://x", "s3:///x"])
 def test_other_urls_are_refused(text):
     with pytest.raises(UserError, match="give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH"):
-        storage.to_path(text)
+        stores.to_path(text)
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
 def test_a_missing_package_is_named(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, f"{package}.core", None)
     monkeypatch.setitem(sys.modules, package, None)
-    storage._store.cache_clear()
+    files.driver.cache_clear()
     extra = {"gs": "gcs", "s3": "s3"}[scheme]
     with pytest.raises(UserError, match=rf"pip install {package}, or 'bs_jax\[{extra}\]'"):
-        storage.to_path(f"{scheme}://bucket/x")
+        stores.to_path(f"{scheme}://bucket/x")
 
 
 def test_a_missing_bucket_and_missing_rights_are_one_line(store, root):
     with pytest.raises(UserError, match=r"gs://other/x/.*no such bucket") as refused:
-        records.check_writable(storage.to_path("gs://other/x"))
+        stores.check_writable(stores.to_path("gs://other/x"))
     assert "\n" not in str(refused.value)
     store.refused = (401, "Anonymous caller does not have\nstorage.objects.create access")
     with pytest.raises(UserError, match=r"Anonymous caller.*your credentials") as refused:
-        records.check_writable(root)
+        stores.check_writable(root)
     assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="Anonymous caller"):
         results.load_results(root)
@@ -300,5 +283,5 @@ def test_what_must_lie_on_a_disk_says_so(monkeypatch):
     with pytest.raises(UserError, match="copy it to one, or mount it"):
         sources.load("folder:gs://bucket/imagenette", image_size=8)
     monkeypatch.setenv("BS_JAX_CACHE", "gs://bucket/cache")
-    with pytest.raises(UserError, match="BS_JAX_CACHE gs://bucket/cache is no path of a disk"):
+    with pytest.raises(UserError, match="BS_JAX_CACHE gs://bucket/cache is not on a disk"):
         compilation.cache_folder()

@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_and_ends_as_on_a_disk(store, wanted, tmp_path):
     store.put(newest, store.objects[newest][:20000])
     code, out = run(*command, **environment)
     assert code == 0, out
-    assert "trying the one before" in out
+    assert "trying the previous one" in out
     assert left(store, "killed", tmp_path) == wanted(TRAIN)
     assert json.loads(store.objects["killed/summary.json"])["resumed_at_step"] == 4
     assert any(key.startswith("killed/tensorboard/events") for key in store.objects)

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_helpers import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax import models
 from bs_jax.data import AugmentSpec, augment, pipeline
 from bs_jax.errors import UserError
-from bs_jax.experiments.points import resolve
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
-from bs_jax.training.loop import Interrupted, Trainer
-from bs_jax.training.records import RunFolder
+from bs_jax.training.train import Interrupted, Trainer
 
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 
@@ -27,7 +27,7 @@ def losses(found):
 
 def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
     """The first update, computed again with nothing but the model, jax.grad and optax."""
-    config = resolve(tiny_config(**{"data.flip": False, "data.crop_padding": 0})).config
+    config = resolve(tiny_config(**{"data.flip": False, "data.crop_padding": 0}))
     data = tiny_data()
     programs = step.make_programs(config, 3, data.train.image_shape, jax.devices()[:1])
     inputs = step.run_inputs(config)
@@ -72,7 +72,7 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
 
 def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
     overrides = {"data.crop_padding": 0, "data.crop_area": (0.35, 1.0), "data.flip": False}
-    config = resolve(tiny_config(**overrides)).config
+    config = resolve(tiny_config(**overrides))
     split = tiny_data().train
     programs = step.make_programs(config, 3, split.image_shape, jax.devices()[:1])
     inputs, order = step.run_inputs(config), np.arange(16).reshape(1, 1, 16)
@@ -142,7 +142,7 @@ def test_vmapped_runs_equal_looped_ones(tmp_path, rule):
     runs = [resolve(config) for config in configs]
     found = {}
     for vmapped in (False, True):
-        trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
+        trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1], vmapped=vmapped)
         folders = [RunFolder(tmp_path / f"{vmapped}{run.run_id}", run) for run in runs]
         trainer.train(folders)
         found[vmapped] = [losses(rows(folder.path)) for folder in folders]
@@ -160,7 +160,7 @@ def test_runs_that_differ_in_values_share_one_compiled_program(tmp_path, monkeyp
     make_optimizer = optimizers.make_optimizer
     monkeypatch.setattr(optimizers, "make_optimizer", counting)
     counts = []
-    base = resolve(tiny_config()).config
+    base = resolve(tiny_config())
     trainer = Trainer(base, tiny_data(), jax.devices()[:1])
     for number, rate in enumerate((1e-3, 2e-3, 4e-3)):
         config = tiny_config(
@@ -192,19 +192,19 @@ def stop_after(chunks):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
     config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "ema_decay": 0.9})
     run = resolve(config)
-    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1], vmapped=vmapped)
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1], vmapped=vmapped)
     for name, interrupt in (("whole", False), ("parts", True)):
         folder = RunFolder(tmp_path / name, run)
         if interrupt:
             with pytest.raises(Interrupted):
                 trainer.train([folder], should_stop=stop_after(1))
-            assert folder.summary()["status"] == "interrupted"
+            assert folder.summary().status == "interrupted"
             assert not folder.done
         trainer.train([folder])
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text()
-    assert folder.summary()["resumed_at_step"] == 3
+    assert folder.summary().resumed_at_step == 3
 
 
 def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -220,8 +220,8 @@ def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeyp
     lengths = {"train_examples": 0, "train_epochs": 2.0, "data.train_size": 96}
     config = tiny_config(batch_size=20, drop_remainder=True, eval_every_examples=60, **lengths)
     run = resolve(config)
-    assert run.config["train_examples"] == 160
-    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    assert run.train_examples == 160
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
     trainer.train([RunFolder(tmp_path / "whole", run)])
     order = np.concatenate(taken)
     first, second = set(order[:80].tolist()), set(order[80:].tolist())
@@ -231,13 +231,13 @@ def test_epochs_without_their_remainder_go_on_to_the_same_bits(tmp_path, monkeyp
     with pytest.raises(Interrupted):
         trainer.train([folder], should_stop=stop_after(2))
     trainer.train([folder])
-    assert folder.summary()["resumed_at_step"] == 5  # in the second epoch
+    assert folder.summary().resumed_at_step == 5  # in the second epoch
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert rows(tmp_path / "whole")[-1]["examples"] == 160
 
 
 def test_another_number_of_examples_than_the_config_says_is_refused():
-    config = resolve(tiny_config(**{"data.train_size": 100})).config
+    config = resolve(tiny_config(**{"data.train_size": 100}))
     with pytest.raises(UserError, match=r"train_size is 100 but .* has 96 training examples"):
         Trainer(config, tiny_data(), jax.devices()[:1])
 
@@ -246,7 +246,7 @@ def test_vmapped_runs_meet_at_a_step_that_all_have_and_keep_their_lanes(tmp_path
     """One run is ahead by a checkpoint, one has finished: what is left has the same bits."""
     shape = {"checkpoint_every_examples": 48, "optimizer.hyperparams.learning_rate": 1e-2}
     runs = [resolve(tiny_config(**shape, seed=seed)) for seed in (0, 1, 2)]
-    trainer = Trainer(runs[0].config, tiny_data(), jax.devices()[:1], vmapped=True)
+    trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1], vmapped=True)
     whole = [RunFolder(tmp_path / f"whole{n}", run) for n, run in enumerate(runs)]
     trainer.train(whole)
     parts = [RunFolder(tmp_path / f"parts{n}", run) for n, run in enumerate(runs)]
@@ -258,7 +258,7 @@ def test_vmapped_runs_meet_at_a_step_that_all_have_and_keep_their_lanes(tmp_path
     shutil.copytree(whole[2].path, parts[2].path)
     assert parts[2].done
     trainer.train(parts)
-    assert parts[0].summary()["resumed_at_step"] == parts[1].summary()["resumed_at_step"] == 3
+    assert parts[0].summary().resumed_at_step == parts[1].summary().resumed_at_step == 3
     for part, intact in zip(parts, whole, strict=True):
         assert rows(part.path) == rows(intact.path)
 
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     whole = train(tmp_path / "whole", {"checkpoint_every_examples": 48})
     run = resolve(tiny_config(checkpoint_every_examples=48))
     folder = RunFolder(tmp_path / "damaged", run)
-    trainer = Trainer(run.config, tiny_data(), jax.devices()[:1])
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
     with pytest.raises(Interrupted):
         trainer.train([folder], should_stop=stop_after(3))
     newest = max((folder.path / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -275,15 +275,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     trainer.train([folder])
-    assert "trying the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
     assert rows(folder.path) == whole
-    assert 0 < folder.summary()["resumed_at_step"] < int(newest.name)
+    assert 0 < folder.summary().resumed_at_step < int(newest.name)
 
 
 def test_data_that_do_not_fit_on_the_device_are_streamed(tmp_path, monkeypatch):
     pytest.importorskip("grain")
     resident = train(tmp_path / "resident")
-    monkeypatch.setattr("bs_jax.training.loop._RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("bs_jax.training.feed._RESIDENT_SHARE", 0.0)
     streamed = train(tmp_path / "streamed")
     assert streamed[-1] == resident[-1]
 

@@ -1,4 +1,9 @@
-"""The data set that ships with the package: the 10,000 test images of Fashion-MNIST."""
+"""The data set that ships with the project: the 10,000 test images of Fashion-MNIST.
+
+A checkout has its files in ``bs_jax/data/embedded/``. The wheel of bs_jax has them not, so that
+they do not weigh on who wants the library alone; there the distribution ``bs_jax_fashion_mnist``
+brings them.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,7 @@ _SHA256 = {
     _IMAGES_FILE: "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     _LABELS_FILE: "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
+_REINSTALL = "check the file out again, or reinstall bs_jax_fashion_mnist"
 _IMAGES_HEADER = bytes.fromhex("00000803000027100000001c0000001c")
 _LABELS_HEADER = bytes.fromhex("0000080100002710")
 _CLASS_NAMES = (
@@ -42,13 +48,13 @@ def load_fashion_mnist_10k(folder: Traversable | None = None) -> ImageData:
     """Load the embedded Fashion-MNIST t10k part, split 8,000 / 2,000, stratified, always alike.
 
     Args:
-      folder: where the two files lie; `None` means the package's own copy.
+      folder: where the two files lie; `None` means the project's own copy.
 
     Returns:
       Greyscale images [28, 28, 1]; 800 training and 200 evaluation examples of each class.
 
     Raises:
-      UserError: a file is missing or its sha256 is not the one expected.
+      UserError: the files are not installed, or the sha256 of one is not the one expected.
 
     >>> data = load_fashion_mnist_10k()
     >>> len(data.train), len(data.eval), data.train.image_shape
@@ -56,8 +62,7 @@ def load_fashion_mnist_10k(folder: Traversable | None = None) -> ImageData:
 
     Reference: Xiao, Rasul, Vollgraf, "Fashion-MNIST", 2017.
     """
-    if folder is None:
-        folder = importlib.resources.files("bs_jax.data") / "embedded"
+    folder = _installed() if folder is None else folder
     pixels = _read_verified(folder, _IMAGES_FILE, _IMAGES_HEADER)
     labels = _read_verified(folder, _LABELS_FILE, _LABELS_HEADER)
     images = pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 1)
@@ -105,20 +110,35 @@ def stratified_split(
     return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
+def _installed() -> Traversable:
+    """Where the project's own copy lies."""
+    checkout = importlib.resources.files("bs_jax.data") / "embedded"
+    if checkout.is_dir():
+        return checkout
+    try:
+        return importlib.resources.files("bs_jax_fashion_mnist")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"the images of {NAME} are not in the wheel of bs_jax; install the wheel "
+            "bs_jax_fashion_mnist, or give pip install CHECKOUT/bs_jax/data/embedded, or name "
+            "other data, such as --config.data.name=folder:PATH"
+        ) from error
+
+
 def _read_verified(folder: Traversable, name: str, header: bytes) -> np.ndarray:
     try:
         packed = (folder / name).read_bytes()
     except OSError as error:
         raise UserError(
-            f"embedded data file {name} cannot be read ({error}); reinstall bs_jax"
+            f"embedded data file {name} cannot be read ({error}); {_REINSTALL}"
         ) from error
     found = hashlib.sha256(packed).hexdigest()
     if found != _SHA256[name]:
         raise UserError(
             f"embedded data file {name} is corrupt: {len(packed):,} bytes with sha256 "
-            f"{found[:12]}..., want {_SHA256[name][:12]}...; reinstall bs_jax"
+            f"{found[:12]}..., want {_SHA256[name][:12]}...; {_REINSTALL}"
         )
     content = gzip.decompress(packed)
     if not content.startswith(header):
-        raise UserError(f"embedded data file {name} is not the IDX file expected; reinstall bs_jax")
+        raise UserError(f"embedded data file {name} is not the IDX file expected; {_REINSTALL}")
     return np.frombuffer(content, np.uint8, offset=len(header))

@@ -14,7 +14,7 @@ from bs_jax.data import embedded
 from bs_jax.data.cache import Storage
 from bs_jax.data.image_data import ArraySplit, ImageData
 from bs_jax.errors import UserError
-from bs_jax.storage import local_path
+from bs_jax.records.stores import local_path
 
 _FORMS = (embedded.NAME, "folder:PATH", "tfds:NAME", "synthetic:CLASSESxEXAMPLES")
 

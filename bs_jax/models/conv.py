@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bs_jax.models import conv_cpu
+from bs_jax.models import cpu
 
 
 def conv_general_dilated(
@@ -27,7 +27,7 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` in the form that is quickest on the default back end.
 
     On a CPU, floating-point channels-last images with two spatial axes and no dilation take the
-    forms of `bs_jax.models.conv_cpu`; all else, and other back ends, go to `jax.lax`. For
+    forms of `bs_jax.models.cpu.convolve`; all else, and other back ends, go to `jax.lax`. For
     `flax.linen.Conv(conv_general_dilated=...)`: the parameters stay as they are.
     """
     undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
@@ -52,7 +52,7 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     strides, pads = tuple(window_strides), tuple((low, high) for low, high in padding)
-    return conv_cpu.convolve(lhs, rhs, strides, pads, feature_group_count)  # pyright: ignore[reportArgumentType]
+    return cpu.convolve(lhs, rhs, strides, pads, feature_group_count)  # pyright: ignore[reportArgumentType]
 
 
 def _channels_last(lhs: jax.Array, dimension_numbers: Any) -> bool:

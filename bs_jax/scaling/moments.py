@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.hyperparameters import Scaled, is_number
+from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number
 from bs_jax.scaling.microbatch import PyTree, abs_square
 from bs_jax.scaling.noise import tree_map
 from bs_jax.scaling.rules import Family, Scalar
@@ -190,10 +191,21 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
 
     Raises:
         UserError: if the state does not hold a moment that has to be restated.
+
+    Warns:
+        ScalingWarning: if the state holds arrays of which nothing is known.
     """
     family = new.family
     if not new.rule.time_constants:
         return state
+    for found in _unknown_states(state):
+        warnings.warn(
+            f"{new.optimizer}: nothing is known of its state {found}, which stays as it is while"
+            f" the batch size changes; call fields that hold moments by optax's names"
+            f" ({', '.join(_MOMENTS)})",
+            ScalingWarning,
+            stacklevel=2,
+        )
     if family is None:
         if any(map(_holds_moments, _nodes(state))):
             raise UserError(
@@ -251,23 +263,15 @@ def _check_carried(state: State, scaled: Scaled, family: Family) -> None:
             )
 
 
-def unknown_states(state: State) -> list[str]:
-    """Return the states with arrays of which nothing is known, so that nothing is carried over.
-
-    Args:
-        state: an optimizer's.
-
-    Returns:
-        Class and fields of each.
-    """
+def _unknown_states(state: State) -> list[str]:
+    """Return class and fields of the states that hold arrays of which nothing is known."""
     found: list[str] = []
     for node in _nodes(state):
         if _moments_of(node) or type(node).__name__ in _NO_MOMENTS:
             continue
         own = [getattr(node, name) for name in _fields(node)]
         own = [x for x in own if not any(True for _ in _nodes(x))]
-        arrays = [x for x in jax.tree.leaves(own) if jnp.ndim(x) and _is_floating(x)]
-        if arrays:
+        if any(jnp.ndim(x) and _is_floating(x) for x in jax.tree.leaves(own)):
             found.append(f"{type(node).__name__}({', '.join(_fields(node))})")
     return found
 

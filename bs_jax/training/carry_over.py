@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bs_jax import storage
 from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.records import metrics_file, run_files, stores
 from bs_jax.scaling import ScaleByBatchState, moments
 from bs_jax.scaling.hyperparameters import Noise, NoiseScaleNeeded, Scaled
-from bs_jax.training import optimizers, records, step
+from bs_jax.training import optimizers, step
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.state import TrainState
 
@@ -26,46 +25,42 @@ class OtherRun:
 
     Args:
         path: folder of that run.
-        recipe: the config of the run that goes on, before scaling: its rule says how moments
-            change. The other run is taken to have been trained under that rule too, or at the
-            base batch size.
+        recipe: of the run that goes on: its rule says how moments change. The other run is taken
+            to have been trained under that rule too, or at the base batch size.
 
-    Its files are read when they are needed: by `check`, `batch_size` and `state_for`.
+    Its files are read when they are needed: by `check` and `state_for`.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path, self._recipe = path, recipe
 
     @functools.cached_property
-    def _config(self) -> dict[str, Any]:
+    def _run(self) -> ResolvedRun:
         try:
-            with records.disk_errors(self.path, missing=True):
-                config = json.loads(storage.read_bytes(self.path / "config.json"))
-            return {**config, "batch_size": int(config["batch_size"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            with stores.disk_errors(self.path):
+                config = run_files.read_config(self.path)
+            if config is None:
+                raise UserError("missing or damaged")
+            return ResolvedRun.from_json({"config": config})
+        except (OSError, UserError) as error:
             raise UserError(
                 f"--restore_from={self.path}: no run with a readable config.json ({error}); give "
                 "the folder of a run, which holds config.json and checkpoints/"
             ) from None
 
     def check(self, workdir: Path) -> None:
-        """Read its config, unless the run in `workdir` has begun: that one goes on without.
+        """Read its config.json, unless the run in `workdir` has begun: that one goes on without.
 
         Raises:
             UserError: there is no such run.
         """
-        with records.disk_errors(workdir):
-            begun = storage.exists(workdir / "config.json")
+        with stores.disk_errors(workdir):
+            begun = stores.exists(workdir / "config.json")
         if not begun:
-            self.batch_size  # noqa: B018
-
-    @property
-    def batch_size(self) -> int:
-        """What it was trained with."""
-        return self._config["batch_size"]
+            self._run  # noqa: B018
 
     def state_for(
-        self, config: Mapping[str, Any], fresh: TrainState, num_classes: int, image_shape: Any
+        self, run: ResolvedRun, fresh: TrainState, num_classes: int, image_shape: Any
     ) -> TrainState:
         """The other run's state as the state of this one.
 
@@ -73,7 +68,7 @@ class OtherRun:
         clock of examples goes on: schedules, data order and metrics with it.
 
         Args:
-            config: this run's, resolved.
+            run: this one.
             fresh: a state of this run, for its structure.
             num_classes: of the data.
             image_shape: of the data's images as stored.
@@ -86,12 +81,12 @@ class OtherRun:
                 batch size does not divide.
         """
         source = self._newest(num_classes, image_shape)
-        examples, batch = int(source.examples), config["batch_size"]
-        if examples % batch or examples >= config["train_examples"]:
+        examples, batch = int(source.examples), run.batch_size
+        if examples % batch or examples >= run.train_examples:
             raise UserError(
                 f"--restore_from={self.path}: its checkpoint has seen {examples:,} examples; going "
                 f"on needs a multiple of batch_size {batch}, below train_examples "
-                f"{config['train_examples']:,}"
+                f"{run.train_examples:,}"
             )
         state = TrainState(
             step=cast(Any, np.asarray(examples // batch, np.int32)),
@@ -105,12 +100,12 @@ class OtherRun:
         return jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), state, fresh)
 
     def _newest(self, num_classes: int, image_shape: Any) -> TrainState:
-        programs = step.make_programs(self._config, num_classes, image_shape, jax.devices()[:1])
-        shapes = jax.eval_shape(programs.init, step.run_inputs(self._config))
+        programs = step.make_programs(self._run, num_classes, image_shape, jax.devices()[:1])
+        shapes = jax.eval_shape(programs.init, step.run_inputs(self._run))
         template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         metrics = self.path / "metrics.jsonl"
         checkpoints = Checkpoints(
-            self.path / "checkpoints", lambda seen: records.metrics_digest(metrics, seen)
+            self.path / "checkpoints", lambda seen: metrics_file.metrics_digest(metrics, seen)
         )
         try:
             found = checkpoints.restore(template, set_aside=False)
@@ -128,7 +123,7 @@ class OtherRun:
     ) -> Any:
         old, new = source.opt_state, fresh.opt_state
         inner = old.inner_state if isinstance(old, ScaleByBatchState) else old
-        if self.batch_size != self._recipe["batch_size"]:
+        if self._run.batch_size != self._recipe.batch_size:
             measured = old.noise if isinstance(old, ScaleByBatchState) else ()
             inner = moments.carry(inner, *self._scaled(measured))
         # Counts are updates done: of the new size, which is what their schedules are read at.
@@ -148,23 +143,22 @@ class OtherRun:
 
     def _scaled(self, measured: Any) -> tuple[Scaled, Scaled]:
         recipe = self._recipe
-        base = recipe["base_batch_size"]
+        base, noise_scale = recipe.base_batch_size, recipe.scaling.noise_scale
         noise = None
-        if recipe["scaling"]["noise_scale"]:
-            noise = Noise.from_scale(recipe["scaling"]["noise_scale"], base)
+        if noise_scale:
+            noise = Noise.from_scale(noise_scale, base)
         elif measured:
             noise = Noise(max(float(measured.signal), 0.0), float(measured.noise) / base)
-        rule, optimizer = optimizers.rule_of(recipe), optimizers.recipe_of(recipe)
+        rule, call = optimizers.rule_of(recipe.scaling), optimizers.call_of(recipe.optimizer)
         old, new = (
-            optimizer.at(rule, size / base, noise)
-            for size in (self.batch_size, recipe["batch_size"])
+            call.at(rule, size / base, noise) for size in (self._run.batch_size, recipe.batch_size)
         )
         try:
             old.denominator_factor(old.k)
             new.denominator_factor(new.k)
         except NoiseScaleNeeded:
             raise UserError(
-                f"rule {recipe['scaling']['rule']!r} carries moments over by the noise scale, "
+                f"rule {recipe.scaling.rule!r} carries moments over by the noise scale, "
                 "which the other run did not measure; give --config.scaling.noise_scale=EXAMPLES"
             ) from None
         return old, new
@@ -177,7 +171,7 @@ class OtherRun:
             return
         raise UserError(
             f"--restore_from={self.path}: that run has another model or optimizer "
-            f"({self._config['model']['name']}, {self._config['optimizer']['name']})"
+            f"({self._run.model.name}, {self._run.optimizer.name})"
         )
 
 

@@ -19,8 +19,7 @@ import absl.logging
 import jax
 import numpy as np
 
-from bs_jax import storage
-from bs_jax.training.archives import Archives, unreadable_name
+from bs_jax.records import stores
 from bs_jax.training.state import TrainState
 
 _KEPT = 2  # the newest and one to fall back on
@@ -34,7 +33,7 @@ class Checkpoints:
     restored on any other. Beside them lie a checksum of them, and one of the metrics written until
     then, so that a run goes on only where both are whole. Of many processes one alone uses this.
 
-    In an object store each is one object, `Archives`, that Orbax's folder on a disk is packed into.
+    Orbax writes on a disk; `stores.checkpoint_folders` keeps what it wrote, there or elsewhere.
 
     Args:
         path: folder of the checkpoints; made when the first one is written.
@@ -42,9 +41,9 @@ class Checkpoints:
     """
 
     def __init__(self, path: Path, metrics_digest: Callable[[int], bytes]) -> None:
-        self._archives = Archives(path) if storage.is_remote(path) else None
-        self._path = path if self._archives else path.absolute()
-        self._folder = self._archives.folder if self._archives else self._path
+        self._path = path
+        self._stored = stores.checkpoint_folders(path)
+        self._folder = self._stored.folder
         self._metrics_digest = metrics_digest
         self._manager: Any = None
 
@@ -63,15 +62,14 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         content = _content(state, metrics_digest)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(content)) + _SPARE_BYTES
-        if shutil.disk_usage(self._folder).free < needed * (2 if self._archives else 1):
+        if shutil.disk_usage(self._folder).free < needed * self._stored.copies:
             # Before anything is written.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         with _system_errors():
             self._open().save(int(state.step), args=ocp.args.StandardSave(content))
-        if self._archives:
-            self._archives.put(int(state.step))
-            for old in self._archives.steps()[:-_KEPT]:
-                self._archives.delete(old)
+        self._stored.put(int(state.step))
+        for old in self._stored.steps()[:-_KEPT]:
+            self._stored.delete(old)
 
     def restore(self, template: TrainState, *, set_aside: bool = True) -> TrainState | None:
         """The newest checkpoint that can be read, or None.
@@ -90,10 +88,9 @@ class Checkpoints:
             return None
         wanted = _content(template, bytes(32))
         _hush_late_answers()
-        for step in reversed(self._steps()):
+        for step in reversed(self._stored.steps()):
             try:
-                if self._archives:
-                    self._archives.fetch(step)
+                self._stored.fetch(step)
                 self._open().reload()
                 found = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
                 state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
@@ -103,17 +100,17 @@ class Checkpoints:
                 if metrics_digest != self._metrics_digest(int(state.examples)):
                     raise ValueError("metrics.jsonl has changed since")
                 return state
-            except storage.StoreError:
+            except stores.StoreError:
                 raise  # it may be whole
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 reason = str(error) if type(error) is ValueError else type(error).__name__
                 logging.getLogger(__name__).warning(
-                    "checkpoint %s cannot be gone on from (%s); trying the one before",
+                    "cannot restore checkpoint %s (%s); trying the previous one",
                     self._path / str(step),
                     " ".join(reason.split())[:200],
                 )
                 if set_aside:
-                    self._set_aside(step)
+                    self._stored.set_aside(step)
                 self._close_manager()  # it would take the others to be of this one's form
         return None
 
@@ -121,29 +118,14 @@ class Checkpoints:
         """Delete the checkpoints beyond a step."""
         if not self._folder.is_dir():
             return
-        manager = self._open()
-        for later in [found for found in manager.all_steps() if found > step]:
-            manager.delete(later)
-        if self._archives:
-            for later in [found for found in self._archives.steps() if found > step]:
-                self._archives.delete(later)
-
-    def _steps(self) -> list[int]:
-        return self._archives.steps() if self._archives else sorted(self._open().all_steps())
-
-    def _set_aside(self, step: int) -> None:
-        # Kept under another name, not deleted: what cannot be read here may be readable elsewhere.
-        if self._archives:
-            self._archives.set_aside(step)
-            return
-        taken = storage.names(self._path)
-        storage.rename(self._path / str(step), self._path / unreadable_name(str(step), taken))
+        self._close_manager()  # it lists the folder when it is opened
+        for later in [found for found in self._stored.steps() if found > step]:
+            self._stored.delete(later)
 
     def close(self) -> None:
         """Release Orbax's threads."""
         self._close_manager()
-        if self._archives:
-            self._archives.close()
+        self._stored.close()
 
     def _close_manager(self) -> None:
         if self._manager is not None:

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-from bs_jax import storage
+from bs_jax.records import stores
 
 # XLA hands convolutions, matrix products and sums to YNNPACK, which takes 1.5 to 3 times as long as
 # its own code for many shapes (`benchmarks/conv_forms.py --library=default`). Empty: none of them.
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
     """
     own = os.environ.get("BS_JAX_CACHE")
     if own:
-        return storage.local_path(own, "BS_JAX_CACHE") / "xla"
+        return stores.local_path(own, "BS_JAX_CACHE") / "xla"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "bs_jax" / "xla"
 

@@ -1,8 +1,15 @@
-"""From a recipe to its optimizer: scaled hyperparameters, the optax factory, what it reports."""
+"""The optimizer of a run, built from its hyperparameters as arrays, and what it reports.
+
+There are two ways, and both are the library's. A rule is data of the program: it decides what is
+traced. So a rule that measures is compiled in, by `scale_by_batch`. A rule that knows its numbers
+before training leaves nothing but numbers, computed once in double precision. They are arguments of
+the program: runs under any such rule share one compiled program, are one run where their numbers
+agree, and keep the state of the plain optax optimizer in their checkpoints. Sent through
+`scale_by_batch`, each rule would be a program of its own.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -13,36 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax import scaling
-from bs_jax.scaling.hyperparameters import Noise
-from bs_jax.scaling.optimizers import Recipe, registered
+from bs_jax.recipe import FixedValues, Optimizer, ResolvedRun, Scaling, Schedule
+from bs_jax.scaling import optimizers as library
 from bs_jax.training.state import TrainState
-
-# Decays per update that live in the model and the trainer; the rule scales them with the others.
-_MODEL_ROLES = {"bn_decay": "decay", "ema_decay": "decay"}
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaledRecipe:
-    """Every hyperparameter of a recipe before and after.
-
-    Attributes:
-        base: as the recipe has them.
-        values: for the batch size in use; None where the value is found while training.
-        defaults: new values of the factory's defaults that the rule changes and the recipe does
-            not name.
-        clock: keywords by which the optimizer's own clock counts base-size updates, or None.
-        rule_while_training: whether the optimizer applies the rule itself, step by step.
-        rows: the explanation, a dict a hyperparameter.
-        warnings: where the rule stops being true.
-    """
-
-    base: dict[str, Any]
-    values: dict[str, Any]
-    defaults: dict[str, Any]
-    clock: dict[str, Any] | None
-    rule_while_training: bool
-    rows: list[dict[str, Any]]
-    warnings: list[str]
 
 
 def names() -> tuple[str, ...]:
@@ -50,174 +30,90 @@ def names() -> tuple[str, ...]:
     return tuple(
         sorted(
             name
-            for name, factory in registered().items()
+            for name, factory in library.registered().items()
             if "learning_rate" in inspect.signature(factory).parameters
         )
     )
 
 
-def scalable_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The hyperparameters of a recipe that a rule may scale."""
-    return (*config["optimizer"]["hyperparams"], *_MODEL_ROLES)
+def rule_of(settings: Scaling) -> scaling.ScalingRule:
+    """The scaling rule of a recipe, with its switches and offsets."""
+    overrides: dict[str, float | None] = {name: float(factor) for name, factor in settings.offsets}
+    overrides |= dict.fromkeys(settings.off)
+    return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 
 
-def rule_of(config: Mapping[str, Any]) -> scaling.ScalingRule:
-    """The scaling rule of a config, with its switches and offsets."""
-    settings = config["scaling"]
-    overrides: dict[str, float | None] = {
-        name: float(factor) for name, factor in settings["offsets"]
-    }
-    overrides |= dict.fromkeys(settings["off"])
-    return scaling.resolve_rule(settings["rule"]).replace(
-        offset=float(settings["offset"]), **overrides
-    )
+def call_of(optimizer: Optimizer) -> library.Recipe:
+    """The library's view of an optimizer: what each of its arguments means to the rules."""
+    return library.Recipe.of(optimizer.name, kwargs=optimizer.hyperparams)
 
 
-def scale_recipe(config: Mapping[str, Any]) -> ScaledRecipe:
-    """Scale a recipe's hyperparameters from its base batch size to its batch size.
-
-    Args:
-        config: a recipe (nested mapping).
-
-    Returns:
-        The values before and after, with the reasons.
-
-    Raises:
-        UserError: a value, a rule or a batch size that cannot be.
-    """
-    explanation = explain_recipe(config)
-    base = _base_values(config)
-    rule_while_training = _found_while_training(config, explanation.rows)
-    values = {row["hyperparameter"]: row["new"] for row in explanation.rows}
-    unnamed = (row for row in explanation.rows if row["hyperparameter"] not in base)
-    return ScaledRecipe(
-        base=base,
-        values={name: values.get(name, value) for name, value in base.items()},
-        defaults={
-            row["hyperparameter"]: row["new"] for row in unnamed if row["new"] != row["base"]
-        },
-        clock=None if rule_while_training else _clock(config),
-        rule_while_training=rule_while_training,
-        rows=explanation.rows,
-        warnings=list(explanation.warnings),
-    )
-
-
-def explain_recipe(config: Mapping[str, Any]) -> scaling.Explanation:
-    """The table of a recipe's hyperparameters before and after."""
-    return scaling.explain(
-        config["optimizer"]["name"],
-        batch_size=config["batch_size"],
-        base_batch_size=config["base_batch_size"],
-        rule=rule_of(config),
-        noise_scale=config["scaling"]["noise_scale"] or None,
-        roles=_MODEL_ROLES,
-        train_examples=config["train_examples"],
-        numbers_alone=False,
-        **_base_values(config),
-    )
-
-
-def _base_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    values = {**config["optimizer"]["hyperparams"], "bn_decay": config["bn_decay"]}
-    if config["ema_decay"]:
-        values["ema_decay"] = config["ema_decay"]
-    return values
-
-
-def _found_while_training(config: Mapping[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether some factor, or the second moment itself, comes from the gradients of each step."""
-    rule, recipe = rule_of(config), recipe_of(config)
-    if recipe.at(rule, config["batch_size"] / config["base_batch_size"]).is_identity:
-        return False
-    return recipe.invariant_moment(rule) is not None or any(row["new"] is None for row in rows)
-
-
-def _clock(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    base, noise_scale = config["base_batch_size"], config["scaling"]["noise_scale"]
-    recipe = recipe_of(config)
-    scaled = recipe.at(
-        rule_of(config),
-        config["batch_size"] / base,
-        Noise.from_scale(noise_scale, base) if noise_scale else None,
-    )
-    return recipe.clock(scaled) or None
-
-
-def recipe_of(config: Mapping[str, Any]) -> Recipe:
-    """What a config's optimizer and its hyperparameters mean to the rules."""
-    return Recipe.of(config["optimizer"]["name"], kwargs=config["optimizer"]["hyperparams"])
-
-
-def traced_values(config: Mapping[str, Any]) -> dict[str, float]:
+def traced_values(run: ResolvedRun) -> Mapping[str, float]:
     """The numbers that a compiled program takes as arguments, by name."""
-    values = {
-        name: value
-        for name, value in config["optimizer"]["hyperparams"].items()
-        if not isinstance(value, bool)
-    }
-    clock = {f"clock.{name}": value for name, value in _clock_in(config).items()}
-    return values | clock | {"bn_decay": config["bn_decay"], "ema_decay": config["ema_decay"]}
+    values = {n: v for n, v in run.optimizer.hyperparams.items() if not isinstance(v, bool)}
+    clock = {f"clock.{name}": value for name, value in _clock_of(run).items()}
+    return values | clock | {"bn_decay": run.bn_decay, "ema_decay": run.ema_decay}
 
 
-def _clock_in(config: Mapping[str, Any]) -> Mapping[str, float]:
-    return config["scaling"].get("clock", {})
+def _clock_of(run: ResolvedRun) -> Mapping[str, float]:
+    return run.optimizer.clock if isinstance(run.optimizer, FixedValues) else {}
 
 
-def cohort_key(config: Mapping[str, Any]) -> str:
+def cohort_key(run: ResolvedRun) -> str:
     """What a compiled program depends on: runs with equal keys can share one.
 
-    Everything in the config except the seed and the values of `traced_values` (of which only
+    Everything in the run except the seed and the values of `traced_values` (of which only
     presence counts, and of the EMA whether it is on).
     """
-    static = json.loads(json.dumps(dict(config)))
+    content = run.config
     for name in ("seed", "name", "title", "report", "tensorboard", "bn_decay"):
-        static.pop(name)
-    static["ema_decay"] = bool(config["ema_decay"])
-    static["optimizer"]["hyperparams"] = {
+        del content[name]
+    content["ema_decay"] = bool(run.ema_decay)
+    content["optimizer"]["hyperparams"] = {
         name: value if isinstance(value, bool) else "traced"
-        for name, value in config["optimizer"]["hyperparams"].items()
+        for name, value in run.optimizer.hyperparams.items()
     }
-    if _clock_in(config):
-        static["scaling"]["clock"] = "traced"
-    return json.dumps(static, sort_keys=True)
+    if _clock_of(run):
+        content["scaling"]["clock"] = "traced"
+    return json.dumps(content, sort_keys=True)
 
 
 def make_optimizer(
-    config: Mapping[str, Any], hyperparams: Mapping[str, jax.Array]
+    run: ResolvedRun, hyperparams: Mapping[str, jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
-    """Build the optimizer of a resolved run, with its hyperparameters as (traced) arrays.
+    """Build the optimizer of a run, with its hyperparameters as (traced) arrays.
 
     Args:
-        config: a resolved run's config.
+        run: the run; its numbers are not read.
         hyperparams: name -> float32 scalar, as in `traced_values`.
 
     Returns:
         A transformation whose `update` takes ``microbatch=`` (and needs it where the rule works
         while training).
     """
-    shape = schedule_shape(config)
+    optimizer = run.optimizer
+    shape = schedule_shape(run.schedule, run.train_examples)
     kwargs: dict[str, Any] = {
         name: value if isinstance(value, bool) else hyperparams[name]
-        for name, value in config["optimizer"]["hyperparams"].items()
+        for name, value in optimizer.hyperparams.items()
     }
-    if config["optimizer"]["decay_mask"] == "kernels":
+    if optimizer.decay_mask == "kernels":
         kwargs["mask"] = _kernels
     # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch.
-    fixed = config["scaling"]["rule"] == "fixed"
-    size = config["batch_size"] if fixed else config["base_batch_size"]
-    for name, role in recipe_of(config).roles.items():
+    fixed = isinstance(optimizer, FixedValues)
+    size = run.batch_size if fixed else optimizer.base_batch_size
+    for name, role in call_of(optimizer).roles.items():
         if name in kwargs and role.name in ("learning_rate", "divided_learning_rate"):
             kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size)
-    if fixed:
-        clock = {name: hyperparams[f"clock.{name}"] for name in _clock_in(config)}
-        return Recipe.of(config["optimizer"]["name"], kwargs=kwargs).build({}, clock)
+    if isinstance(optimizer, FixedValues):
+        clock = {name: hyperparams[f"clock.{name}"] for name in optimizer.clock}
+        return library.Recipe.of(optimizer.name, kwargs=kwargs).build({}, clock)
     return scaling.scale_by_batch(
-        config["optimizer"]["name"],
-        batch_size=config["batch_size"],
-        base_batch_size=config["base_batch_size"],
-        rule=rule_of(config),
-        noise_scale=config["scaling"]["noise_scale"] or None,
+        optimizer.name,
+        batch_size=run.batch_size,
+        base_batch_size=optimizer.base_batch_size,
+        rule=rule_of(optimizer.scaling),
+        noise_scale=optimizer.scaling.noise_scale or None,
     )(**kwargs)
 
 
@@ -226,32 +122,31 @@ def _kernels(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
 
-def schedule_shape(config: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
+def schedule_shape(schedule: Schedule, train_examples: int) -> Callable[[Any], jax.Array]:
     """The learning rate over its peak, as a function of examples seen.
 
     Args:
-        config: with ``schedule`` and ``train_examples``.
+        schedule: warm-up, name and fractions.
+        train_examples: length of training.
 
     Returns:
         examples (int or float scalar) -> float32 scalar in [0, 1]. Linear warm-up from 0; flat;
         then by name: "constant", "linear" or "flat_cosine" to the final fraction.
 
-    >>> schedule = {"name": "flat_cosine", "warmup_examples": 0, "flat_fraction": 0.0,
-    ...             "final_fraction": 0.0}
-    >>> shape = schedule_shape({"schedule": schedule, "train_examples": 1000})
+    >>> cosine = Schedule("flat_cosine", warmup_examples=0, flat_fraction=0.0, final_fraction=0.0)
+    >>> shape = schedule_shape(cosine, train_examples=1000)
     >>> [round(float(shape(examples)), 3) for examples in (0, 500, 1000)]
     [1.0, 0.5, 0.0]
     """
-    schedule, total = config["schedule"], config["train_examples"]
-    warmup, final = schedule["warmup_examples"], schedule["final_fraction"]
-    start = max(schedule["flat_fraction"] * total, warmup)
+    warmup, final = schedule.warmup_examples, schedule.final_fraction
+    start = max(schedule.flat_fraction * train_examples, warmup)
 
     def shape(examples: Any) -> jax.Array:
         seen = jnp.asarray(examples, jnp.float32)
-        progress = jnp.clip((seen - start) / max(total - start, 1), 0.0, 1.0)
-        if schedule["name"] == "constant":
+        progress = jnp.clip((seen - start) / max(train_examples - start, 1), 0.0, 1.0)
+        if schedule.name == "constant":
             left = jnp.ones(())
-        elif schedule["name"] == "linear":
+        elif schedule.name == "linear":
             left = 1 - progress
         else:
             left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -262,21 +157,18 @@ def schedule_shape(config: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
 
 
 def metrics(
-    config: Mapping[str, Any],
-    hyperparams: Mapping[str, jax.Array],
-    state: TrainState,
-    opt_state: Any,
+    run: ResolvedRun, hyperparams: Mapping[str, jax.Array], state: TrainState, opt_state: Any
 ) -> dict[str, jax.Array]:
-    """What the optimizer shows of an update: the learning rate, and the noise scale if measured.
+    """What the optimizer shows of an update: the learning rate, or all values that it measured.
 
     Args:
-        config: a resolved run's config.
+        run: the run.
         hyperparams: its arrays.
         state: before the update.
         opt_state: after it.
     """
-    if config["scaling"]["rule"] == "fixed":
-        rate = hyperparams["learning_rate"] * schedule_shape(config)(state.examples)
-        return {"optim/learning_rate": rate}
+    if isinstance(run.optimizer, FixedValues):
+        shape = schedule_shape(run.schedule, run.train_examples)
+        return {"optim/learning_rate": hyperparams["learning_rate"] * shape(state.examples)}
     in_force = scaling.hyperparams(opt_state)
     return {f"optim/{name}": jnp.asarray(value, jnp.float32) for name, value in in_force.items()}

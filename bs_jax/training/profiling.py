@@ -8,17 +8,17 @@ import dataclasses
 import gzip
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from bs_jax import storage
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.training import parallel, plan, records, step, validate
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records import stores
+from bs_jax.training import checks, parallel, plan, step
 
 UPDATES = 10
 _EXAMPLES = 4096  # enough for any cache to miss; a part of the data set, so that it is there soon
@@ -48,7 +48,7 @@ class Profile:
 
 
 def profile(
-    config: Mapping[str, Any],
+    run: ResolvedRun,
     data: ImageData,
     devices: parallel.Devices,
     folder: Path,
@@ -57,23 +57,23 @@ def profile(
     """Trace `updates` updates and one batch of evaluation, after everything is compiled.
 
     Args:
-        config: a resolved run's config.
+        run: the run.
         data: the data set that it names; its first examples are enough.
         devices: to spread every batch over.
         folder: for the trace.
         updates: how many to trace.
 
     Raises:
-        UserError: the config does not fit the devices or the data.
+        UserError: the run does not fit the devices or the data.
     """
-    validate.check_devices(config, len(devices))
-    validate.check_data(config, len(data.train), data.image_shape[-1])
-    programs = step.make_programs(config, data.num_classes, data.train.image_shape, devices)
-    train = _resident(data.train, max(_EXAMPLES, config["batch_size"]), devices)
-    evaluation = _resident(data.eval, config["eval_batch_size"], devices)
-    inputs = parallel.replicate(step.run_inputs(config), devices)
-    state = parallel.replicate(programs.init(step.run_inputs(config)), devices)
-    order = np.arange(updates * config["batch_size"], dtype=np.int32) % len(train[1])
+    checks.check_devices(run, len(devices))
+    checks.check_data(run, len(data.train), data.image_shape[-1])
+    programs = step.make_programs(run, data.num_classes, data.train.image_shape, devices)
+    train = _resident(data.train, max(_EXAMPLES, run.batch_size), devices)
+    evaluation = _resident(data.eval, run.eval_batch_size, devices)
+    inputs = parallel.replicate(step.run_inputs(run), devices)
+    state = parallel.replicate(programs.init(step.run_inputs(run)), devices)
+    order = np.arange(updates * run.batch_size, dtype=np.int32) % len(train[1])
     batches = plan.per_device(order.reshape(updates, -1), len(devices))
     examples = len(evaluation[1]) // len(devices) * len(devices)
     numbers = np.arange(examples, dtype=np.int32).reshape(1, -1)
@@ -92,13 +92,13 @@ def profile(
         return state
 
     state = once(state)
-    storage.make_folder(folder)
-    outbox = storage.Outbox(folder)
+    stores.make_folder(folder)
+    outbox = stores.Outbox(folder)
     with contextlib.closing(outbox):
         with jax.profiler.trace(str(outbox.folder), create_perfetto_trace=True):
             once(state)
         found = operations(outbox.folder)
-        with records.disk_errors(folder):
+        with stores.disk_errors(folder):
             outbox.send()
     return Profile(folder, elapsed / updates, found)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bs_jax import models, scaling
+from bs_jax import models, recipe, scaling
 from bs_jax.data import AugmentSpec, RandomResizedCrop, augment, prepare_eval
+from bs_jax.recipe import ResolvedRun
 from bs_jax.training import optimizers, parallel
 from bs_jax.training.state import TrainState
 
@@ -27,7 +28,7 @@ class RunInputs(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Compiled functions that serve every run with the same static config.
+    """Compiled functions that serve every run with the same `optimizers.cohort_key`.
 
     Attributes:
         init: RunInputs -> TrainState.
@@ -43,30 +44,30 @@ class Programs(NamedTuple):
     evaluate: Callable[..., Any]
 
 
-def run_inputs(config: Mapping[str, Any]) -> RunInputs:
+def run_inputs(run: ResolvedRun) -> RunInputs:
     """The arrays that stand for one run's seed and hyperparameters."""
     return RunInputs(
-        jnp.asarray(config["seed"] % 2**32, jnp.uint32),
+        jnp.asarray(run.seed % 2**32, jnp.uint32),
         {
             name: jnp.asarray(value, jnp.float32)
-            for name, value in optimizers.traced_values(config).items()
+            for name, value in optimizers.traced_values(run).items()
         },
     )
 
 
 def make_programs(
-    config: Mapping[str, Any],
+    run: ResolvedRun,
     num_classes: int,
     image_shape: tuple[int, int, int],
     devices: parallel.Devices,
     *,
     vmapped: bool = False,
 ) -> Programs:
-    """Build the programs of a config; nothing compiles before the first call.
+    """Build the programs of a run; nothing compiles before the first call.
 
     Args:
-        config: a resolved run's config. Its seed and numeric hyperparameters are not read here:
-            they come with every call (`RunInputs`), so one program serves a whole cohort.
+        run: the run. Its seed and numeric hyperparameters are not read here: they come with every
+            call (`RunInputs`), so one program serves a whole cohort.
         num_classes: of the data set.
         image_shape: (height, width, channels) of its images.
         devices: to spread every batch over; the batch must divide by their number.
@@ -77,13 +78,13 @@ def make_programs(
         The programs.
     """
     model = models.create(
-        config["model"]["name"],
+        run.model.name,
         num_classes=num_classes,
-        dtype=jnp.dtype(config["model"]["dtype"]),
-        ghost_batch_size=config["ghost_batch_size"],
-        axis_name=parallel.BATCH_AXIS if config["bn_cross_device"] else None,
+        dtype=jnp.dtype(run.model.dtype),
+        ghost_batch_size=run.ghost_batch_size,
+        axis_name=parallel.BATCH_AXIS if run.bn_cross_device else None,
     )
-    spec = _augment_spec(config)
+    spec = _augment_spec(run.data)
     eval_shape = (
         1,
         *jax.eval_shape(
@@ -96,18 +97,18 @@ def make_programs(
         key = jax.random.fold_in(jax.random.key(inputs.seed), 0)
         variables = model.init(key, jnp.zeros(eval_shape, jnp.float32), train=False)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        optimizer = optimizers.make_optimizer(config, inputs.hyperparams)
+        optimizer = optimizers.make_optimizer(run, inputs.hyperparams)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             examples=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
             opt_state=optimizer.init(params),
-            ema_params=jax.tree.map(jnp.copy, params) if config["ema_decay"] else (),
+            ema_params=jax.tree.map(jnp.copy, params) if run.ema_decay else (),
         )
 
-    train_chunk = _train_chunk(config, model, spec, len(devices))
-    evaluate = _evaluate(config, model, spec)
+    train_chunk = _train_chunk(run, model, spec, len(devices))
+    evaluate = _evaluate(run, model, spec)
     if vmapped:
         init = jax.vmap(init)
         train_chunk = jax.vmap(train_chunk, in_axes=(0, 0, None, 0))
@@ -119,30 +120,28 @@ def make_programs(
     )
 
 
-def _augment_spec(config: Mapping[str, Any]) -> AugmentSpec:
-    data = config["data"]
-    low, high = data["crop_area"]
+def _augment_spec(data: recipe.Data) -> AugmentSpec:
+    low, high = data.crop_area
     return AugmentSpec(
-        image_size=data["image_size"],
-        flip=data["flip"],
-        crop_padding=data["crop_padding"],
+        image_size=data.image_size,
+        flip=data.flip,
+        crop_padding=data.crop_padding,
         random_resized_crop=RandomResizedCrop(low, high) if low < 1 else None,
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        mean=data.mean,
+        std=data.std,
     )
 
 
 def _train_chunk(
-    config: Mapping[str, Any], model: Any, spec: AugmentSpec, num_devices: int
+    run: ResolvedRun, model: Any, spec: AugmentSpec, num_devices: int
 ) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> (state, metrics per step)."""
-    batch_size = config["batch_size"]
+    batch_size = run.batch_size
     local_size = batch_size // num_devices
-    micro_batches = local_size // min(config["micro_batch_size"], local_size)
-    smoothing = config["label_smoothing"]
+    micro_batches = local_size // min(run.micro_batch_size, local_size)
+    smoothing = run.label_smoothing
     axis = parallel.BATCH_AXIS
-    # Only --mode=noise_scale puts this field in: no recipe needs it to train.
-    measures_noise = config.get("measure_noise", False)
+    measures_noise = run.measures_noise
 
     def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
         images = augment(
@@ -176,7 +175,7 @@ def _train_chunk(
     def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
         augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
         hyperparams = inputs.hyperparams
-        optimizer = optimizers.make_optimizer(config, hyperparams)
+        optimizer = optimizers.make_optimizer(run, hyperparams)
         offset = jax.lax.axis_index(axis) * local_size
 
         def step(state: TrainState, batch: Any):
@@ -195,7 +194,7 @@ def _train_chunk(
             )
             params = jax.tree.map(jnp.add, state.params, updates)
             ema_params = state.ema_params
-            if config["ema_decay"]:
+            if run.ema_decay:
                 decay = hyperparams["ema_decay"]
                 ema_params = jax.tree.map(
                     lambda mean, new: decay * mean + (1 - decay) * new, ema_params, params
@@ -203,7 +202,7 @@ def _train_chunk(
             metrics = {
                 "train/loss": loss,
                 "train/accuracy": aux["accuracy"],
-                **optimizers.metrics(config, hyperparams, state, opt_state),
+                **optimizers.metrics(run, hyperparams, state, opt_state),
                 **noise_metrics(grads, stats),
             }
             new_state = TrainState(
@@ -221,12 +220,12 @@ def _train_chunk(
     return train_chunk
 
 
-def _evaluate(config: Mapping[str, Any], model: Any, spec: AugmentSpec) -> Callable[..., Any]:
+def _evaluate(run: ResolvedRun, model: Any, spec: AugmentSpec) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> sums over all devices' marked examples."""
 
     def evaluate(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
         del inputs  # nothing in evaluation depends on a hyperparameter
-        params = state.ema_params if config["ema_decay"] else state.params
+        params = state.ema_params if run.ema_decay else state.params
         variables = {"params": params, "batch_stats": state.batch_stats}
 
         def batch_sums(sums, batch):

@@ -1,6 +1,6 @@
 """A recipe that trains in a second, and a sweep of it, to be killed at every moment."""
 
-from bs_jax.experiments.points import Point, product
+from bs_jax.sweep.points import Point, product
 from configs import fashion_mnist
 
 

@@ -97,13 +97,6 @@ def main() -> None:
     import optax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
 
-    import bs_jax.cli
-    import bs_jax.experiments.launchers
-    import bs_jax.experiments.report
-    import bs_jax.experiments.worker
-    import bs_jax.training.loop
-    import bs_jax.training.step  # noqa: F401
-
     children: set[int] = set()
     buffer = b""
     while True:

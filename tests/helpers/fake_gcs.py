@@ -16,6 +16,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+
+from bs_jax.records.stores import files
+
 BUCKET = "bucket"
 _PAGE = 20  # objects a page of a listing: few, so that there are several
 
@@ -236,3 +240,18 @@ def serving() -> Iterator[Store]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An empty store that this process's ``gs://`` paths lead to; skips the test without gcsfs."""
+    fsspec, gcsfs = pytest.importorskip("fsspec"), pytest.importorskip("gcsfs")
+    with serving() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        # What the variable does where the library is imported after it is set.
+        monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        files.driver.cache_clear()
+        yield store
+        gcsfs.core.GCSFileSystem.clear_instance_cache()
+        files.driver.cache_clear()

@@ -20,8 +20,10 @@ def main(workdir: Path, remove: bool) -> None:
     from faults import recipe
     from ray.cluster_utils import Cluster
 
-    from bs_jax.experiments import ray_launcher, sweep
-    from bs_jax.experiments.progress import Display
+    from bs_jax.sweep import plan as sweep
+    from bs_jax.sweep import ray_cluster
+    from bs_jax.sweep.cohorts import Schedule
+    from bs_jax.sweep.progress import Display
 
     config = json.loads(recipe.get_config().to_json())
     config["train_examples"] = 384
@@ -45,8 +47,8 @@ def main(workdir: Path, remove: bool) -> None:
     try:
         with Display(planned.runs, 0, quiet=True) as display:
             display.__class__ = Listening
-            failures = ray_launcher.run_ray(
-                planned.runs, workdir, display, run_axis="loop", address=cluster.address
+            failures = ray_cluster.train_on_ray(
+                Schedule(planned.runs), workdir, display, address=cluster.address
             )
     finally:
         cluster.shutdown()

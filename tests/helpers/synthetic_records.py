@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,14 @@ EFFECTS = {
     "noise_aware": lambda k: -0.0025 * math.log2(k),
     "invariant": lambda k: 0.0005 * math.log2(k),
 }
+
+
+class Run(NamedTuple):
+    """A run as the records know it: its JSON form."""
+
+    run_id: str
+    config: dict[str, Any]
+    hparams: dict[str, Any]
 
 
 def write_records(

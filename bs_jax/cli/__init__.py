@@ -1,0 +1,1 @@
+"""The command line: `main` parses the flags, each mode is a file with its own flags."""

@@ -1,0 +1,257 @@
+"""--mode=sweep: train every point of a sweep, then report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from bs_jax.cli import common, config, processes
+from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe, ResolvedRun, choose
+from bs_jax.records import stores
+
+if TYPE_CHECKING:
+    from bs_jax.sweep.cohorts import Schedule
+    from bs_jax.sweep.plan import Sweep
+    from bs_jax.sweep.points import Point
+    from bs_jax.sweep.progress import Display
+
+FLAGS = flags.FLAGS
+_RAY = ("ray_address", "ray_cpus", "ray_gpus")
+FLAG_NAMES = (
+    *common.FLAG_NAMES,
+    *processes.FLAG_NAMES,
+    "sweep",
+    "seeds",
+    "only",
+    "run_axis",
+    "workers",
+    "launcher",
+    *_RAY,
+)
+
+
+def define_flags() -> None:
+    """Define the flags of this mode."""
+    flags.DEFINE_string("sweep", "rules", "A function `sweep_NAME` of the config file.")
+    flags.DEFINE_list("seeds", [], "Train every point of the sweep with these: 0,1,2,...")
+    flags.DEFINE_string("only", "", "Train these runs of the sweep alone: RUN_ID,...; no report.")
+    flags.DEFINE_enum(
+        "run_axis",
+        "loop",
+        ("loop", "vmap"),
+        "Runs that share a compiled program go one after another, or side by side.",
+    )
+    flags.DEFINE_enum(
+        "launcher",
+        "local",
+        ("local", "ray", "print"),
+        "local: on this machine. ray: on a Ray cluster. print: a shell command a run, for others.",
+    )
+    flags.DEFINE_integer(
+        "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
+    )
+    flags.DEFINE_string("ray_address", None, "Of a Ray cluster; default: $RAY_ADDRESS, or here.")
+    flags.DEFINE_float("ray_cpus", 1.0, "CPU cores of a task.", lower_bound=0.0)
+    flags.DEFINE_float("ray_gpus", -1.0, "GPUs of a task; -1: one where the cluster has any.")
+
+
+def run() -> int:
+    """Train the sweep, alone or together with other processes, then write its report."""
+    _check_flags()
+    if FLAGS.dry_run or FLAGS.launcher != "local":  # this process trains nothing itself
+        return _sweep()
+    return processes.together(_sweep)
+
+
+def workdir() -> Path:
+    """The folder of the sweep."""
+    return common.workdir(f"runs/{FLAGS.config.name}-{FLAGS.sweep}")
+
+
+def _check_flags() -> None:
+    """Reject flags that have no effect with this launcher, and impossible numbers."""
+    if FLAGS.workers < 0:
+        raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
+    useless = {"local": _RAY, "ray": ("workers",), "print": (*_RAY, "workers")}
+    for name in useless[FLAGS.launcher]:
+        if FLAGS[name].value != FLAGS[name].default:
+            needed = "ray" if name in _RAY else "local"
+            raise UserError(
+                f"--{name} has no effect with --launcher={FLAGS.launcher}; leave it out, or use "
+                f"--launcher={needed}"
+            )
+
+
+def given_seeds() -> list[int]:
+    """The seeds of ``--seeds``, in order; none where it is not given.
+
+    Raises:
+        UserError: not distinct whole numbers from 0.
+    """
+    texts = [text.strip() for text in FLAGS.seeds]
+    seeds = [int(text) for text in texts if text.isascii() and text.isdecimal()]
+    if len(set(seeds)) < len(texts):
+        raise UserError(
+            f"--seeds={','.join(texts)}: give whole numbers from 0, none twice, e.g. --seeds=0,1,2"
+        )
+    return seeds
+
+
+def _sweep() -> int:
+    from bs_jax.sweep import plan, progress
+    from bs_jax.sweep.stopping import Stopped
+    from bs_jax.training import compilation, distributed
+
+    recipe = config.plain()
+    planned = _plan(recipe)
+    wanted = _wanted(planned)
+    if FLAGS.dry_run:
+        print(plan.listing(planned))
+        return 0
+    distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
+    folder = workdir()
+    distributed.on_first(lambda: stores.check_writable(folder))
+    data = config.load_data(planned.runs)
+    open_ids = set(distributed.on_first(lambda: _begin(planned, folder, recipe, data)))
+    pending = [run for run in wanted if run.run_id in open_ids]
+    if FLAGS.launcher == "print":
+        _print_commands(_schedule(pending, planned), folder)
+        return 0
+    failures: list[str] = []
+    if not pending:
+        print(f"All {len(wanted)} runs are done already.")
+    else:
+        compilation.enable_cache()
+        print(
+            f"{len(planned.rows)} points, {len(wanted)} runs, {len(pending)} to train, "
+            f"records in {folder}"
+        )
+        with progress.Display(
+            wanted, len(wanted) - len(pending), quiet=not distributed.is_first()
+        ) as display:
+            display.pending(pending)
+            try:
+                failures = _train(_schedule(pending, planned), len(pending), folder, display)
+            except Stopped as stopped:
+                display.note("stopped; give the same command again to go on")
+                return 128 + stopped.signal_number
+    writes = distributed.is_first()
+    distributed.shutdown()
+    if writes and not FLAGS.only:
+        from bs_jax.cli import report
+
+        report.write_report(folder)
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _plan(recipe: Mapping[str, Any]) -> Sweep:
+    """The points of the sweep and the runs that they come to."""
+    from bs_jax.sweep import plan
+    from bs_jax.sweep.points import with_seeds
+
+    Recipe.parse(recipe)  # its mistakes are told before those of its points
+    points = config.points(FLAGS.sweep)
+    _reject_overridden(points)
+    if seeds := given_seeds():
+        points = with_seeds(points, seeds)
+    return plan.plan_sweep(FLAGS.sweep, recipe, points)
+
+
+def _reject_overridden(points: Sequence[Point]) -> None:
+    """Reject a config flag that every point of the sweep overwrites: it would have no effect."""
+    for field, value in config.overrides().items():
+        if all(field in point.overrides for point in points):
+            raise UserError(
+                f"--config.{field}={value} has no effect on sweep {FLAGS.sweep!r}, which sets that "
+                "field itself; leave the flag out, or use "
+                + ("--seeds=0,1,2" if field == "seed" else "--mode=train")
+            )
+
+
+def _wanted(planned: Sweep) -> list[ResolvedRun]:
+    """The runs of ``--only``; all where it is not given."""
+    only = [run_id for run_id in FLAGS.only.split(",") if run_id]
+    for run_id in only:
+        choose("run in --only", run_id, [run.run_id for run in planned.runs])
+    return [run for run in planned.runs if not only or run.run_id in only]
+
+
+def _begin(planned: Sweep, folder: Path, recipe: Mapping[str, Any], data: str) -> list[str]:
+    """Write what is known of the sweep; the ids of the runs that are not done."""
+    from bs_jax.sweep import plan
+
+    folders = stores.each(folder, lambda run: plan.run_folder(folder, run), planned.runs)
+    with stores.disk_errors(folder):
+        listed = stores.exists(folder / "sweep.json")
+    if not FLAGS.only or not listed:  # else the whole sweep's stays
+        command = shlex.join(["python", *sys.argv])
+        plan.write_sweep_file(planned, folder, recipe, command=command, data=data)
+    done = stores.each(folder, lambda one: one.done, folders)
+    return [one.run.run_id for one, finished in zip(folders, done, strict=True) if not finished]
+
+
+def _schedule(pending: Sequence[ResolvedRun], planned: Sweep) -> Schedule:
+    from bs_jax.sweep.cohorts import Schedule
+
+    return Schedule(pending, planned.runs, vmapped=lambda run: FLAGS.run_axis == "vmap")
+
+
+def _train(schedule: Schedule, pending: int, folder: Path, display: Display) -> list[str]:
+    """Train by the launcher of the flags; a line for each run that failed."""
+    from bs_jax.sweep import local
+
+    grace = FLAGS.grace_seconds
+    if FLAGS.launcher == "ray":
+        from bs_jax.sweep import ray_cluster
+
+        return ray_cluster.train_on_ray(
+            schedule,
+            folder,
+            display,
+            grace_seconds=grace,
+            address=FLAGS.ray_address,
+            cpus=FLAGS.ray_cpus,
+            gpus=FLAGS.ray_gpus,
+        )
+    if workers := _worker_count(pending):
+        return local.train_in_processes(
+            schedule, folder, display, workers=workers, grace_seconds=grace
+        )
+    local.train_here(schedule, folder, display, grace_seconds=grace)
+    return []
+
+
+def _worker_count(pending: int) -> int:
+    """How many worker processes; 0 for this process alone."""
+    import jax
+
+    from bs_jax.training import distributed
+
+    if distributed.process_count() > 1:
+        return 0
+    if FLAGS.workers:
+        return min(FLAGS.workers, pending)
+    if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, pending)
+
+
+def _print_commands(schedule: Schedule, folder: Path) -> None:
+    from bs_jax.sweep.commands import commands
+
+    given = shlex.split(re.sub(r"--?launcher[= ]\w+", "", shlex.join(sys.argv[1:])))
+    program = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
+    for line in commands(schedule, folder, program):
+        print(line)

@@ -1,1 +1,0 @@
-"""Experiments: points -> sweep -> records -> statistics -> report."""

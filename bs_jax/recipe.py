@@ -1,0 +1,791 @@
+"""A recipe, typed: as the config gives it (`Recipe`), and as it is trained (`ResolvedRun`).
+
+An ``ml_collections`` config, flags and the points of a sweep are nested data. `Recipe.parse` turns
+them into an object once, with every check that needs no data, no device and no compile; nothing
+after it takes nested data. `bs_jax.training.resolve` scales a recipe to a `ResolvedRun`, whose JSON
+form (``run_id``, ``config``, ``hparams``) is what the records hold and what workers are sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from bs_jax.errors import UserError
+
+SCHEDULES = ("constant", "linear", "flat_cosine")
+DTYPES = ("float32", "bfloat16")
+DECAY_MASKS = ("all", "kernels")
+
+_LARGEST = 2**63  # beyond it no number of a recipe has a meaning, nor an array of numpy's
+_LONGEST = 2**31  # the example clock is an int32
+
+
+def choose(what: str, name: Any, known: Iterable[str]) -> None:
+    """Raise a UserError that suggests the nearest name unless `name` is a known one."""
+    known = tuple(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def unknown_field(path: str, known: Iterable[str]) -> UserError:
+    """The error for a field that a config does not have.
+
+    Args:
+        path: dotted name of the field.
+        known: the fields beside it.
+    """
+    near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
+    return UserError(f"config has no field {path!r}; {hint}")
+
+
+# --- what a field may hold
+
+
+class _Kind(NamedTuple):
+    """What a field may hold: in words, and the reader that returns the value or raises."""
+
+    holds: str
+    read: Callable[[str, Any], Any]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not isinstance(value, int) or abs(value) < _LARGEST
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and _is_text(value[0])
+        and _is_number(value[1])
+    )
+
+
+def _plain(holds: str, fits: Callable[[Any], bool]) -> _Kind:
+    def read(path: str, value: Any) -> Any:
+        if not fits(value):
+            raise UserError(f"{path} is {value!r:.80}; it must be {holds}")
+        return value
+
+    return _Kind(holds, read)
+
+
+def _list(holds: str, fits: Callable[[Any], bool], length: int | None = None) -> _Kind:
+    def all_fit(value: Any) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and (length is None or len(value) == length)
+            and all(map(fits, value))
+        )
+
+    plain = _plain(holds, all_fit)
+    return _Kind(holds, lambda path, value: tuple(plain.read(path, value)))
+
+
+def _bounded(fits: Callable[[Any], bool], bounds: str) -> _Kind:
+    """A number with bounds, given in words after "it must be"."""
+
+    def read(path: str, value: Any) -> Any:
+        _NUMBER.read(path, value)
+        if not fits(value):
+            raise UserError(f"{path} is {value!r}; it must be {bounds}")
+        return value
+
+    return _Kind(_NUMBER.holds, read)
+
+
+def _one_of(known: tuple[str, ...]) -> _Kind:
+    def read(path: str, value: Any) -> Any:
+        _TEXT.read(path, value)
+        choose(path, value, known)
+        return value
+
+    return _Kind(_TEXT.holds, read)
+
+
+def _section(cls: type[Section]) -> _Kind:
+    holds = "a section of fields"
+    plain = _plain(holds, lambda value: isinstance(value, Mapping))
+    return _Kind(holds, lambda path, value: cls(**_values(cls, plain.read(path, value), path)))
+
+
+def _named_pairs(path: str, value: Any) -> tuple[tuple[str, float], ...]:
+    return tuple((name, number) for name, number in _PAIRS.read(path, value))
+
+
+_NUMBER = _plain("a number below 2**63", _is_number)
+_TEXT = _plain("a text", _is_text)
+_FLAG = _plain("True or False", _is_flag)
+_PAIRS = _list("a list of pairs (name, number)", _is_pair)
+_AMOUNT = _bounded(lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+
+
+def _hyperparams(path: str, value: Any) -> dict[str, float | bool]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} is {value!r:.80}; it must be a section of fields")
+    found: dict[str, float | bool] = {}
+    for name, number in value.items():
+        own = f"{path}.{name}"
+        if not (_is_number(number) or _is_flag(number)):
+            raise UserError(
+                f"{own} is {number!r:.80}; it must be a number below 2**63, or True or False"
+            )
+        found[name] = number if _is_flag(number) else _AMOUNT.read(own, number)
+    return found
+
+
+# What a field holds, said with its type: `_values` reads a section by these.
+Text = Annotated[str, _TEXT]
+Flag = Annotated[bool, _FLAG]
+Number = Annotated[float, _NUMBER]
+Numbers = Annotated[tuple[float, ...], _list("a list of numbers", _is_number)]
+Positive = Annotated[
+    int, _bounded(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
+]
+Count = Annotated[int, _bounded(lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")]
+Share = Annotated[float, _bounded(lambda v: 0 <= v <= 1, "at least 0 and at most 1")]
+Decay = Annotated[float, _bounded(lambda v: 0 <= v < 1, "at least 0 and below 1")]
+
+
+class Section:
+    """A frozen dataclass that is read from nested data by the types of its fields."""
+
+
+@functools.cache
+def _kinds(cls: type[Section]) -> dict[str, _Kind]:
+    """What each field of a section may hold; of fields that the section's owner reads, nothing."""
+    kinds = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kinds[name] = get_args(hint)[1]
+        elif isinstance(hint, type) and issubclass(hint, Section):
+            kinds[name] = _section(hint)
+    return kinds
+
+
+def _values(
+    cls: type[Section], content: Mapping[str, Any], path: str = "config", skip: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Read the fields of a section; an absent one is left to its default, where it has one.
+
+    Args:
+        cls: the section's dataclass, whose fields say what they hold.
+        content: nested data.
+        path: of the section.
+        skip: fields that the caller reads.
+    """
+    values: dict[str, Any] = {}
+    kinds = {name: kind for name, kind in _kinds(cls).items() if name not in skip}
+    for name in content:
+        if name not in kinds and name not in skip:
+            raise unknown_field(f"{path}.{name}".removeprefix("config."), kinds)
+    for name, kind in kinds.items():
+        if name in content:
+            values[name] = kind.read(f"{path}.{name}", content[name])
+        elif not hasattr(cls, name):  # where a dataclass keeps a field's default
+            raise UserError(f"{path}.{name} is missing; it holds {kind.holds}")
+    return values
+
+
+def _written(value: Any, cls: type[Section] | None = None) -> Any:
+    """What `_values` reads, as nested data that JSON can hold; of a section, what `cls` has.
+
+    A field with a default came later than the first records: it is left out where it has that
+    value, so that what was recorded before it keeps its name.
+    """
+    if isinstance(value, Section):
+        cls = cls or type(value)
+        found = {name: getattr(value, name) for name in _kinds(cls)}
+        return {
+            name: _written(item)
+            for name, item in found.items()
+            if not hasattr(cls, name) or item != getattr(cls, name)
+        }
+    if isinstance(value, tuple):
+        return [_written(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+# --- the sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling(Section):
+    """How hyperparameters follow the batch size.
+
+    Attributes:
+        rule: name of a scaling rule.
+        offset: multiplies k = batch_size / base_batch_size for everything scaled.
+        off: hyperparameters that the rule leaves as they are.
+        offsets: pairs (hyperparameter, factor on its k).
+        noise_scale: gradient noise scale in examples; 0: estimated while training.
+    """
+
+    rule: Text
+    offset: Number
+    off: Annotated[tuple[str, ...], _list("a list of names", _is_text)]
+    offsets: Annotated[tuple[tuple[str, float], ...], _Kind(_PAIRS.holds, _named_pairs)]
+    noise_scale: Number
+
+    def check(self, scalable: Iterable[str]) -> None:
+        """Raise a UserError for a factor that cannot be, or a hyperparameter that is not there.
+
+        Args:
+            scalable: names of the recipe's hyperparameters.
+        """
+        for name, value in (("offset", self.offset), *self.offsets):
+            if not 0 < value < math.inf:
+                raise UserError(f"config.scaling offset of {name} is {value!r}; it must be above 0")
+        for name in (*self.off, *(name for name, _ in self.offsets)):
+            choose("hyperparameter in config.scaling", name, scalable)
+        if not 0 <= self.noise_scale < math.inf:
+            raise UserError(
+                f"config.scaling.noise_scale is {self.noise_scale!r}; give it in examples, "
+                "or 0 to estimate it while training"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Section):
+    """An optax factory and its arguments, as tuned at the base batch size.
+
+    Attributes:
+        name: of the factory.
+        decay_mask: weight decay on "all" leaves, or on "kernels" only.
+        hyperparams: the factory's own names and values.
+    """
+
+    name: Text
+    decay_mask: Annotated[str, _one_of(DECAY_MASKS)]
+    hyperparams: Annotated[Mapping[str, float | bool], _Kind("a section of fields", _hyperparams)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(Section):
+    """The learning rate over its peak.
+
+    Attributes:
+        name: "constant", "linear" or "flat_cosine".
+        warmup_examples: linear from 0.
+        flat_fraction: share of the length before the decay begins.
+        final_fraction: of the peak, at the end.
+    """
+
+    name: Annotated[str, _one_of(SCHEDULES)]
+    warmup_examples: Count
+    flat_fraction: Share
+    final_fraction: Share
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section):
+    """The data set and what is done to its images.
+
+    Attributes:
+        name: of the data set, or ``folder:PATH``, ``tfds:NAME``.
+        train_size: examples in the training split, checked; 0: not known.
+        image_size: pixels, as the model sees them.
+        train_storage_size: pixels, as kept before random crops; 0: `image_size`.
+        eval_storage_size: pixels, as kept before the centre crop; 0: `image_size`.
+        fit: how images of another shape come to that size, "crop" or "squash".
+        streamed: read through grain, not held on the device.
+        flip: mirror half of the images.
+        crop_padding: pixels on each side before a random crop.
+        crop_area: random resized crop: share of the area, low and high.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+    """
+
+    name: Text
+    train_size: Count
+    image_size: Positive
+    train_storage_size: Count
+    eval_storage_size: Count
+    fit: Text
+    streamed: Flag
+    flip: Flag
+    crop_padding: Count
+    crop_area: Annotated[tuple[float, float], _list("two numbers", _is_number, 2)]
+    mean: Numbers
+    std: Numbers
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise UserError(
+                f"config.data.crop_area is ({low}, {high}); it must be two shares with 0 < low <= "
+                "high <= 1, (1.0, 1.0) for no resized crop"
+            )
+        if any(not 0 < value < math.inf for value in self.std):
+            raise UserError(f"config.data.std is {self.std!r}; every channel's must be above 0")
+        if len(self.mean) != len(self.std):
+            raise UserError(
+                f"config.data.mean has {len(self.mean)} channels and config.data.std "
+                f"{len(self.std)}; give one number a channel in both"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+    """The network.
+
+    Attributes:
+        name: of the architecture.
+        dtype: of the computation; parameters are always float32.
+    """
+
+    name: Text
+    dtype: Annotated[str, _one_of(DTYPES)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report(Section):
+    """What a report compares.
+
+    Attributes:
+        accuracy_metric: final metric that verdicts are about.
+        smoothed_metric: a second one beside it; "": none.
+        loss_metric: final loss.
+        curve_metric: whose curves are compared.
+        margin: accuracies closer than this count as equal.
+    """
+
+    accuracy_metric: Text
+    smoothed_metric: Text
+    loss_metric: Text
+    curve_metric: Text
+    margin: Number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Section):
+    """What a recipe and a run have in common.
+
+    Attributes:
+        name: of the recipe.
+        title: one line for the report.
+        seed: of initial weights, order of the examples, augmentation.
+        batch_size: examples per update, over all devices together.
+        train_examples: length of training in examples seen.
+        drop_remainder: leave out what an epoch has beyond its last whole batch.
+        schedule: of the learning rate.
+        ghost_batch_size: examples that BatchNorm normalises together; 0: a whole micro-batch.
+        bn_cross_device: BatchNorm normalises over all devices' examples together.
+        label_smoothing: share of the target spread evenly over all classes.
+        data: the data set.
+        model: the network.
+        eval_batch_size: examples, over all devices; has no effect on the result.
+        eval_every_examples: cadence of evaluation.
+        log_every_examples: training metrics are means over this many examples.
+        checkpoint_every_examples: cadence of checkpoints; 0: only where a signal interrupts.
+        tensorboard: write its files beside the records.
+        report: what a report compares.
+    """
+
+    name: Text
+    title: Text
+    seed: Count
+    batch_size: Positive
+    train_examples: Positive
+    drop_remainder: Flag
+    schedule: Schedule
+    ghost_batch_size: Count
+    bn_cross_device: Flag
+    label_smoothing: Decay
+    data: Data
+    model: Model
+    eval_batch_size: Positive
+    eval_every_examples: Positive
+    log_every_examples: Positive
+    checkpoint_every_examples: Count
+    tensorboard: Flag
+    report: Report
+
+    def __post_init__(self) -> None:
+        if self.train_examples < self.batch_size:
+            raise UserError(
+                f"config.train_examples is {self.train_examples:,}, less than one batch of "
+                f"{self.batch_size:,}; train on more examples or use a smaller batch"
+            )
+        if self.schedule.warmup_examples > self.train_examples:
+            raise UserError(
+                f"config.schedule.warmup_examples is {self.schedule.warmup_examples:,}, more than "
+                f"config.train_examples of {self.train_examples:,}; shorten the warm-up"
+            )
+        if self.train_examples >= _LONGEST:
+            raise UserError(
+                f"config.train_examples is {self.train_examples:,}; the example clock is an int32 "
+                f"and counts to {_LONGEST - 1:,}: train in parts"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """A recipe as it was tuned, with the batch size that it is to be trained at.
+
+    Attributes:
+        base_batch_size: the batch size that the hyperparameters were tuned at.
+        scaling: how they follow the batch size.
+        optimizer: with its hyperparameters at the base batch size.
+        micro_batch_size: examples per gradient sample; 0: as the rule needs it.
+        bn_decay: of BatchNorm's running statistics, per update of the base batch size.
+        ema_decay: of the weights' moving average, per such update; 0: none.
+    """
+
+    base_batch_size: Positive
+    scaling: Scaling
+    optimizer: Optimizer
+    micro_batch_size: Count
+    bn_decay: Decay
+    ema_decay: Decay
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scaling.check(self.scalable)
+
+    @property
+    def scalable(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that a rule may scale."""
+        return (*self.optimizer.hyperparams, "bn_decay", "ema_decay")
+
+    @property
+    def k(self) -> float:
+        """Batch size over base batch size."""
+        return self.batch_size / self.base_batch_size
+
+    @property
+    def base_values(self) -> dict[str, float | bool]:
+        """The hyperparameters at the base batch size, by name; the EMA's where it is on."""
+        values = {**self.optimizer.hyperparams, "bn_decay": self.bn_decay}
+        return values | ({"ema_decay": self.ema_decay} if self.ema_decay else {})
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Recipe:
+        """Read a recipe from nested data, checking every field.
+
+        Args:
+            config: with the fields of ``configs/fashion_mnist.py``; of ``train_epochs`` and
+                ``train_examples`` one is 0.
+
+        Returns:
+            The recipe; its length is in examples.
+
+        Raises:
+            UserError: a field is missing or unknown, or its value cannot be.
+        """
+        lengths = {}
+        for name in ("train_epochs", "train_examples"):
+            if name not in config:
+                raise UserError(f"config.{name} is missing; it holds {_NUMBER.holds}")
+            lengths[name] = _NUMBER.read(f"config.{name}", config[name])
+        values = _values(cls, config, skip=(*lengths,))
+        length = _length(
+            **lengths,
+            train_size=values["data"].train_size,
+            batch_size=values["batch_size"],
+            drop_remainder=values["drop_remainder"],
+        )
+        return cls(
+            **values,
+            train_examples=_kinds(cls)["train_examples"].read("config.train_examples", length),
+        )
+
+
+def _length(
+    train_epochs: float,
+    train_examples: int,
+    *,
+    train_size: int,
+    batch_size: int,
+    drop_remainder: bool,
+) -> int:
+    """The length in examples, where it may be given in epochs.
+
+    An epoch holds ``train_size`` examples, or its whole batches alone with ``drop_remainder``:
+    `steps = epochs * floor(train_size / batch_size)`.
+
+    >>> size = {"train_size": 9469, "batch_size": 64}
+    >>> _length(2.0, 0, **size, drop_remainder=True)  # 2 x 147 updates
+    18816
+    """
+    given = {"train_epochs": train_epochs, "train_examples": train_examples}
+    for name, value in given.items():
+        if not 0 <= value < _LONGEST:
+            raise UserError(
+                f"config.{name} is {value!r}; it must be a number of at least 0 and below 2**31"
+            )
+    if bool(train_epochs) == bool(train_examples):
+        both = "both give" if train_epochs else "neither gives"
+        raise UserError(
+            f"config.train_epochs {train_epochs} and config.train_examples {train_examples}: "
+            f"{both} the length of training; set one of them, and the other to 0"
+        )
+    if not train_epochs:
+        return train_examples
+    if not train_size:
+        raise UserError(
+            f"config.train_epochs is {train_epochs} but config.data.train_size is 0; say how many "
+            "examples the training split holds, or give config.train_examples instead"
+        )
+    if drop_remainder:
+        if batch_size > train_size:
+            raise UserError(
+                f"batch_size {batch_size} does not fit an epoch of {train_size:,} examples without "
+                f"its remainder; use 1 to {train_size:,}, or config.drop_remainder=False"
+            )
+        train_size -= train_size % batch_size
+    return int(train_epochs * train_size)
+
+
+# --- the run
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedValues(Optimizer):
+    """An optimizer whose hyperparameters are known before training.
+
+    Attributes:
+        hyperparams: scaled to the batch size in use.
+        clock: further arguments of optimizers that count updates internally (RAdam, Adafactor), so
+            that the count stays in updates of the base batch size.
+    """
+
+    clock: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredWhileTraining(Optimizer):
+    """An optimizer whose rule measures gradients and is applied in each update.
+
+    Attributes:
+        hyperparams: as tuned at the base batch size.
+        base_batch_size: that size, examples per update.
+        scaling: the rule.
+    """
+
+    base_batch_size: int
+    scaling: Scaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """What was scaled, how and why: the record ``hparams.json``.
+
+    Attributes:
+        rule: name of the rule.
+        batch_size: examples per update.
+        base_batch_size: examples per update that the recipe was tuned at.
+        base: hyperparameters as the recipe has them.
+        values: for the batch size in use; None where the value is found while training.
+        rows: the explanation, a dict a hyperparameter.
+        warnings: where the rule stops being true.
+        restored_from: folder of the run whose state this one begins with, if any.
+    """
+
+    rule: str
+    batch_size: int
+    base_batch_size: int
+    base: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+    restored_from: str | None = None
+
+    @property
+    def k(self) -> float:
+        """Batch size over base batch size."""
+        return self.batch_size / self.base_batch_size
+
+
+# What two runs may differ in and still be the same training, number for number.
+_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "checkpoint_every_examples")
+_FIXED = "fixed"  # the rule of a recorded run whose numbers are scaled already
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedRun(Training):
+    """Everything that training needs, resolved and frozen.
+
+    Attributes:
+        run_id: stable name, made from the content by `content_id`.
+        optimizer: with numbers known beforehand, or a rule that works while training.
+        micro_batch_size: examples per gradient sample.
+        bn_decay: of BatchNorm's running statistics, per update.
+        ema_decay: of the weights' moving average, per update; 0: none.
+        measures_noise: record the gradient noise beside the metrics.
+        scaled: what was scaled, how and why.
+    """
+
+    run_id: str
+    optimizer: FixedValues | MeasuredWhileTraining
+    micro_batch_size: Positive
+    bn_decay: Decay
+    ema_decay: Decay
+    measures_noise: bool
+    scaled: Scaled
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        batch, micro, ghost = self.batch_size, self.micro_batch_size, self.ghost_batch_size
+        if batch % micro:
+            raise UserError(
+                f"batch_size {batch} is not divisible by micro_batch_size {micro}; "
+                f"use {nearest_multiples(batch, micro)} for the batch, or a divisor of {batch}"
+            )
+        if isinstance(self.optimizer, MeasuredWhileTraining):
+            self.check_two_micro_batches(f"rule {self.optimizer.scaling.rule!r}")
+        if ghost and self.bn_cross_device:
+            raise UserError(
+                f"ghost_batch_size {ghost} and bn_cross_device exclude each other; set one of them "
+                "to 0 or False"
+            )
+        if ghost and micro % ghost:
+            raise UserError(
+                f"ghost_batch_size {ghost} does not divide the micro-batch of {micro} examples "
+                f"(batch_size {batch}); use a divisor of {micro}, or 0"
+            )
+
+    def check_two_micro_batches(self, what: str) -> None:
+        """Raise a UserError unless the batch holds two micro-batches, which `what` compares."""
+        batch, micro = self.batch_size, self.micro_batch_size
+        if batch // micro < 2:
+            fix = f"set config.micro_batch_size to {batch // 2} or less"
+            raise UserError(
+                f"{what} compares gradients within a batch and needs at least two micro-batches, "
+                f"but batch_size is {batch} and micro_batch_size {micro}; "
+                + (fix if batch > 1 else "use a config.batch_size of at least 2")
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run as nested data that JSON can hold: the record ``config.json``."""
+        content = _written(self)
+        optimizer = self.optimizer
+        content["train_epochs"] = 0.0  # the length is in examples
+        content["optimizer"] = _written(optimizer, Optimizer)
+        if isinstance(optimizer, FixedValues):
+            clock = {"clock": dict(optimizer.clock)} if optimizer.clock else {}
+            content["scaling"] = {"rule": _FIXED, **clock}
+            content["base_batch_size"] = self.batch_size
+        else:
+            content["scaling"] = _written(optimizer.scaling)
+            content["base_batch_size"] = optimizer.base_batch_size
+        return content | ({"measure_noise": True} if self.measures_noise else {})
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        """What was scaled as data that JSON can hold: the record ``hparams.json``."""
+        scaled = self.scaled
+        found = {
+            "rule": scaled.rule,
+            "batch_size": scaled.batch_size,
+            "base_batch_size": scaled.base_batch_size,
+            "k": scaled.k,
+            "base": dict(scaled.base),
+            "scaled": dict(scaled.values),
+            "rows": [dict(row) for row in scaled.rows],
+            "warnings": list(scaled.warnings),
+        }
+        restored = scaled.restored_from
+        return found | ({} if restored is None else {"restored_from": restored})
+
+    @property
+    def content_id(self) -> str:
+        """A name made from what decides the numbers: equal for the same training."""
+        content = {name: v for name, v in self.config.items() if name not in _NOT_IDENTITY}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return f"b{self.batch_size}-s{self.seed}-{digest}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as one object that JSON can hold; `from_json` reads it."""
+        return {"run_id": self.run_id, "config": self.config, "hparams": self.hparams}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ResolvedRun:
+        """Read what `to_json` wrote, or the records of a run, of any version.
+
+        Args:
+            content: ``run_id``, ``config`` and ``hparams``; of these only ``config`` is needed.
+
+        Raises:
+            UserError: ``config`` is no run's.
+        """
+        if not isinstance(content.get("config"), Mapping):
+            raise UserError("a run's config is missing; it holds a section of fields")
+        config = dict(content["config"])
+        measures_noise = bool(config.pop("measure_noise", False))
+        config.pop("train_epochs", None)
+        sections = {
+            name: _section_of(config, name) for name in ("optimizer", "scaling", "base_batch_size")
+        }
+        values = _values(cls, config)
+        size = _kinds(Recipe)["base_batch_size"]
+        base_batch_size = size.read("config.base_batch_size", sections["base_batch_size"])
+        optimizer = _values(Optimizer, sections["optimizer"], "config.optimizer")
+        scaling = dict(sections["scaling"])
+        if scaling.get("rule") == _FIXED:
+            values["optimizer"] = FixedValues(**optimizer, clock=scaling.get("clock", {}))
+        else:
+            read = Scaling(**_values(Scaling, scaling, "config.scaling"))
+            values["optimizer"] = MeasuredWhileTraining(
+                **optimizer, base_batch_size=base_batch_size, scaling=read
+            )
+        hparams = content.get("hparams", {})
+        scaled = Scaled(
+            rule=hparams.get("rule", scaling.get("rule", "")),
+            batch_size=values["batch_size"],
+            base_batch_size=hparams.get("base_batch_size", base_batch_size),
+            base=hparams.get("base", {}),
+            values=hparams.get("scaled", {}),
+            rows=tuple(hparams.get("rows", ())),
+            warnings=tuple(hparams.get("warnings", ())),
+            restored_from=hparams.get("restored_from"),
+        )
+        run_id = content.get("run_id", "")
+        return cls(**values, run_id=run_id, measures_noise=measures_noise, scaled=scaled)
+
+
+def _section_of(config: dict[str, Any], name: str) -> Any:
+    """Take a field out of nested data."""
+    if name not in config:
+        raise UserError(f"config.{name} is missing")
+    value = config.pop(name)
+    if name != "base_batch_size" and not isinstance(value, Mapping):
+        raise UserError(f"config.{name} is {value!r:.80}; it must be a section of fields")
+    return value
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of a divisor beside a value, in words.
+
+    >>> nearest_multiples(50, 16)
+    '48 or 64'
+    """
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)

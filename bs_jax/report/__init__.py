@@ -1,0 +1,1 @@
+"""The report: page, sections, tables and figures from the statistics of a sweep."""

@@ -1,0 +1,76 @@
+"""Checks of a run that need its devices or its data, or the other runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bs_jax.errors import UserError
+from bs_jax.recipe import MeasuredWhileTraining, ResolvedRun, nearest_multiples
+
+
+def check_devices(run: ResolvedRun, devices: int) -> None:
+    """Raise a UserError unless the batch can be spread evenly over so many devices."""
+    batch, micro, ghost = run.batch_size, run.micro_batch_size, run.ghost_batch_size
+    if batch % devices:
+        raise UserError(
+            f"batch_size {batch} is not divisible by {devices} devices; "
+            f"use {nearest_multiples(batch, devices)}"
+        )
+    local = batch // devices
+    if isinstance(run.optimizer, MeasuredWhileTraining) and local % micro:
+        raise UserError(
+            f"micro_batch_size {micro} does not divide the {local} examples that each of "
+            f"{devices} devices takes of batch_size {batch}; set config.micro_batch_size to "
+            f"a divisor of {local}"
+        )
+    piece = min(micro, local)
+    if local % piece or (ghost and piece % ghost):
+        raise UserError(
+            f"ghost_batch_size {ghost} or micro_batch_size {micro} does not divide the {local} "
+            f"examples that each of {devices} devices takes of batch_size {batch}; "
+            f"use divisors of {local}"
+        )
+
+
+def check_data(run: ResolvedRun, train_size: int, channels: int) -> None:
+    """Raise a UserError where the run does not fit the data set that was loaded.
+
+    Args:
+        run: the run.
+        train_size: examples in the training split.
+        channels: of an image.
+    """
+    data = run.data
+    if data.train_size and data.train_size != train_size:
+        raise UserError(
+            f"config.data.train_size is {data.train_size:,} but {data.name} has "
+            f"{train_size:,} training examples; set config.data.train_size to {train_size}"
+        )
+    if run.batch_size > train_size:
+        raise UserError(
+            f"batch_size {run.batch_size:,} is larger than the training set of "
+            f"{train_size:,} examples ({data.name}); use {train_size:,} or less"
+        )
+    if len(data.mean) not in (1, channels):
+        raise UserError(
+            f"config.data.mean has {len(data.mean)} channels but {data.name} has {channels}; "
+            "give one number a channel"
+        )
+
+
+def comparison_warnings(runs: Iterable[ResolvedRun]) -> list[str]:
+    """What would make a comparison between these runs unfair, in words for the report.
+
+    BatchNorm's noise depends on how many examples are normalised together. Arms that differ in
+    it differ for a reason that no rule can repair.
+    """
+    groups = {
+        run.ghost_batch_size or run.micro_batch_size for run in runs if not run.bn_cross_device
+    }
+    if len(groups) < 2:
+        return []
+    return [
+        f"These runs normalise {', '.join(str(g) for g in sorted(groups))} examples together in "
+        "BatchNorm, so part of the difference between batch sizes is BatchNorm's own noise. Set "
+        f"ghost_batch_size to {min(groups)} for all of them."
+    ]

@@ -1,0 +1,215 @@
+"""What a run is, from top to bottom: programs, restore, loop, record, finish.
+
+A reader who follows ``python main.py --mode=train`` finds the whole run here; the other modules of
+this folder are what it calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from bs_jax.data.image_data import ImageData
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_files import Summary
+from bs_jax.records.run_folder import RunFolder
+from bs_jax.training import checks, distributed, parallel, step
+from bs_jax.training.carry_over import OtherRun
+from bs_jax.training.feed import Feed
+from bs_jax.training.lanes import Lanes
+from bs_jax.training.plan import Chunk, Plan
+from bs_jax.training.session import Event, Session
+from bs_jax.training.state import TrainState
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved its state."""
+
+
+class Trainer:
+    """Compiled programs and data on the devices, for all runs of a cohort.
+
+    Args:
+        run: a run; every run trained with this trainer must have the same
+            `optimizers.cohort_key`.
+        data: the data set that it names.
+        devices: to spread every batch over; of all processes that train together.
+        vmapped: `train` advances its runs together in one program; otherwise one after another.
+
+    Raises:
+        UserError: the run does not fit the devices or the data.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        data: ImageData,
+        devices: parallel.Devices,
+        *,
+        vmapped: bool = False,
+    ) -> None:
+        # Check what can be checked only now that devices and data are there.
+        checks.check_devices(run, len(devices))
+        checks.check_data(run, len(data.train), data.image_shape[-1])
+        distributed.check_same("data", data.checksum)
+        self._data, self._devices = data, list(devices)
+        # Programs: built once, compiled at their first call, the same for all runs of the cohort.
+        self._lanes = Lanes(vmapped)
+        self._programs = step.make_programs(
+            run, data.num_classes, data.train.image_shape, devices, vmapped=vmapped
+        )
+        # Data: held on the devices where they fit; the plan says what happens when.
+        self._feed = Feed(run, data, devices, self._lanes)
+        self._plan = Plan.of(run, short_chunks=self._feed.streamed)
+
+    def train(
+        self,
+        folders: Sequence[RunFolder[ResolvedRun]],
+        on_event: Callable[[Event], None] = lambda event: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        other_run: OtherRun | None = None,
+    ) -> list[Summary]:
+        """Train every run to its end, going on from its checkpoint if it has one.
+
+        Args:
+            folders: the runs and where they are recorded; finished ones are passed over. If
+                vmapped, give all that belong together even so: their number decides the numbers.
+            on_event: called with ``{"event": "progress" | "run_finished", "run_id": ..., ...}``.
+            should_stop: asked between chunks; where it says so, all state is saved.
+            other_run: a run without checkpoints of its own begins with the state of that one.
+
+        Returns:
+            The summaries, in the order of `folders`.
+
+        Raises:
+            Interrupted: `should_stop` said so.
+        """
+        # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
+        done = distributed.on_first(lambda: [folder.done for folder in folders])
+        sessions: list[Session | None] = []
+        try:
+            for folder, finished in zip(folders, done, strict=True):
+                sessions.append(None if finished else self._restored(folder, on_event, other_run))
+            # Runs that share a program advance in groups, one run a group unless vmapped. A
+            # finished run keeps its place: who shares a program must not depend on interruptions.
+            size = self._runs_at_once(sessions)
+            for at in range(0, len(sessions), size):
+                part = sessions[at : at + size]
+                group = [session for session in part if session is not None]
+                if group:
+                    self._train_group(group, len(part), should_stop)
+        finally:
+            for session in sessions:
+                if session:
+                    session.close()
+        # What process 0 has recorded is what all processes return.
+        found = distributed.on_first(
+            lambda: [dataclasses.asdict(folder.summary()) for folder in folders]
+        )
+        return [Summary.parse(content) for content in found]
+
+    def _train_group(
+        self, group: list[Session], lanes: int, should_stop: Callable[[], bool]
+    ) -> None:
+        """Train runs that advance together; a program of more lanes has its last run repeated."""
+        # Begin: all at the newest step that each of them has, their records cut back to it.
+        meet(group)
+        for session in group:
+            session.begin()
+        members = [*group, *[group[-1]] * (lanes - len(group))]
+        seeds = [session.run.seed for session in members]
+        state = self._lanes.join([session.state for session in members])
+        inputs = self._lanes.join([step.run_inputs(session.run) for session in members])
+        state, inputs = parallel.replicate((state, inputs), self._devices)
+
+        # Loop: a chunk of updates, an evaluation, a checkpoint, as the plan says.
+        late: Callable[[], None] | None = None
+        first = group[0]
+        chunks = self._plan.chunks(first.run.batch_size, first.start_step, first.start_examples)
+        for chunk, batches in self._feed.batches(seeds, chunks):
+            train_data, eval_data = self._feed.train_data, self._feed.eval_data
+            state, metrics = self._programs.train_chunk(state, inputs, train_data, batches)
+            sums = None
+            if chunk.evaluate:
+                sums = self._programs.evaluate(state, inputs, eval_data, self._feed.eval_batches)
+            # Record: the device is busy with this chunk while the one before is fetched.
+            if late is not None:
+                late()
+            late = functools.partial(self._record, group, chunk, metrics, sums)
+            stopping = distributed.any_process(should_stop())
+            if chunk.checkpoint or stopping:
+                late()
+                late = None
+                found = self._lanes.split(jax.device_get(state), len(group))
+                for session, own in zip(group, found, strict=True):
+                    session.checkpoint(own)
+            if stopping and not self._plan.is_last(chunk):
+                for session in group:
+                    session.finish("interrupted")
+                raise Interrupted
+            if late is None and all(session.diverged_at is not None for session in group):
+                break
+
+        # Finish: the last chunk's metrics and the summary; a run that diverged has its own.
+        if late is not None:
+            late()
+        for session in group:
+            session.finish("done")
+
+    def _record(self, group: list[Session], chunk: Chunk, metrics: Any, sums: Any) -> None:
+        fetched = self._lanes.split(jax.device_get((metrics, sums)), len(group))
+        for session, own in zip(group, fetched, strict=True):
+            session.record(chunk, *own)
+
+    def _restored(
+        self,
+        folder: RunFolder[ResolvedRun],
+        on_event: Callable[[Event], None],
+        other_run: OtherRun | None,
+    ) -> Session:
+        """An unfinished run at the state that it goes on from."""
+        run = folder.run
+        inputs = self._lanes.join([step.run_inputs(run)])
+        (fresh,) = self._lanes.split(jax.device_get(self._programs.init(inputs)), 1)
+        session = Session(run, folder, self._plan, self._devices, on_event)
+
+        def begin(fresh: TrainState) -> TrainState:
+            if other_run is None:
+                return fresh
+            return other_run.state_for(
+                run, fresh, self._data.num_classes, self._data.train.image_shape
+            )
+
+        session.restore(fresh, begin)
+        return session
+
+    def _runs_at_once(self, sessions: Sequence[Session | None]) -> int:
+        """How many of these runs one program advances: one, or as many as fit on a device."""
+        unfinished = [session for session in sessions if session is not None]
+        if not self._lanes.vmapped or len(sessions) == 1 or not unfinished:
+            return 1
+        run, state = unfinished[0].run, unfinished[0].state
+        return self._lanes.at_once(
+            self._programs.train_chunk,
+            (state, step.run_inputs(run)),
+            self._feed.batch_shapes(run.seed, Chunk(0, 1, 0, run.batch_size, False, False)),
+            held=self._feed.train_data,
+            budget_bytes=self._feed.budget_bytes(1.0),
+            other_bytes=sum(leaf.nbytes for leaf in self._feed.eval_data),
+            wanted=len(sessions),
+        )
+
+
+def meet(sessions: list[Session]) -> None:
+    """Let runs that advance together begin at the newest step that all of them have."""
+    while True:
+        first = min(session.start_step for session in sessions)
+        ahead = [session for session in sessions if session.start_step > first]
+        if not ahead:
+            return
+        for session in ahead:
+            session.go_back(first)

@@ -1,0 +1,130 @@
+"""Help, version, wrong flags and fields: what a newcomer types, answered in a line or a page."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bs_jax.cli import config, fields, help, recipes
+from bs_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def said(*words, code=0, cwd=ROOT):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_help_lists_every_flag_and_every_field_of_the_recipe_with_its_comment():
+    text = said("--help", "--config=imagenette:quick")
+    for mode in ("sweep", "train", "report", "explain", "noise_scale"):
+        assert f"\n  {mode} " in text
+    assert "--workers=..." in text
+    assert "\nFlags of --mode=train\n" in text
+    source = (recipes.folder() / "imagenette.py").read_text()
+    for name, comment in fields.comments(source).items():
+        if name in ("name", "title"):
+            continue
+        assert f"--config.{name}" in text or name in ("scaling", "optimizer")  # sections
+        assert not comment or comment.split()[0] in text
+    assert "--config.optimizer.name=ranger" in text  # the value in force, of the form given
+
+
+def test_the_short_help_has_no_fields_and_the_other_has_nothing_else():
+    short, long = said("--helpshort"), said("--config_help", "--config.batch_size=128")
+    assert "--config.batch_size=64" not in short
+    assert "--config_help" in short
+    assert "--config.batch_size=128" in long
+    assert "--workdir" not in long
+    assert max(map(len, (short + long).splitlines())) <= 100
+
+
+def test_the_version_is_the_packages():
+    import bs_jax
+
+    assert said("--version").strip() == f"bs_jax {bs_jax.__version__}"
+
+
+def test_comments_stand_behind_or_above_their_field():
+    source = (
+        "def get_config():\n"
+        "    config.a = 1  # behind\n"
+        "    # two lines\n"
+        "    # above\n"
+        "    config.b.c = (\n"
+        "        2\n"
+        "    )  # and behind\n"
+        "    config.d = '# no comment'\n"
+        "    other.e = 3  # of something else\n"
+    )
+    found = {"a": "behind", "b.c": "two lines above and behind", "d": ""}
+    assert fields.comments(source) == found
+    got = fields.fields_of({"d": "x", "b": {"c": 2, "extra": {}}, "a": 1}, source)
+    assert [field.name for field in got] == ["a", "b.c", "d", "b.extra"]
+
+
+def test_what_is_asked_for_is_found_anywhere_before_a_double_dash():
+    assert help.asked(["main.py", "--mode=train", "--helpshort"]) == "helpshort"
+    assert help.asked(["main.py", "--", "--help"]) is None
+    assert help.without(["main.py", "--config=x", "--config_help"]) == ["main.py", "--config=x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--batch_size=256"], "give --config.batch_size=256"),
+        (["--rule=sqrt"], "give --config.scaling.rule=sqrt"),
+        (["--worker=2"], "did you mean --workers"),
+        (["--config.bach_size=2"], "configs/fashion_mnist.py has no field 'bach_size'; nearest: b"),
+        (
+            ["--config", "imagenette", "--config.data.nam=x"],
+            "has no field 'data.nam'",
+        ),
+        (["--config.optimizer.hyperparams.momentum=0.9"], "give --optimizer='NAME(momentum=..."),
+        (["--mode=explain", "--config.optimizer.name=sgd"], "own hyperparameters: --optimizer='sg"),
+        (["--config=nofile.py"], "cannot read nofile.py: No such file"),
+        (["--optimizer=sgd(0.1)"], "write its name and its hyperparameters like"),
+        (["--optimizer=adam(b1=0.8)", "--config.optimizer.hyperparams.b1=0.9"], "give one of them"),
+        (["--mode=train", "--launcher=print"], "--launcher has no effect with --mode=train"),
+        (["--restore_from=x"], "--restore_from has no effect with --mode=sweep"),
+        (["--mode=explain", "--seeds=1,2"], "--seeds has no effect with --mode=explain"),
+        (["--mode=report", "--format=json"], "--format has no effect with --mode=report"),
+        (["--ray_cpus=2"], "--ray_cpus has no effect with --launcher=local"),
+        (["--launcher=print", "--workers=2"], "--workers has no effect with --launcher=print"),
+    ],
+)
+def test_a_mistake_in_the_command_is_answered_in_one_line_with_the_right_spelling(words, answer):
+    line = said(*words, code=2)
+    assert answer in line
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+
+
+def test_another_optimizer_is_given_by_one_flag():
+    text = said("--mode=explain", "--optimizer=sgd(learning_rate=0.1, momentum=0.8)")
+    assert "momentum" in text
+    assert "b2" not in text
+    assert config.parse_optimizer("lion(learning_rate=1e-4, b1=0.9)") == (
+        "lion",
+        {"learning_rate": 1e-4, "b1": 0.9},
+    )
+    for wrong in ("sgd", "sgd(*x)", "sgd(**x)", "a.b(c=1)", "sgd(momentum='x')", "(", "sgd(x=y)"):
+        with pytest.raises(UserError, match="cannot be read"):
+            config.parse_optimizer(wrong)
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path):
+    assert "--config.optimizer.name=ranger" in said(
+        "--config_help", "--config=imagenette", cwd=tmp_path
+    )
+    (tmp_path / "imagenette").write_text("")  # a file of that name wins
+    assert recipes.find(str(tmp_path / "imagenette")) == str(tmp_path / "imagenette")
