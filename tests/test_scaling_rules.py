@@ -28,6 +28,7 @@ def scale(hyperparams, k, rule, factory=optax.adamw, base=1024, noise_scale=3000
         base_batch_size=base,
         rule=rule,
         noise_scale=noise_scale,
+        guard=False,
         **kwargs,
     )
 

@@ -27,10 +27,10 @@ class ExampleClock(NamedTuple):
     base_batch_size: jax.Array
 
     @classmethod
-    def start(cls, base_batch_size: int) -> ExampleClock:
-        """Return the clock before any update."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, zero, jnp.asarray(base_batch_size, jnp.int32))
+    def at(cls, examples: int, base_batch_size: int) -> ExampleClock:
+        """Return the clock after so many examples; 0 before any update."""
+        words = (*divmod(examples, base_batch_size), base_batch_size)
+        return cls(*(jnp.asarray(word, jnp.int32) for word in words))
 
     @property
     def examples(self) -> Any:
@@ -57,17 +57,31 @@ class ExampleClock(NamedTuple):
         """Return the updates of k base sizes that the examples seen amount to, a fraction."""
         return (self.base_updates + self.remainder / base_batch_size) / k
 
-    def read(self, schedule: Callable[[Any], Any], batch_size: Any, base_batch_size: int) -> Any:
+    def read(
+        self,
+        schedule: Callable[[Any], Any],
+        batch_size: Any,
+        base_batch_size: int,
+        *,
+        middle: bool = True,
+    ) -> Any:
         """Return a schedule's value for the next update, of ``batch_size`` examples.
 
         The schedule is written in base-size updates. An update of k base sizes stands for k of
         them, so it reads the middle of these: ``(examples + (B - B0)/2) / B0``. Between two
         base-size updates the value is interpolated, so that the schedule is only ever asked at
         int32 counts, as optax asks.
+
+        Args:
+            schedule: in base-size updates.
+            batch_size: examples in the next update; may be traced.
+            base_batch_size: examples in a base-size update.
+            middle: whether to read the middle, or the start, of the update.
         """
         if isinstance(batch_size, int) and batch_size == base_batch_size:
             return schedule(self.base_updates)
-        half = batch_size - base_batch_size  # twice the distance from the start to the middle
+        # Twice the distance from the first base-size update to what is read.
+        half = batch_size - base_batch_size if middle else 0
         ahead = self.remainder + half // 2
         count = self.base_updates + ahead // base_batch_size
         within = (ahead % base_batch_size + (half % 2) / 2) / base_batch_size
@@ -76,31 +90,34 @@ class ExampleClock(NamedTuple):
         return _between(schedule, jnp.maximum(count, 0), within)
 
 
-def rescaled(schedule: Callable[[Any], Any], k: Scalar) -> Callable[[Any], Any]:
+def rescaled(
+    schedule: Callable[[Any], Any], k: Scalar, *, middle: bool = True
+) -> Callable[[Any], Any]:
     """Return a schedule of base-size updates as one of updates of k base sizes.
 
-    Each reads the middle of the base-size updates that it stands for, as ``ExampleClock.read``.
+    Each reads what ``ExampleClock.read`` reads.
 
     Args:
         schedule: in base-size updates, asked at int32 counts.
         k: batch size over base batch size; a number.
+        middle: whether an update reads the middle, or the start, of those it stands for.
 
     Example:
         >>> schedule = rescaled(lambda count: 1.0 * count, 4)
         >>> float(schedule(0)), float(schedule(1))
         (1.5, 5.5)
     """
-    if k == 1:
-        return schedule
-    if float(k).is_integer() and k % 2 == 1:
-        return lambda step: schedule(step * int(k) + (int(k) - 1) // 2)
+    ahead = (k - 1) / 2 if middle else 0.0
+    if float(k).is_integer():
+        whole, rest = divmod(ahead, 1.0)
+        if not rest:
+            return lambda step: schedule(step * int(k) + int(whole))
+        return lambda step: _between(schedule, step * int(k) + int(whole), rest)
 
     def read(step: Any) -> Any:
-        if float(k).is_integer():
-            return _between(schedule, step * int(k) + int(k) // 2 - 1, 0.5)
-        middle = jnp.maximum(step * k + (k - 1) / 2, 0.0)
-        count = jnp.asarray(jnp.floor(middle), jnp.int32)
-        return _between(schedule, count, middle - count)
+        position = jnp.maximum(step * k + ahead, 0.0)
+        count = jnp.asarray(jnp.floor(position), jnp.int32)
+        return _between(schedule, count, position - count)
 
     return read
 

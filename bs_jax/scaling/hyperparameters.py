@@ -243,7 +243,7 @@ class Scaled:
         schedule = self.values[name]
         if not callable(schedule):
             return self.value(name)
-        at_base = rescaled(schedule, self.k)
+        at_base = rescaled(schedule, self.k, middle=self.rule.reads_middle)
         return lambda step: self.with_base(name, at_base(step))
 
     def with_role(self, role: str) -> list[str]:

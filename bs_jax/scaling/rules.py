@@ -121,6 +121,14 @@ class ScalingRule:
         return self.q_power is None
 
     @property
+    def reads_middle(self) -> bool:
+        """Whether an update reads schedules at the middle of the base-size ones it stands for.
+
+        Rules that change plain numbers alone leave schedules as a user by hand would have them.
+        """
+        return self.time_constants and self.own_clocks
+
+    @property
     def measures(self) -> bool:
         """Whether the rule reads micro-batch statistics: for q, the second moment or the guard."""
         return self.lr_power is None

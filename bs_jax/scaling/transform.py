@@ -217,23 +217,24 @@ def _transformation(
     static = constant and (at_k.is_identity or not (measures or kind or (guards and k > 1)))
     fixed = {name: at_k.schedule_or_value(name) for name in recipe.values} if static else {}
     plain = recipe.build(fixed, recipe.clock(at_k)) if static else None
-    # Plain optax's, whose dtypes ours follow; a schedule that optax would not take gets a stand-in.
+    # Plain optax's with Python numbers, whose dtypes ours follow.
+    stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
     base_optimizer = recipe.build(
-        {n: 0.5 for n, v in recipe.values.items() if callable(v) and n not in recipe.schedules}
+        {n: stand_ins[n] for n, v in recipe.values.items() if not is_number(v)}
     )
+
+    def read(clock: ExampleClock, schedule: Callable[[Any], Any], size: Any) -> Any:
+        return clock.read(schedule, size, base_batch_size, middle=rule.reads_middle)
 
     def base_values(clock: ExampleClock, size: Any) -> dict[str, Any]:
         """Return base values now: schedules are read on the clock of base-size updates."""
-        return {
-            n: clock.read(v, size, base_batch_size) if callable(v) else v
-            for n, v in recipe.values.items()
-        }
+        return {n: read(clock, v, size) if callable(v) else v for n, v in recipe.values.items()}
 
     def noise_at(clock: ExampleClock, size: Any, state: ScaleByBatchState | None) -> Any:
         """Return the noise that the rule reads, and the limit of the guard, as they are now."""
         found = known_noise
         if callable(found):
-            found = Noise.from_scale(clock.read(found, size, base_batch_size), base_batch_size)
+            found = Noise.from_scale(read(clock, found, size), base_batch_size)
         if found is not None:
             return found, found.scale if guarded else None
         if state is None:
@@ -254,7 +255,7 @@ def _transformation(
     def init(params: PyTree) -> ScaleByBatchState:
         for caution in rounded_away(recipe.roles, fixed, params):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
-        clock = ExampleClock.start(base_batch_size)
+        clock = ExampleClock.at(0, base_batch_size)
         steps = any(role.name == "learning_rate" for role in recipe.roles.values())
         running = noise.init_noise_scale()
         state = ScaleByBatchState(
@@ -318,7 +319,7 @@ def _transformation(
     ) -> tuple[PyTree, ScaleByBatchState]:
         # Not the state's: a checkpoint of another batch size holds what was in force there.
         values = {
-            n: at_k.with_base(n, state.clock.read(recipe.values[n], batch_size, base_batch_size))
+            n: at_k.with_base(n, read(state.clock, recipe.values[n], batch_size))
             if callable(v)
             else v
             for n, v in fixed.items()
