@@ -1,6 +1,7 @@
 """The loop wastes nothing: compiles once, copies no state, waits for the device once a chunk."""
 
 import contextlib
+import functools
 import gzip
 import json
 
@@ -12,7 +13,7 @@ from helpers.training import tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
-from bs_jax.training import compilation, loop, memory, parallel, profiling, step
+from bs_jax.training import compilation, memory, parallel, profiling, step
 from bs_jax.training.train import Trainer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -55,33 +56,45 @@ def test_runs_that_differ_in_values_only_and_further_evaluations_compile_nothing
         assert len(found) == again
 
 
+def with_train_chunk(monkeypatch, wrapped):
+    """Let trainers call ``wrapped(train_chunk, *arguments)`` for every chunk."""
+    make_programs = step.make_programs
+
+    def made(*args, **kwargs):
+        programs = make_programs(*args, **kwargs)
+        chunk = functools.partial(wrapped, programs.train_chunk)
+        chunk.trace = programs.train_chunk.trace  # for the estimate of its memory
+        return programs._replace(train_chunk=chunk)
+
+    monkeypatch.setattr(step, "make_programs", made)
+
+
 def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
     (folder,) = folders(
         tmp_path,
         {"eval_every_examples": 48, "log_every_examples": 16, "checkpoint_every_examples": 0},
     )
-    trainer = Trainer(folder.run, tiny_data(), jax.devices()[:1])
     fetches, chunks = [], []
-    get, train_chunk = jax.device_get, trainer._programs.train_chunk
+    get = jax.device_get
 
     def counted_get(tree):
         fetches.append(len(chunks))
         return get(tree)
 
-    def counted_chunk(*args):
+    def counted_chunk(train_chunk, *args):
         chunks.append(1)
         # All that the chunk reads is on the device, but for the numbers of its examples.
         with jax.transfer_guard_device_to_host("disallow"):
             return train_chunk(*args)
 
-    trainer._programs = trainer._programs._replace(train_chunk=counted_chunk)
-    sessions_made = trainer._initial_state
-    monkeypatch.setattr(trainer, "_initial_state", lambda f: (sessions_made(f), fetches.clear())[0])
-    monkeypatch.setattr(loop.jax, "device_get", counted_get)
+    with_train_chunk(monkeypatch, counted_chunk)
+    trainer = Trainer(folder.run, tiny_data(), jax.devices()[:1])
+    monkeypatch.setattr(jax, "device_get", counted_get)
     trainer.train([folder])
-    # 192 examples in chunks of 48: the numbers of a chunk are fetched after the next one began.
+    # 192 examples in chunks of 48: after the first state, the numbers of a chunk are fetched when
+    # the next one has begun.
     assert len(chunks) == 4
-    assert fetches == [2, 3, 4, 4]
+    assert fetches == [0, 2, 3, 4, 4]
 
 
 def test_the_state_is_donated_and_lives_on_in_the_same_memory():
@@ -157,8 +170,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
     runs = folders(tmp_path, *({"seed": seed} for seed in range(5)))
-    trainer = Trainer(runs[0].run, tiny_data(), jax.devices()[:1], vmapped=True)
-    one = []
+    one, sizes = [], []
     decide = memory.runs_at_once
 
     def little_memory(own, shared, budget, wanted):
@@ -166,13 +178,15 @@ def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
         return decide(own, shared, shared + int(2.1 / 0.7 * own), wanted)
 
     monkeypatch.setattr(memory, "runs_at_once", little_memory)
-    sizes = []
-    train_group = trainer._train_group
-    monkeypatch.setattr(
-        trainer, "_train_group", lambda g, *rest: (sizes.append(len(g)), train_group(g, *rest))[1]
-    )
+
+    def sized(train_chunk, state, *args):
+        sizes.append(len(state.step))
+        return train_chunk(state, *args)
+
+    with_train_chunk(monkeypatch, sized)
+    trainer = Trainer(runs[0].run, tiny_data(), jax.devices()[:1], vmapped=True)
     trainer.train(runs)
-    assert sizes == [2, 2, 1]
+    assert sizes == [2, 2, 2, 2, 1, 1]  # two chunks a group
     assert all(folder.done for folder in runs)
     parameters = 77_000 // 100  # the tiny network has about a thousand, held several times
     assert one[0] > 4 * 3 * parameters

@@ -11,6 +11,7 @@ from bs_jax.scaling import (
     MicrobatchStats,
     hyperparams,
     noise_scale_estimate,
+    optimizers,
     scale_by_batch,
     value_grad_and_stats,
 )
@@ -250,7 +251,8 @@ def test_clipping_in_front_rescales_the_statistics_too():
     )
 
 
-def test_clipping_inside_ones_own_factory_rescales_the_statistics_too():
+@pytest.mark.parametrize("in_the_table", [False, True])
+def test_clipping_inside_ones_own_factory_rescales_the_statistics_too(in_the_table, monkeypatch):
     def mine(learning_rate, b2, max_norm):
         return optax.chain(optax.clip_by_global_norm(max_norm), optax.adam(learning_rate, b2=b2))
 
@@ -258,7 +260,12 @@ def test_clipping_inside_ones_own_factory_rescales_the_statistics_too():
     kwargs = {"batch_size": 32, "base_batch_size": 8, "rule": "invariant"}
     batch = data(32)
     _, grads, stats = value_grad_and_stats(loss_fn, microbatches=4)(PARAMS, batch)
-    inside = scale_by_batch(mine, **kwargs, roles=roles, family="adam")(1e-2, 0.99, 0.5)
+    meaning = {"roles": roles, "family": "adam"}
+    if in_the_table:
+        monkeypatch.setattr(optimizers, "_TABLE", dict(optimizers._TABLE))
+        optimizers.register(mine, **meaning)
+        meaning = {}
+    inside = scale_by_batch(mine, **kwargs, **meaning)(1e-2, 0.99, 0.5)
     outside = optax.chain(
         optax.clip_by_global_norm(0.5), scale_by_batch(optax.adam, **kwargs)(1e-2, b1=0.0, b2=0.99)
     )

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 from helpers.scaling import PARAMS, assert_close, functions_run, gradients, train
+from optax import contrib
 
 from bs_jax.errors import UserError
-from bs_jax.scaling import MicrobatchStats, ScalingWarning, hyperparams, scale_by_batch
+from bs_jax.scaling import MicrobatchStats, ScalingWarning, hyperparams, ranger, scale_by_batch
 
 SIZES = {"batch_size": 256, "base_batch_size": 64}
 ROLES = {"learning_rate": "learning_rate", "b1": "decay", "b2": "second_moment_decay"}
@@ -209,6 +210,45 @@ def test_arrays_that_nothing_is_known_of_are_warned_of_when_the_batch_size_chang
     state = tx.init(PARAMS)
     tx.update(PARAMS, state, PARAMS)
     with pytest.warns(ScalingWarning, match=r"nothing is known of its state Average\(average\)"):
+        tx.update(PARAMS, state, PARAMS, batch_size=jnp.int32(512))
+
+
+class Encoder(NamedTuple):
+    """Parameters, not a state."""
+
+    mu: Any
+    nu: Any
+
+
+@pytest.mark.parametrize("factory", [ranger, contrib.schedule_free_adamw])
+def test_parameters_whose_fields_are_called_like_moments_are_no_moments(factory):
+    """Both optimizers keep a copy of the parameters in their state."""
+    tx = scale_by_batch(factory, **SIZES, rule="invariant")(1e-2)
+
+    def run(params):
+        state = tx.init(params)
+        stats = MicrobatchStats(jax.tree.map(lambda p: p**2 + 1.0, params), 4)
+        for size in (256, 64):
+            updates, state = tx.update(
+                params, state, params, microbatch=stats, batch_size=jnp.int32(size)
+            )
+        return updates, jax.tree.leaves(state)
+
+    named, plain = run(Encoder(PARAMS["w"], PARAMS["b"])), run((PARAMS["w"], PARAMS["b"]))
+    assert_close(jax.tree.leaves(named), jax.tree.leaves(plain), rtol=1e-6)
+
+
+class OtherCount(NamedTuple):
+    mu: Any
+    nu: Any
+    step: Any
+
+
+def test_a_count_that_is_not_called_so_is_warned_of_when_the_batch_size_changes():
+    tx = scaled(own_adam(OtherCount), "sqrt", family="adam")(1e-2)
+    state = tx.init(PARAMS)
+    tx.update(PARAMS, state, PARAMS)
+    with pytest.warns(ScalingWarning, match=r"OtherCount\(mu, nu, step\) has no field 'count'"):
         tx.update(PARAMS, state, PARAMS, batch_size=jnp.int32(512))
 
 

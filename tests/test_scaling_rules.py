@@ -106,6 +106,7 @@ def test_two_steps_are_one(k1, k2, rule):
         base_batch_size=1024,
         rule=rule,
         noise_scale=3000.0,
+        guard=False,
     )
     second = scale_hyperparams(
         optax.adamw,
@@ -114,6 +115,7 @@ def test_two_steps_are_one(k1, k2, rule):
         base_batch_size=round(1024 * k1),
         rule=rule,
         noise_scale=3000.0,
+        guard=False,
     )
     at_once = scale(RECIPE, k1 * k2, rule)
     assert second == {name: pytest.approx(value, rel=1e-9) for name, value in at_once.items()}

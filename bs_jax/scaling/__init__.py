@@ -1,4 +1,22 @@
-"""Scaling an optimizer's hyperparameters with the batch size: needs JAX and optax, nothing else."""
+"""Scaling an optimizer's hyperparameters with the batch size; imports JAX, optax and NumPy alone.
+
+The rooms, each importing from those above it only:
+
+    rules            a rule is data, and so is a family of optimizers
+    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
+    clock            examples seen, exact at any length, and schedules read by them
+    limit            the guard on the length of steps, and a batch that follows the noise
+    microbatch       the gradient of a batch in parts, and statistics of the parts
+    noise            the gradient noise scale
+    clocked          optimizers that count their own updates, with that clock as a keyword
+    optimizers       the table of optimizers, and a recipe: one call of a factory
+    moments          what an optimizer's state holds
+    transform        scale_by_batch
+    schedules        batch sizes over training
+    explain          every hyperparameter before and after, and where a rule stops being true
+    check            invariance_check
+    problems         the noisy quadratic, where the right answer is known
+"""
 
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger

@@ -78,8 +78,6 @@ class ExampleClock(NamedTuple):
             base_batch_size: examples in a base-size update.
             middle: whether to read the middle, or the start, of the update.
         """
-        if isinstance(batch_size, int) and batch_size == base_batch_size:
-            return schedule(self.base_updates)
         # Twice the distance from the first base-size update to what is read.
         half = batch_size - base_batch_size if middle else 0
         ahead = self.remainder + half // 2

@@ -191,6 +191,7 @@ class Scaled:
         noise: the noise of the base batch's gradient; ``None`` where it is not known.
         limit: the noise scale up to which steps may grow, over the base batch size; ``None``:
             without limit.
+        known: whether the optimizer stands in the table, so that its state is known as well.
     """
 
     optimizer: str
@@ -201,6 +202,7 @@ class Scaled:
     k: Scalar
     noise: Noise | None = None
     limit: Scalar | None = None
+    known: bool = False
 
     @functools.cached_property
     def is_identity(self) -> bool:
@@ -362,7 +364,7 @@ class Scaled:
             return "the number itself"
         return role.kept if isinstance(role.kept, str) else role.kept(self, name, base_batch_size)
 
-    def _symbols(self) -> tuple[str, str]:
+    def symbols(self) -> tuple[str, str]:
         """Return the names of F and of what the optimizer's denominator changes by."""
         rule, family = self.rule, self.family
         if rule.lr_power is not None:
@@ -381,7 +383,7 @@ def _learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
 
 def _learning_rate_formula(scaled: Scaled) -> str:
     momentum = " (1 - d^k)/(1 - d)" if scaled.with_role("undamped_momentum") else ""
-    return f"x {scaled._symbols()[0]}{momentum}"
+    return f"x {scaled.symbols()[0]}{momentum}"
 
 
 _MOVEMENT = "movement per example"
@@ -467,7 +469,7 @@ def _by_q(text: str) -> Callable[[Scaled], str]:
     """A formula with q in it, as the rule and the family have q."""
 
     def formula(scaled: Scaled) -> str:
-        q = scaled._symbols()[1]
+        q = scaled.symbols()[1]
         return "unchanged" if q == "1" else text.replace("q", f"({q})" if "^" in q else q)
 
     return formula
@@ -482,9 +484,9 @@ def _weight_decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
 
 
 def _weight_decay_formula(scaled: Scaled) -> str:
-    power, factor = scaled.rule.weight_decay_power, scaled._symbols()[0]
+    power, factor = scaled.rule.weight_decay_power, scaled.symbols()[0]
     if power is not None:
-        return {0: "unchanged", 1: "x k"}.get(power, f"x k^{power:g}")
+        return {0.0: "unchanged", 1.0: "x k"}.get(power, f"x k^{power:g}")
     return {"k": "unchanged", "k q": "x 1/q"}.get(factor, f"x k/({factor})")
 
 
@@ -514,7 +516,7 @@ def _gradient_norm(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
 
 
 def _norm_formula(scaled: Scaled) -> str:
-    q = scaled._symbols()[1]
+    q = scaled.symbols()[1]
     return f"x ({q})" if "^" in q else f"x {q}"
 
 

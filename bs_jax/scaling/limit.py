@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
@@ -111,9 +111,8 @@ class BatchRamp:
     def __post_init__(self) -> None:
         self.smallest = self.smallest or self.batch_size
         sizes = (self.smallest, self.batch_size, self.largest, self.multiple_of)
-        if any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in sizes) or not (
-            self.batch_size <= self.largest
-        ):
+        whole = [isinstance(cast(object, x), int) and not isinstance(x, bool) for x in sizes]
+        if not all(whole) or min(sizes) < 1 or not (self.batch_size <= self.largest):
             raise UserError(
                 f"batch_size {self.batch_size!r}, largest {self.largest!r}, multiple_of"
                 f" {self.multiple_of!r}: give whole numbers, 1 <= batch_size <= largest"

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,9 @@ def value_grad_and_stats(
     Reference:
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018 (appendix A).
     """
-    whole = isinstance(microbatches, int | np.integer) and not isinstance(microbatches, bool)
+    whole = isinstance(cast(object, microbatches), int | np.integer) and not isinstance(
+        microbatches, bool
+    )
     if not whole or microbatches < 1:
         raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
     microbatches = int(microbatches)
@@ -307,16 +309,14 @@ def _sum_and_weight(value: Any, weighted: bool) -> tuple[Any, Any]:
     return total, jax.lax.stop_gradient(jnp.asarray(weight, jnp.float32))
 
 
-def _divided(x: jax.Array, weight: jax.Array, known: jax.Array) -> jax.Array:
+def _divided(x: jax.Array, weight: Any, known: Any) -> jax.Array:
     return jnp.where(known, x / jnp.where(known, weight, 1.0), 0.0)
 
 
 def _is_counter(x: Any) -> bool:
     """Whether a leaf of auxiliary output has no mean: a PRNG key, or an unsigned integer."""
     dtype = jnp.asarray(x).dtype if not hasattr(x, "dtype") else x.dtype
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(
-        dtype, jnp.unsignedinteger
-    )
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or jnp.issubdtype(dtype, jnp.unsignedinteger)
 
 
 def _separate(aux: PyTree) -> tuple[PyTree, PyTree]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def _tree_sum(tree: PyTree) -> jax.Array:
 
 def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
     """Raise a ``UserError`` unless these are statistics of at least two such gradients."""
-    if not isinstance(stats, MicrobatchStats):
+    if not isinstance(cast(object, stats), MicrobatchStats):
         raise UserError(
             f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
             " count), e.g. from bs_jax.value_grad_and_stats"

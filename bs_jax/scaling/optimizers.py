@@ -45,7 +45,8 @@ class Optimizer:
         clock: ``clock(scaled)`` gives those keywords; empty where the plain factory serves.
         implied: hyperparameter -> the value, or the name of the argument, that ``None`` stands for.
         variant: arguments -> the optimizer, where its roles depend on them.
-        known: whether it stands in the table, so that its state is known as well.
+        known: whether its state is known, and that it squares gradients as they are given; a
+            user's own chain may clip them in front.
     """
 
     factory: Factory
@@ -56,7 +57,7 @@ class Optimizer:
     clock: Callable[[Scaled], dict[str, Scalar]] | None = None
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     variant: Callable[[Mapping[str, Any]], Optimizer] | None = None
-    known: bool = True
+    known: bool = False
 
 
 _TABLE: dict[Factory, Optimizer] = {}
@@ -162,23 +163,24 @@ def _rmsprop(arguments: Mapping[str, Any]) -> Optimizer:
 _RADAM: dict[str, Any] = {"clocked": clocked.radam, "clock": clocked.radam_clock}
 _RANGER: dict[str, Any] = {"clocked": clocked.clocked_ranger, "clock": clocked.radam_clock}
 
-register(optax.adam, "adam", _ADAM)
-register(optax.adamw, "adam", _ADAMW)
-register(optax.nadam, "adam", _ADAM, "nadam")
-register(optax.nadamw, "adam", _ADAMW, "nadamw")
-register(optax.radam, "adam", {**_ADAM, "threshold": "unchanged"}, **_RADAM)
-register(clocked.ranger, "adam", {**_ADAMW, "threshold": "unchanged", **_SLOW}, **_RANGER)
-register(optax.amsgrad, "amsgrad", _ADAM)
-register(optax.adamax, "adamax", _ADAMAX)
-register(optax.adamaxw, "adamax", {**_ADAMAX, "weight_decay": "weight_decay"})
-register(optax.adabelief, "centered", {**_ADAM, "b1": "centering_decay", "eps_root": "eps_sum"})
-register(optax.sgd, "linear", {**_LR, "momentum": "undamped_momentum"})
-register(optax.lion, "sign", _LION)
-register(optax.lamb, "normalized_adam", _NORMALIZED)
-register(optax.lars, "lars", _LARS)
-register(optax.rmsprop, "rmsprop", _RMSPROP, variant=_rmsprop)
-register(optax.adagrad, "adagrad", _ADAGRAD)
-register(
+_line = functools.partial(register, known=True)
+_line(optax.adam, "adam", _ADAM)
+_line(optax.adamw, "adam", _ADAMW)
+_line(optax.nadam, "adam", _ADAM, "nadam")
+_line(optax.nadamw, "adam", _ADAMW, "nadamw")
+_line(optax.radam, "adam", {**_ADAM, "threshold": "unchanged"}, **_RADAM)
+_line(clocked.ranger, "adam", {**_ADAMW, "threshold": "unchanged", **_SLOW}, **_RANGER)
+_line(optax.amsgrad, "amsgrad", _ADAM)
+_line(optax.adamax, "adamax", _ADAMAX)
+_line(optax.adamaxw, "adamax", {**_ADAMAX, "weight_decay": "weight_decay"})
+_line(optax.adabelief, "centered", {**_ADAM, "b1": "centering_decay", "eps_root": "eps_sum"})
+_line(optax.sgd, "linear", {**_LR, "momentum": "undamped_momentum"})
+_line(optax.lion, "sign", _LION)
+_line(optax.lamb, "normalized_adam", _NORMALIZED)
+_line(optax.lars, "lars", _LARS)
+_line(optax.rmsprop, "rmsprop", _RMSPROP, variant=_rmsprop)
+_line(optax.adagrad, "adagrad", _ADAGRAD)
+_line(
     optax.adafactor,
     "adafactor",
     _ADAFACTOR,
@@ -186,28 +188,28 @@ register(
     clock=clocked.adafactor_clock,
     implied={"learning_rate": 1.0},
 )
-register(optax.novograd, "novograd", {**_NORMALIZED, "b1": "undamped_momentum"})
-register(contrib.muon, "muon", _MUON, implied={"adam_learning_rate": "learning_rate"})
-register(contrib.schedule_free_sgd, "linear", {**_SCHEDULE_FREE, "weight_decay": "l2"})
-register(
+_line(optax.novograd, "novograd", {**_NORMALIZED, "b1": "undamped_momentum"})
+_line(contrib.muon, "muon", _MUON, implied={"adam_learning_rate": "learning_rate"})
+_line(contrib.schedule_free_sgd, "linear", {**_SCHEDULE_FREE, "weight_decay": "l2"})
+_line(
     contrib.schedule_free_adamw,
     "adam",
     {**_SCHEDULE_FREE, "b2": "second_moment_decay", "eps": "eps", "weight_decay": "weight_decay"},
 )
 # Parts of an optimizer: they have no learning rate.
-register(optax.ema, "wrapper", {"decay": "decay"})
-register(
+_line(optax.ema, "wrapper", {"decay": "decay"})
+_line(
     optax.trace,
     "linear",
     {"decay": "undamped_momentum"},
     clocked=clocked.trace,
     clock=clocked.trace_gain,
 )
-register(optax.clip_by_global_norm, "wrapper", {"max_norm": "gradient_norm"})
-register(optax.clip, "wrapper", {"max_delta": "gradient_norm"})
-register(optax.clip_by_block_rms, "wrapper", {"threshold": "gradient_norm"})
-register(optax.adaptive_grad_clip, "wrapper", {"clipping": "gradient_norm", "eps": "unchanged"})
-register(optax.lookahead, "wrapper", _SLOW)
+_line(optax.clip_by_global_norm, "wrapper", {"max_norm": "gradient_norm"})
+_line(optax.clip, "wrapper", {"max_delta": "gradient_norm"})
+_line(optax.clip_by_block_rms, "wrapper", {"threshold": "gradient_norm"})
+_line(optax.adaptive_grad_clip, "wrapper", {"clipping": "gradient_norm", "eps": "unchanged"})
+_line(optax.lookahead, "wrapper", _SLOW)
 
 
 def resolve_factory(factory: Factory | str) -> Factory:
@@ -346,6 +348,7 @@ class Recipe:
             k=k,
             noise=noise,
             limit=limit,
+            known=self.optimizer.known,
         )
 
     def clock(self, scaled: Scaled) -> dict[str, Scalar]:
@@ -493,8 +496,7 @@ def _is_schedule(name: str, value: object) -> bool:
 
 
 def _own(factory: Factory) -> Optimizer:
-    name = getattr(factory, "__name__", repr(factory))
-    return Optimizer(factory, None, {}, name, known=False)
+    return Optimizer(factory, None, {}, getattr(factory, "__name__", repr(factory)))
 
 
 def _unwrapped(

@@ -108,7 +108,7 @@ def scale_by_batch(
     noise_decay: float | None = None,
     variance_floor: float = moments.VARIANCE_FLOOR,
 ) -> Callable[P, optax.GradientTransformationExtraArgs]:
-    r"""Let an optax factory take hyperparameters tuned at one batch size and serve another.
+    r"""Wrap an optax factory: hyperparameters tuned at one batch size, training at another.
 
     Every hyperparameter becomes what the rule says at ``k = batch_size / base_batch_size``; for
     Adam under ``"invariant"``: ``lr k``, ``b1^k``, ``b2^k``, and the second moment estimated as
@@ -242,7 +242,10 @@ def _transformation(
         measured = _measured(state.noise, base_batch_size) if measures else None
         limit = None
         if guards:
-            limit = noise.estimate(state.limit, GUARD_ERRORS).low / base_batch_size
+            limit = (
+                noise.estimate(cast(NoiseScaleState, state.limit), GUARD_ERRORS).low
+                / base_batch_size
+            )
         return measured, limit
 
     def shown(scaled: Scaled, values: Mapping[str, Any]) -> InForce:
@@ -369,11 +372,10 @@ def _transformation(
             # is float32 here where a Python float would have taken the gradient's type.
             seen = _widened(updates)
 
-        def step(inner_state: Any) -> tuple[PyTree, Any]:
+        def own_step(inner_state: Any) -> tuple[PyTree, Any]:
             return optimizer.update(seen, inner_state, params, **extra_args)
 
-        if count is not None:
-            step = moments.at_count(step, count)
+        step = own_step if count is None else moments.at_count(own_step, count, known=scaled.known)
         if replaces:
             if microbatch is None and not scaled.is_identity:
                 raise missing_noise(recipe, rule, by_coordinate=True)
@@ -384,7 +386,7 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
-                direct=recipe.optimizer.known,
+                known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
                 step, inner_state, updates, state.variance, moment
@@ -422,7 +424,7 @@ def _transformation(
             return static_update(plain, updates, state, params, microbatch, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
 def _at_start(known: Known) -> Noise | None:

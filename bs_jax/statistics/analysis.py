@@ -23,6 +23,7 @@ from bs_jax.statistics.groups import (
     is_near,
     members_of,
 )
+from bs_jax.statistics.price import examples_to_base_loss
 from bs_jax.statistics.seed_noise import ALPHA, SeedNoise, estimate_noise
 from bs_jax.statistics.verdicts import ArmVerdict, arm_verdict, judge
 
@@ -96,9 +97,13 @@ def analyse(results: Results) -> Analysis:
             comparison = compare_with_base(group.by_seed, base.by_seed, sweep.margin, noise, pooled)
             loss_comparison = compare_with_base(losses, base_entry[1], math.nan, loss_noise, pooled)
             deviation = curves.curve_deviation(rows, base_entry[2], scatter, paired=paired)
+            ratio = math.nan
+            if group.curve is not None and base.curve is not None:
+                ratio = examples_to_base_loss(group.curve, base.curve)
             groups.append(
                 replace(
                     group,
+                    examples_ratio=ratio,
                     comparison=comparison,
                     loss_comparison=loss_comparison,
                     deviation=deviation,
