@@ -102,8 +102,7 @@ class Measured(NamedTuple):
         return jnp.where(signal > 0, self.noise[metric] / jnp.where(signal > 0, signal, 1), jnp.inf)
 
 
-PLAIN, ADAM, ADAPTDL = 0, 1, 2  # which of the powers
-POWERS = (0.0, 0.5, 1.0)
+PLAIN, ADAM, ADAPTDL = 0, 1, 2  # p = 0, 1/2, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +350,10 @@ def measure(second_moment: Any, stats: Any, batch_size: int, k: float) -> tuple[
         # As the library's invariant second moment: never below most of its noise part. Where v is
         # zero no gradient was seen yet, so that c and w are zero as well.
         v = jnp.maximum(jnp.maximum(v, 0.7 * wide), 1e-20)
-        return jnp.stack([(both * v[None] ** -p).reshape(2, -1).sum(axis=1) for p in POWERS])
+        inverse = jax.lax.rsqrt(v)[None]
+        return jnp.stack(
+            [x.reshape(2, -1).sum(axis=1) for x in (both, both * inverse, both * inverse**2)]
+        )
 
     signal, w = sum(jax.tree.leaves(jax.tree.map(sums, v, wide, both)), jnp.zeros((3, 2))).T
     return (v, wide), Measured(signal, b * w)

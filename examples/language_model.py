@@ -161,12 +161,18 @@ def main(arguments: list[str] | None = None) -> float:
     flags = parser.parse_args(arguments)
 
     text = load_text(flags.vocabulary)
+    if flags.examples > len(text.train):
+        parser.error(f"--examples={flags.examples}: the text has {len(text.train)} sequences")
     order = np.random.default_rng(flags.seed).permutation(len(text.train))
     model = GPT(vocabulary=flags.vocabulary, rngs=nnx.Rngs(flags.seed))
     graph, params = nnx.split(model)
     ramp = None
     if flags.ramp:
-        ramp = BatchRamp(batch_size=flags.base_batch_size, largest=flags.batch_size)
+        ramp = BatchRamp(
+            batch_size=flags.base_batch_size,
+            largest=flags.batch_size,
+            multiple_of=max(1, flags.base_batch_size // flags.microbatches),
+        )
     size = ramp.batch_size if ramp else flags.batch_size
     rule = resolve_rule(flags.rule).replace(guard=flags.guard)
     tx = make_optimizer(size, flags.base_batch_size, rule, learning_rate())

@@ -37,8 +37,8 @@ def test_merged_tokens_decode_to_the_text(raw):
         assert not any((a, b) == pair for a, b in itertools.pairwise(merged))
 
 
-def test_the_language_model_learns_at_another_batch_size():
-    flags = ["--vocabulary=256", "--batch_size=32", "--examples=640"]
+def test_the_language_model_learns_while_its_batch_may_follow_the_noise():
+    flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
 
 
