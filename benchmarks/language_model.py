@@ -22,12 +22,16 @@ An arm is a rule of the library (``invariant``), a name in ``RECIPES``, or one o
 Forms combine, as in ``guard:ramp:invariant``; without ``guard`` a rule is unguarded. The arm
 ``order`` is the base with its examples in another order inside blocks of 128: how much order alone
 moves the loss.
+
+Several processes may share a file, each with its own ``--arms``: they trace and compile side by
+side. The command that is given last, with all arms, finds all runs done and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -514,7 +518,7 @@ def _short(x: np.ndarray) -> Any:
 
 DEFAULT_ARMS = (
     "base,order,none,linear,sqrt,noise_aware,invariant,guard:invariant,guard:noise_aware,"
-    "ramp:invariant,ramp:sqrt,follow:invariant,"
+    "ramp:invariant,ramp:sqrt,guard:follow:invariant,"
     "merrill,marek,marek_sqrt,adascale,adaptdl,malladi"
 )
 
@@ -659,9 +663,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     done = {(row["arm"], row["k"], row["seed"]) for row in rows}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     jobs = jobs_of(pairs, seeds, done, flags.vmap_seeds)
-    if flags.out and not flags.out.exists():
+    if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError), flags.out.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(header) + "\n")
     print(
         f"{sum(len(job.seeds) for job in jobs)} runs to train, {len(rows)} done before", flush=True
     )
