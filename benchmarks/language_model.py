@@ -17,8 +17,10 @@ An arm is a rule of the library (``invariant``), a name in ``RECIPES``, or one o
     guard:RULE    steps grow with the batch only up to the measured noise scale
     ramp:RULE     the batch grows in given stages, up to k
     follow:RULE   the batch doubles, up to k, as the measured noise scale allows
+    floor:RULE    a guard that lets the learning rate grow by at least sqrt(k); not in the library
 
-``follow.3:RULE`` lets the batch reach .3 of the noise scale in place of the library's own share.
+``follow.3:RULE`` lets the batch reach .3 of the noise scale in place of the library's own share,
+``floor.25:RULE`` has k^.25 for sqrt(k).
 Forms combine, as in ``guard:ramp:invariant``; without ``guard`` a rule is unguarded. The arm
 ``order`` is the base with its examples in another order inside blocks of 128: how much order alone
 moves the loss.
@@ -137,6 +139,11 @@ class Arm:
     shuffled: bool = False
 
 
+def guard_with_floor(phi: Any, k: Any, power: float = 0.5) -> Any:
+    """Let a learning rate of k lr only be min(k, max(k^power, phi)) lr."""
+    return jnp.minimum(k, jnp.maximum(k**power, phi)) / k if k > 1 else jnp.ones(())
+
+
 def adascale_gain(phi: Any, k: Any) -> Any:
     """(sigma^2 + mu^2)/(sigma^2/k + mu^2): 1 in signal, k in noise (Johnson et al. 2020)."""
     return k - (k - 1) / (1 + phi / k)  # the same, and right for an infinite phi
@@ -195,17 +202,19 @@ def find_arm(name: str) -> Arm:
     own = RECIPES[last].rule if last in RECIPES else last
     rule, fields = scaling.resolve_rule(own), {}
     for form in forms:
-        match = re.fullmatch(r"guard|(ramp)|(follow)(\d*\.?\d*)", form)
+        match = re.fullmatch(r"guard|(ramp)|(follow|floor)(\d*\.?\d*)", form)
         if not match:
             raise SystemExit(
-                f"arm {name!r}: {form!r} is no form; write guard:RULE, ramp:RULE or follow:RULE"
+                f"arm {name!r}: {form!r} is no form; write guard:, ramp:, follow: or floor:RULE"
             )
         if form == "guard" and not rule.measures:
             raise SystemExit(f"arm {name!r}: {last} measures no noise scale that could guard it")
-        if form != "guard":
+        if match[2] == "floor":
+            power = float(match[3] or 0.5)
+            fields |= {"gain": functools.partial(guard_with_floor, power=power), "metric": ADAM}
+        elif form != "guard":
             fields["form"] = match[1] or match[2]
-        if match[3]:
-            fields["follow_share"] = float(match[3])
+            fields |= {"follow_share": float(match[3])} if match[3] else {}
     return Arm(name, rule.replace(guard="guard" in forms), **fields)
 
 
@@ -537,12 +546,12 @@ def plan(arms: str, scales: str, problem: Problem) -> list[tuple[Arm, float]]:
     own_size = ("base", "order")
     pairs = [(arm, 1.0) for arm in found if arm.name in own_size]
     for k in sizes:
-        # Neither ramps nor the guard do anything to a smaller batch.
+        # Neither ramps nor guards do anything to a smaller batch.
         pairs += [
             (arm, k)
             for arm in found
             if arm.name not in own_size
-            and (k > 1 or (k < 1 and arm.form == "fixed" and "guard" not in arm.name))
+            and (k > 1 or (k < 1 and arm.form == "fixed" and not re.match("guard|floor", arm.name)))
         ]
     return pairs
 
