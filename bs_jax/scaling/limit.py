@@ -36,6 +36,7 @@ def step_share(k: Scalar, phi: Scalar, least_power: float = 0.0) -> Scalar:
         k: batch size over base batch size.
         phi: noise scale over base batch size, in the metric that the optimizer moves in; 0 where
             it is not known.
+        least_power: a, in [0, 1]: beyond the noise scale steps grow by k^a at least.
 
     Returns:
         share, in (0, 1].
