@@ -776,9 +776,11 @@ class ResolvedRun(Training):
                 "to 0 or False"
             )
         if ghost and micro % ghost:
+            fits = all(size % ghost == 0 for size in self.batch_sizes) and batch > ghost
+            fix = f"set config.micro_batch_size to {ghost}, or " if fits else ""
             raise UserError(
                 f"ghost_batch_size {ghost} does not divide the micro-batch of {micro} examples "
-                f"(batch_size {batch}); use a divisor of {micro}, or 0"
+                f"(batch_size {batch}); {fix}use a divisor of {micro}, or 0"
             )
 
     def check_two_micro_batches(self, what: str) -> None:
