@@ -6,6 +6,7 @@ print(table(summary(times, against="plain")))
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 import os
@@ -34,9 +35,7 @@ def interleave(
     Returns:
         name -> seconds of each call, in order of rounds.
     """
-    for run in programs.values():
-        for _ in range(warmup):
-            _wait(run())
+    _warm_up(programs, warmup)
     times: dict[str, list[float]] = {name: [] for name in programs}
     order, draw = list(programs), random.Random(0)
     for _ in range(rounds):
@@ -46,6 +45,18 @@ def interleave(
             _wait(programs[name]())
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def _warm_up(programs: Mapping[str, Callable[[], Any]], calls: int) -> None:
+    import jax
+
+    if jax.default_backend() != "cpu" and calls:
+        # Compilers for a card leave most cores idle: let the programs compile side by side.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(lambda run: _wait(run()), programs.values()))
+    for run in programs.values():
+        for _ in range(calls):
+            _wait(run())
 
 
 def _wait(result: Any) -> None:
@@ -135,6 +146,11 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

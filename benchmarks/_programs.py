@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import _flat, _kernels
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
+from bs_jax.models import layer_forms
 from bs_jax.recipe import ResolvedRun
 
 CLASSES = 10
@@ -94,6 +101,71 @@ def train_chunks(
         return metrics
 
     return run
+
+
+class Training:
+    """The trainer's chunk of `steps` updates as a worker's program.
+
+    Args:
+        spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
+            from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
+            by side, ``forms`` (fields of `layer_forms.LayerForms`), ``flat`` (the optimizer over
+            vectors, see `_flat`). ``keep``: folder for the trace and the program's text.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        overrides = {"model.dtype": spec["dtype"], **spec.get("overrides", {})}
+        run = make_run(spec["model"], spec["image_size"], spec["batch_size"], **overrides)
+        data = make_images(4 * spec["batch_size"], spec["image_size"])
+        with _as_asked(spec):
+            chunk, arguments = chunk_and_arguments(
+                run, data, spec["steps"], runs=spec.get("runs", 0)
+            )
+            self._compiled = chunk.lower(*arguments).compile()
+        self._steps, self._keep = spec["steps"], spec.get("keep")
+        self._state, *self._others = arguments
+
+    def run(self) -> None:
+        """Take a turn's updates."""
+        self._state, metrics = self._compiled(self._state, *self._others)
+        jax.block_until_ready(metrics)
+
+    def describe(self) -> dict[str, Any]:
+        """What an update reads, writes and launches, by XLA's count and a profiler's trace."""
+        cost = self._compiled.cost_analysis() or {}
+        cost = cost[0] if isinstance(cost, list) else cost
+        memory = self._compiled.memory_analysis()
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, create_perfetto_trace=True):
+                self.run()
+            program = self._compiled.as_text()
+            kernels = _kernels.by_group(Path(folder), program, self._steps)
+            if self._keep:
+                kept = Path(self._keep)
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy(_kernels.trace_file(Path(folder)), kept)
+                (kept / "program.txt.gz").write_bytes(gzip.compress(program.encode()))
+        return {
+            "bytes_per_step": float(cost.get("bytes accessed", 0.0)),
+            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+            "kernels": kernels,
+        }
+
+
+@contextlib.contextmanager
+def _as_asked(spec: Mapping[str, Any]) -> Iterator[None]:
+    from bs_jax.training import optimizers
+
+    with contextlib.ExitStack() as stack:
+        if "forms" in spec:
+            stack.enter_context(layer_forms.use(layer_forms.LayerForms(**spec["forms"])))
+        if spec.get("flat"):
+            plain = optimizers.make_optimizer
+            flattened = mock.patch.object(
+                optimizers, "make_optimizer", lambda *args: _flat.over_vectors(plain(*args))
+            )
+            stack.enter_context(flattened)
+        yield
 
 
 def streamed_chunks(run: ResolvedRun, data: ArraySplit) -> Callable[[Any], Any]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-_WIDTHS = (64, 128, 256, 512)
-_STAGES = {"resnet18": (2, 2, 2, 2), "xresnet18": (2, 2, 2, 2), "xresnet50": (3, 4, 6, 3)}
+_WIDTHS, _STEM = (64, 128, 256, 512), (32, 32, 64)
+_XRESNETS: dict[str, tuple[Sequence[int], Sequence[int], Sequence[int], int]] = {
+    # blocks a stage, widths, the stem's widths, expansion
+    "xresnet10_small": ((1, 1, 1, 1), (16, 32, 64, 128), (8, 8, 16), 1),
+    "xresnet18": ((2, 2, 2, 2), _WIDTHS, _STEM, 1),
+    "xresnet50": ((3, 4, 6, 3), _WIDTHS, _STEM, 4),
+}
 
 
 def create(name: str, num_classes: int) -> nn.Module:
     """A network by its name in `bs_jax.models`, initialised as PyTorch initialises."""
     if name == "resnet18":
         return _ResNet18(num_classes)
-    if name in _STAGES:
-        return _XResNet(_STAGES[name], 4 if name == "xresnet50" else 1, num_classes)
-    raise ValueError(f"no PyTorch peer for {name!r}; known: {', '.join(_STAGES)}")
+    if name in _XRESNETS:
+        return _XResNet(*_XRESNETS[name], num_classes)
+    known = ", ".join(("resnet18", *_XRESNETS))
+    raise ValueError(f"no PyTorch peer for {name!r}; known: {known}")
 
 
 def _conv_norm(
@@ -83,16 +89,22 @@ class _ResNet18(nn.Module):
 class _XResNet(nn.Module):
     """Three 3x3 convolutions as the stem, Mish, average-pooled shortcuts (He et al. 2018)."""
 
-    def __init__(self, stages: tuple[int, ...], expansion: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        stages: Sequence[int],
+        widths: Sequence[int],
+        stem: Sequence[int],
+        expansion: int,
+        num_classes: int,
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [
-            _conv_norm(3, 32, 3, 2, _mish),
-            _conv_norm(32, 32, 3, 1, _mish),
-            _conv_norm(32, 64, 3, 1, _mish),
-            nn.MaxPool2d(3, 2, 1),
-        ]
-        inputs = 64
-        for stage, (blocks, width) in enumerate(zip(stages, _WIDTHS, strict=True)):
+        layers: list[nn.Module] = []
+        inputs = 3
+        for index, width in enumerate(stem):
+            layers.append(_conv_norm(inputs, width, 3, 1 if index else 2, _mish))
+            inputs = width
+        layers.append(nn.MaxPool2d(3, 2, 1))
+        for stage, (blocks, width) in enumerate(zip(stages, widths, strict=True)):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 layers.append(self._block(inputs, width, stride, expansion))

@@ -11,17 +11,14 @@ where ours is quicker than PyTorch's quickest eager form (of the two memory form
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import _measure, _programs
-from bs_jax.data.image_data import ArraySplit
 from bs_jax.errors import UserError
 
 
@@ -32,6 +29,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch_size", type=int, default=32, help="examples a step")
     parser.add_argument("--against", choices=("torch", "nothing"), default="nothing")
     parser.add_argument("--compiled", action="store_true", help="PyTorch through its compiler too")
+    parser.add_argument(
+        "--torch_form", action="append", default=[], help="a further one, see torch_training"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -63,7 +63,7 @@ def measure(flags: argparse.Namespace) -> dict[str, Any]:
     jax.block_until_ready(programs["ours"]())
     first_call = time.perf_counter() - start
     if flags.against == "torch":
-        programs |= torch_programs(flags, data)
+        programs |= torch_programs(flags)
     times = _measure.interleave(programs, rounds=flags.rounds, warmup=2)
     times = {name: [t / flags.steps for t in turns] for name, turns in times.items()}
     rows = _measure.summary(times, against="ours")
@@ -107,7 +107,8 @@ def multiply_adds(model: str, image_size: int, batch_size: int) -> int:
 
 def matmul_peak(size: int, dtype: str) -> float:
     """Multiplications and additions a second in a large matrix product, at best."""
-    a = jnp.ones((size, size), dtype)
+    # Random numbers: a card multiplies ones and zeros quicker than what training gives it.
+    a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(a, a))
     times = []
@@ -118,60 +119,20 @@ def matmul_peak(size: int, dtype: str) -> float:
     return 2 * size**3 / min(times)
 
 
-def torch_programs(flags: argparse.Namespace, data: ArraySplit) -> dict[str, Callable[[], None]]:
-    """PyTorch's training, eager in both memory formats and compiled, by name."""
-    import torch
+def torch_programs(flags: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """PyTorch's training by name: eager in both memory formats, and the forms asked for."""
+    from benchmarks import torch_training
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(cores or 1)
-    found = {
-        "torch eager, channels last": torch_training(flags, data, channels_last=True),
-        "torch eager, channels first": torch_training(flags, data, channels_last=False),
-    }
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    wanted = {"channels last": "eager", "channels first": "eager" + torch_training.CHANNELS_FIRST}
+    found = {f"torch eager, {order}": form for order, form in wanted.items()}
     if flags.compiled:
-        found["torch compiled"] = torch_training(flags, data, channels_last=True, compiled=True)
-    return found
-
-
-def torch_training(
-    flags: argparse.Namespace,
-    data: ArraySplit,
-    *,
-    channels_last: bool,
-    compiled: bool = False,
-) -> Callable[[], None]:
-    """A call that takes `flags.steps` updates, as a PyTorch training loop would."""
-    import torch
-
-    from benchmarks import torch_models
-
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    memory = torch.channels_last if channels_last else torch.contiguous_format
-    torch.manual_seed(0)
-    model = torch_models.create(flags.model, _programs.CLASSES).to(device, memory_format=memory)
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    )
-    images = torch.from_numpy(data.images).to(device)
-    labels = torch.from_numpy(data.labels.astype(np.int64)).to(device)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=flags.dtype == "bfloat16")
-
-    def run() -> None:
-        for number in range(flags.steps):
-            start = number * flags.batch_size % len(labels)
-            chosen = slice(start, start + flags.batch_size)
-            batch = images[chosen].permute(0, 3, 1, 2).contiguous(memory_format=memory)
-            with autocast:
-                logits = forward((batch.float() / 255 - 0.5) / 0.25)
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+        found["torch compiled"] = "compile"
+    found |= {f"torch {form}": form for form in flags.torch_form}
+    return {
+        name: torch_training.Training({**vars(flags), "form": form, "device": device}).run
+        for name, form in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -510,6 +510,7 @@ class Training(Section):
         log_every_examples: training metrics are means over this many examples.
         checkpoint_every_examples: cadence of checkpoints; 0: only where a signal interrupts.
         tensorboard: write its files beside the records.
+        trackers: where metrics go beside the records: "tensorboard", "wandb", "mlflow".
         report: what a report compares.
         batch_ramp: a batch size that grows up to `batch_size`.
     """
@@ -532,6 +533,7 @@ class Training(Section):
     checkpoint_every_examples: Count
     tensorboard: Flag
     report: Report
+    trackers: Annotated[tuple[str, ...], _list("a list of names", _is_text)] = ()
     batch_ramp: BatchRamp = BatchRamp()
 
     def __post_init__(self) -> None:
@@ -732,7 +734,7 @@ class Scaled:
 
 
 # What two runs may differ in and still be the same training, number for number.
-_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "checkpoint_every_examples")
+_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "trackers", "checkpoint_every_examples")
 _FIXED = "fixed"  # the rule of a recorded run whose numbers are scaled already
 
 

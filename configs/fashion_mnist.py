@@ -91,6 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     # 0: only where a signal interrupts. A run takes seconds: a killed one begins again.
     config.checkpoint_every_examples = 0
     config.tensorboard = False
+    config.trackers = ()  # more places for the metrics: "tensorboard", "wandb", "mlflow"
 
     config.report = ml_collections.ConfigDict()
     config.report.accuracy_metric = "eval/accuracy"

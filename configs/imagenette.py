@@ -121,6 +121,7 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.log_every_examples = 2_352  # training metrics are means over this many examples
     config.checkpoint_every_examples = 0 if quick else 47_040  # 0: only where a signal interrupts
     config.tensorboard = False
+    config.trackers = ()  # more places for the metrics: "tensorboard", "wandb", "mlflow"
 
     config.report = ml_collections.ConfigDict()
     config.report.accuracy_metric = "eval/accuracy"

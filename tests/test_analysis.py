@@ -2,34 +2,16 @@
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.sweeps import MARGIN, made_up
 from helpers.synthetic_records import diverge, edit_json, write_records
 
-from bs_jax.records.results import Curve, Results, Row, Run, Sweep, load_results
+from bs_jax.records.results import Curve, Run, load_results
 from bs_jax.report import words
 from bs_jax.statistics import analysis, curves, groups
 from bs_jax.statistics.contrasts import Verdict
-
-MARGIN = 0.01
-SWEEP = Sweep("s", "c", "t", "", 64, "acc", "loss", "train/loss", MARGIN, (), "", "", None)
-
-
-def made_up(groups, seeds_of=lambda values: range(len(values)), curve=None):
-    """Results in memory: {(arm, batch size): finals}; None in the finals is a diverged run."""
-    rows, runs = [], {}
-    for (arm, batch_size), values in groups.items():
-        for seed, value in zip(seeds_of(values), values, strict=True):
-            run_id = f"{arm}-{batch_size}-{seed}"
-            status = "diverged" if value is None else "done"
-            metrics = {} if value is None else {"acc": value, "loss": 1 - value}
-            made = {"train/loss": curve(arm, batch_size, seed)} if curve else {}
-            runs[run_id] = Run(run_id, status, metrics, "", {}, {}, (), made, {})
-            k = batch_size / 64
-            rows.append(Row(arm, batch_size, k, 1.0, seed, run_id, status, metrics, {}))
-    return Results(Path(), SWEEP, tuple(rows), runs, (), ())
 
 
 def test_the_share_of_falsely_invariant_arms_is_at_most_five_percent():
@@ -265,7 +247,7 @@ def test_a_batch_size_that_changes_while_training_is_read_from_the_records():
     loss = 1 - 1e-3 * (seen - sizes)
     run = Run("r", "done", {}, "", {}, {}, (), {
         "train/loss": Curve(seen, loss), "batch_size": Curve(seen, sizes),
-    }, {})  # fmt: skip
+    }, None)  # fmt: skip
     aged = groups.aged_curve(run, "train/loss", 128)
     np.testing.assert_allclose(aged.ends, seen - sizes / 2)
     # An evaluation tells of the weights as they are.

@@ -1,11 +1,31 @@
 """The benchmarks run, at a size where they measure nothing, and write what the docs read."""
 
+import argparse
+import gzip
 import json
+import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
-from benchmarks import conv_forms, gpu, input, scaling, sweep_config, train_step
+from benchmarks import (
+    _flat,
+    _kernels,
+    _programs,
+    _workers,
+    conv_forms,
+    gpu,
+    input,
+    scaling,
+    sweep_config,
+    train_step,
+    transform_overhead,
+)
 from bs_jax.sweep.points import resolve
+from bs_jax.training import optimizers
 
 SMALL = ["--model=resnet4_patch", "--image_size=8", "--batch_size=4"]
 
@@ -28,17 +48,146 @@ def test_train_step_tells_its_share_of_the_peak(tmp_path):
 
 
 def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        gpu, "TINY", gpu.Size("resnet4_patch", 8, (4,), 1, 2, 2, matmul=64, copied_floats=4096)
+    tiny = gpu.Size(
+        model="resnet4_patch",
+        image_size=8,
+        batch_sizes=(4,),
+        steps=1,
+        rounds=2,
+        matmul=64,
+        copied_floats=4096,
     )
-    result = written(
-        gpu, ["--tiny", "--dtype=bfloat16", "--against=nothing"], tmp_path / "sub" / "gpu.json"
-    )
+    monkeypatch.setattr(gpu, "TINY", tiny)
+    monkeypatch.setattr(gpu, "MODEL_FORMS", {"all": gpu.MODEL_FORMS["all of these"]})
+    monkeypatch.setattr(gpu, "LAUNCH_FLAGS", {"bad": "--xla_no_such_flag=1"})
+    monkeypatch.setattr(gpu, "KERNEL_FLAGS", {})
+    arguments = ["--tiny", "--against=nothing", "--parts=steps,forms"]
+    result = written(gpu, arguments, tmp_path / "sub" / "gpu.json")
     (step,) = result["steps"]
-    assert step["dtype"] == "bfloat16"
     assert step["roofline"]["bytes_per_step"] > 0
-    assert [row["runs"] for row in result["side_by_side"]] == [1, 2]
-    assert result["recipe_minutes"]["4"] > 0
+    assert step["images_per_second"] == pytest.approx(4 / step["programs"]["ours"]["seconds"])
+    kernels = step["about_ours"]["kernels"]
+    assert kernels["seconds"] == pytest.approx(
+        sum(row["seconds"] for row in kernels["groups"].values())
+    )
+    (form,) = result["forms"]
+    assert form["programs"]["ours"]["ratio"] == 1
+    assert form["programs"]["all"]["rounds"] == 2
+    assert "no_such_flag" in form["not_measured"]["bad"]
+
+
+@pytest.mark.parametrize("change", gpu.RECIPE_FORMS.values(), ids=gpu.RECIPE_FORMS)
+def test_what_the_recipe_adds_is_a_recipe(change):
+    run = _programs.make_run("xresnet50", 128, 64, **change["overrides"])
+    assert run.run_id != _programs.make_run("xresnet50", 128, 64).run_id
+
+
+@pytest.mark.long
+def test_runs_side_by_side_and_the_transform_are_measured_too(tmp_path, monkeypatch):
+    transform = ("--model=resnet4_patch", "--image_size=8", "--batch_size=4", "--rounds=2")
+    tiny = gpu.Size(
+        matmul=64,
+        copied_floats=4096,
+        rounds=2,
+        runs=(("resnet4_patch", 8, 4, (2,), 1),),
+        transform=(transform, (*transform, "--no_such_flag")),
+    )
+    monkeypatch.setattr(gpu, "TINY", tiny)
+    arguments = ["--tiny", "--against=nothing", "--parts=runs,transform"]
+    result = written(gpu, arguments, tmp_path / "gpu.json")
+    (row,) = result["runs"]
+    assert set(row["images_per_second"]) == {"ours", "2 vmapped"}
+    assert result["transform"][0]["results"]["against plain"]["static"]["ratio"] > 0
+    assert "no_such_flag" in result["transform"][1]["not_measured"]
+
+
+@pytest.mark.long
+def test_the_transform_costs_the_same_updates_in_one_program_and_one_by_one():
+    settings = {"batch_size": 4, "microbatches": 2, "devices": 1, "model": "gpt"}
+    losses = []
+    for steps, calls in ((1, 3), (3, 1)):
+        problem = transform_overhead.Problem(argparse.Namespace(**settings, steps=steps))
+        run = transform_overhead.make_step(problem, transform_overhead.CASES["invariant"])
+        losses.append([float(run()) for _ in range(calls)][-1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_does_not_compile_in_time_is_ended_and_named(tmp_path):
+    spec = {"kind": "ours", "model": "resnet4_patch"}
+    with _workers.crew({"late": spec, "wrong": {"kind": "ours"}}, tmp_path) as crew:
+        crew.start(["late", "wrong"])
+        crew.wait(["late"], until=time.monotonic())
+        crew.wait(["wrong"], until=time.monotonic() + 60)
+        assert crew.able == []
+        assert "not compiled in the 0 s" in crew.failures["late"]
+        assert "KeyError" in crew.failures["wrong"]
+        assert crew.turns(rounds=1, until=time.monotonic() + 1) == {}
+
+
+def test_kernels_are_counted_by_what_they_do(tmp_path):
+    """A card's streams alone count, an update's share of the trace, and bytes by the shapes."""
+    program = """
+HloModule jit_step
+ENTRY %main {
+  %x = bf16[4,2]{1,0} parameter(0)
+  %loop.1 = (bf16[4,2]{1,0}, f32[2]{0}) fusion(%x), metadata={op_name="jvp(N)/BatchNorm_0/mul"}
+  %conv.2 = (bf16[4,2], u8[0]) custom-call(%x, %x), custom_call_target="__cudnn$convBackwardFilter"
+  %back.5 = bf16[4,2] fusion(%x), metadata={op_name="transpose(jvp(N))/block/BatchNorm_0/mul"}
+  ROOT %add.3 = f32[2]{0} add(%y, %y), metadata={op_name="jit(f)/while/body/add"}
+}
+"""
+
+    def named(kind, name, **ids):
+        return {"ph": "M", "name": kind, "args": {"name": name}, **ids}
+
+    def kernel(name, microseconds, pid, tid):
+        return {"ph": "X", "pid": pid, "tid": tid, "dur": microseconds, "args": {"hlo_op": name}}
+
+    events = [
+        named("process_name", "/device:GPU:0", pid=1),
+        named("thread_name", "Stream #7(Compute)", pid=1, tid=7),
+        named("thread_name", "XLA Ops", pid=1, tid=8),
+        named("process_name", "/host:CPU", pid=2),
+        named("thread_name", "main", pid=2, tid=1),
+        *[kernel("loop.1", 3, 1, 7), kernel("loop.1", 5, 1, 7), kernel("conv.2", 20, 1, 7)],
+        *[kernel("add.3", 2, 1, 7), kernel("while.4", 99, 1, 7), kernel("back.5", 4, 1, 7)],
+        *[kernel("loop.1", 99, 1, 8), kernel("loop.1", 99, 2, 1)],
+    ]
+    content = json.dumps({"traceEvents": events}).encode()
+    (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(content))
+    found = _kernels.by_group(tmp_path, program, steps=2)
+    assert found["seconds"] == pytest.approx(17e-6)
+    assert list(found["groups"]) == [
+        "convolution, kernels' gradient",
+        "normalisation, forward",
+        "normalisation, backward",
+        "optimizer, augmentation and the rest",
+    ]
+    norm = found["groups"]["normalisation, forward"]
+    assert (norm["seconds"], norm["kernels"]) == pytest.approx((4e-6, 1))
+    assert norm["bytes"] == 16 + 16 + 8  # read, and written beside two float32
+    assert "normalisation, forward" in _kernels.table(found)
+
+
+@pytest.mark.parametrize("name", ["adamw", "ranger"])
+def test_an_optimizer_over_vectors_is_the_optimizer(name):
+    run = _programs.make_run("resnet4_patch", 8, 4, **{"optimizer.name": name})
+    values = optimizers.traced_values(run)
+    plain = optimizers.make_optimizer(run, {n: jnp.float32(v) for n, v in values.items()})
+    params = {
+        "conv": {"kernel": jnp.arange(6.0).reshape(2, 3)},
+        "norm": {"bias": jnp.ones(3), "scale": jnp.full(3, 2.0)},
+        "head": {"kernel": jnp.ones((3, 1)), "bias": jnp.zeros(1)},
+    }
+    found = []
+    for optimizer in (plain, _flat.over_vectors(plain)):
+        state, moved = optimizer.init(params), params
+        for number in range(3):
+            grads = jax.tree.map(lambda p, n=number: jnp.cos(p + n), moved)
+            updates, state = optimizer.update(grads, state, moved, microbatch=None)
+            moved = optax.apply_updates(moved, updates)
+        found.append(moved)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *found)
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_what_to_do():
@@ -75,13 +224,10 @@ def test_the_sweep_to_be_timed_is_sixteen_runs_of_four_programs():
 def test_the_peers_networks_are_ours(monkeypatch):
     """The same number of parameters: a ratio between different networks would say nothing."""
     pytest.importorskip("torch", reason="PyTorch is an extra: pip install 'bs_jax[bench]'")
-    import jax
-    import jax.numpy as jnp
-
     from benchmarks import torch_models
     from bs_jax import models
 
-    for name in ("resnet18", "xresnet18", "xresnet50"):
+    for name in ("resnet18", "xresnet10_small", "xresnet18", "xresnet50"):
         peer = torch_models.create(name, 10)
         module = models.create(name, num_classes=10)
         shapes = jax.eval_shape(

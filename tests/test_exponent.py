@@ -29,7 +29,7 @@ def sweep_of(exponent, *, curvature=0.006, sd=0.003, seeds=3, offsets=imagenette
             for number in range(seeds):
                 run_id = f"{arm}-{size}-{offset}-{number}"
                 metrics = {"acc": mean + sd * rng.standard_normal(), "loss": 1.0}
-                runs[run_id] = Run(run_id, "done", metrics, "", {}, {}, (), {}, {})
+                runs[run_id] = Run(run_id, "done", metrics, "", {}, {}, (), {}, None)
                 rows.append(Row(arm, size, k, offset, number, run_id, "done", metrics, {}))
     return analysis.analyse(Results(Path(), SWEEP, tuple(rows), runs, (), ()))
 

@@ -54,7 +54,7 @@ def sweep_of(truth, *, seeds=6, sd=0.002, arms=tuple(imagenette.ARMS), rng=None,
             status = "diverged" if (arm, size, offset) in diverged else "done"
             value = mean + sd * rng.standard_normal()
             metrics = {} if status == "diverged" else {"acc": value, "loss": 1 - value}
-            runs[run_id] = Run(run_id, status, metrics, "", {}, {}, (), {}, {})
+            runs[run_id] = Run(run_id, status, metrics, "", {}, {}, (), {}, None)
             rows.append(Row(arm, size, size / 64, offset, seed, run_id, status, metrics, {}))
 
     for arm in arms:
@@ -201,7 +201,7 @@ def test_what_weight_decay_leaves_of_a_weight_is_the_published_number(size, lr, 
     run = Run(
         *("r", "done", {}, "", {}, {"weight_decay": 1e-2 * wd}, ()),
         {"optim/learning_rate": curve},
-        {},
+        None,
     )
     assert shown.weight_left(run, size) == pytest.approx(left, abs=6e-4)
 

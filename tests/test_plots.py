@@ -1,5 +1,6 @@
 """Figures: what is drawn where, and that hostile names and empty sweeps draw too."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from helpers.synthetic_records import diverge, edit_json, write_records
 
 pytest.importorskip("matplotlib")
 
-from bs_jax.records.results import load_results
+from bs_jax.records.results import Curve, load_results
 from bs_jax.report import plots, style
 from bs_jax.statistics.analysis import analyse
 
@@ -26,6 +27,11 @@ def found(tmp_path_factory):
 def texts(figure):
     figure.canvas.draw()
     return [text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+def lines_seen(axes):
+    """The lines of a figure without the spots that only carry a tooltip."""
+    return [line for line in axes.lines if line.get_alpha() != 0]
 
 
 def test_bars_are_the_ninety_percent_interval_of_the_difference_at_the_mean(found):
@@ -70,9 +76,9 @@ def test_every_arm_is_named_beside_its_line_without_overlap(found):
 
 def test_curves_put_the_base_in_ink_and_leave_diverged_sizes_out(found):
     axes = plots.curve_figure(found, "linear").axes[0]
-    assert [line.get_color() for line in axes.lines].count(style.INK) == 1
-    assert len(axes.lines) == 4
-    assert len(plots.curve_figure(found, "sqrt").axes[0].lines) == 5
+    assert [line.get_color() for line in lines_seen(axes)].count(style.INK) == 1
+    assert len(lines_seen(axes)) == 4
+    assert len(lines_seen(plots.curve_figure(found, "sqrt").axes[0])) == 5
     visible = [axes for axes in plots.curves_figure(found).axes if axes.get_visible()]
     assert len(visible) == 5
 
@@ -80,8 +86,55 @@ def test_curves_put_the_base_in_ink_and_leave_diverged_sizes_out(found):
 def test_deviation_marks_seed_noise_and_draws_no_line_through_the_base(found):
     axes = plots.deviation_figure(found).axes[0]
     assert axes.get_yscale() == "log"
-    lines = [line for line in axes.lines if len(line.get_xdata()) and line.get_marker() != "None"]
+    lines = [line for line in lines_seen(axes) if line.get_marker() != "None"]
     assert all(max(line.get_xdata()) < 6 or min(line.get_xdata()) > 6 for line in lines)
+
+
+def test_a_tooltip_at_every_point_says_what_it_is_in_numbers(found):
+    svg = style.to_svg(plots.metric_figure(found, arm="invariant"), "x", "p-")
+    titles = re.findall(r"<g><title>([^<]*)</title>", svg)
+    assert len(titles) == 5
+    (group,) = [g for g in found.groups if (g.arm, g.batch_size) == ("invariant", 256)]
+    text = f"invariant at batch size 256 (k = 4): {100 * group.interval.mean:.2f} %"
+    assert any(title.startswith(text) and title.endswith(group.verdict) for title in titles)
+    # Only the pointer finds a spot.
+    assert len(re.findall(r"opacity: 0(?![.\d])", svg)) == 5
+    for figure in (plots.curve_figure(found, "none"), plots.gap_figure(found, "none")):
+        titles = re.findall(r"<title>([^<]*)</title>", style.to_svg(figure, "x", "p-"))
+        assert len(titles) >= 16
+        assert all(re.match(r"batch size \d+", title) for title in titles)
+
+
+def test_axes_say_in_words_what_they_show_and_by_which_scale(found):
+    metric, curve = plots.metric_figure(found).axes[0], plots.curve_figure(found, "none").axes[0]
+    assert metric.get_xlabel() == "batch size, log scale (recipe tuned at 64)"
+    assert metric.get_ylabel() == "final accuracy (%)"
+    assert curve.get_ylabel() == "training loss (log scale)"
+    assert curve.get_xlabel() == "examples that the weights have seen"
+    gap = plots.gap_figure(found, "none").axes[0]
+    assert gap.get_ylabel() == "training loss minus the base's"
+    assert "log scale" in plots.deviation_figure(found).axes[0].get_ylabel()
+
+
+def test_the_gap_is_drawn_as_it_was_found(found):
+    axes = plots.gap_figure(found, "sqrt").axes[0]
+    groups = [group for group in found.groups if group.arm == "sqrt"]
+    lines = [line for line in lines_seen(axes) if len(line.get_xdata()) > 2]
+    for line, group in zip(lines, groups, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), group.deviation.gap)
+
+
+def test_evaluations_are_drawn_where_there_is_more_than_one(found):
+    assert plots.evaluation_figure(found, "none") is None
+    seen = np.array([100, 200])
+    groups = tuple(
+        dataclasses.replace(group, evaluations=Curve(seen, np.array([0.5, 0.25])))
+        for group in found.groups
+    )
+    figure = plots.evaluation_figure(dataclasses.replace(found, groups=groups), "none")
+    line = lines_seen(figure.axes[0])[0]
+    np.testing.assert_array_equal(line.get_xdata(), seen)
+    np.testing.assert_array_equal(line.get_ydata(), [50, 25])
 
 
 def test_hostile_names_are_drawn_as_text(tmp_path):

@@ -1,6 +1,8 @@
 """The page: well-formed, escaped, self-contained, honest about what is missing."""
 
+import csv
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -63,9 +65,10 @@ def check(path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    workdir = write_records(tmp_path_factory.mktemp("records"), seeds=6, sd=0.003)
+    arms = ("none", "linear", "invariant")
+    workdir = write_records(tmp_path_factory.mktemp("records"), arms, seeds=6, sd=0.003)
     diverge(workdir / "runs/b256-s0-linear-1.0")
-    (workdir / "runs/b16-s1-sqrt-1.0/DONE").unlink()
+    (workdir / "runs/b16-s1-none-1.0/DONE").unlink()
     (workdir / "runs/holiday").mkdir()
     edit_json(workdir / "sweep.json", warnings=["ghost batches differ"])
     return report_on(workdir)
@@ -73,21 +76,26 @@ def written(tmp_path_factory):
 
 def test_the_page_is_well_formed_light_and_asks_the_network_for_nothing(written):
     checker, _ = check(written)
-    assert checker.tags.count("svg") == 2 * 2 + 2 * 5
+    assert checker.tags.count("svg") == 2 * 2 + 3 * 3  # these records hold no evaluations
     assert not {"script", "link", "iframe", "img"} & set(checker.tags)
     assert len(set(checker.ids)) == len(checker.ids)
-    assert all(re.fullmatch(r"#[\w-]+|[\w.]+", link) for link in checker.links)
+    assert all(re.fullmatch(r"#[\w-]+|(\.\./runs/)?[\w.-]+/?", link) for link in checker.links)
     content = written.read_text(encoding="utf-8")
     assert not re.search(r"url\((?!#)", content)
     assert len(content) < 1_000_000
-    for link in (link for link in checker.links if not link.startswith("#")):
-        assert (written.parent / link).stat().st_size > 0
+    for link in checker.links:
+        if link.startswith("#"):
+            assert link[1:] in checker.ids
+        else:
+            assert (written.parent / link).stat().st_size > 0
 
 
 def test_the_verdict_comes_first_in_words(written):
     _, text = check(written)
     assert "invariant: the batch size does not matter" in text
-    assert "none, linear and sqrt: it matters (margin ±1.00 points)." in text
+    assert "none and linear: it matters (margin ±1.00 points)." in text
+    assert "Use “invariant” from batch size 16 to 256" in text
+    assert text.index("k is that batch size over 64") < text.index("(k = 1/4 to 4)")
     assert "Final accuracy stays within ±1.00 points of the base from batch size 16 to 256" in text
     assert text.index("does not matter") < text.index("Final accuracy against batch size")
     for verdict in ("✓ equivalent", "✗ different"):
@@ -98,8 +106,8 @@ def test_nothing_missing_is_hidden(written):
     _, text = check(written)
     assert "256 (1 of 6 diverged)" in text
     assert "runs/b256-s0-linear-1.0: linear at batch size 256, seed 0, at step 99" in text
-    assert "1 of 126 runs have no usable result yet" in text
-    assert "runs/b16-s1-sqrt-1.0: sqrt at batch size 16, seed 1" in text
+    assert "1 of 78 runs have no usable result yet" in text
+    assert "runs/b16-s1-none-1.0: none at batch size 16, seed 1" in text
     assert "holiday" in text
     assert "ghost batches differ" in text
 
@@ -109,7 +117,7 @@ def test_origin_and_hyperparameters_are_there(written):
     assert "python main.py --mode=report --workdir=" in text
     for fact in ("jax 0.10.2", "cpu (2 devices)", "0123456789abcdef", "Fashion-MNIST 10k part"):
         assert fact in text
-    assert "“varies” marks what the rule measures while it trains." in text
+    assert "Learning rate × k, decays to the power k (Goyal et al. 2017)." in text
     assert "0.9741" in text or "0.974" in text  # 0.9 ** (1/4)
 
 
@@ -147,7 +155,7 @@ def test_every_text_is_escaped(tmp_path):
 def test_a_thin_sweep_gives_a_thin_report_in_clear_words(tmp_path, change, expected):
     sizes = {"no base": (32, 128), "only base": (64,)}.get(change, (32, 64))
     seeds = 1 if change == "one seed" else 2
-    workdir = write_records(tmp_path, ("none", "invariant"), sizes, seeds=seeds, rows=3)
+    workdir = write_records(tmp_path, ("noise_aware",), sizes, seeds=seeds, rows=3)
     for folder in (workdir / "runs").iterdir():
         if change == "nothing finished":
             shutil.rmtree(folder)
@@ -156,14 +164,52 @@ def test_a_thin_sweep_gives_a_thin_report_in_clear_words(tmp_path, change, expec
     _, text = check(report_on(workdir))
     assert expected in text
     assert not re.search(r"\bnan\b", text, re.IGNORECASE)
+    varies = "“varies” marks what the rule measures while it trains."
+    assert (varies in text) == (change in ("one seed", "no base", "no curves"))
 
 
-def test_writing_again_replaces_every_file_and_leaves_no_others(written):
+def test_a_contents_list_names_every_section_and_rows_lead_to_their_runs(written):
+    checker, text = check(written)
+    for title in re.findall(r"<h2>([^<]+)</h2>", written.read_text(encoding="utf-8")):
+        assert text.count(html_text(title)) >= 2
+    runs = {link for link in checker.links if link.startswith("../runs/")}
+    assert runs == {f"../runs/{path.name}/" for path in (written.parents[1] / "runs").iterdir()} - {
+        "../runs/holiday/"
+    }
+
+
+def html_text(title):
+    return title.replace("&#x27;", "'")
+
+
+def test_costs_and_gains_are_counted_by_batch_size_and_rule(written):
+    _, text = check(written)
+    # 24,000 examples in 4.2 s, whatever the batch size.
+    assert "256 4 93 4.2 s 5,714 1.00" in text
+    assert "examples to the base's loss, × the base's" in text
+    rows = list(csv.DictReader((written.parent / "points.csv").read_text().splitlines()))
+    found = {(row["arm"], row["batch_size"]): row for row in rows}
+    assert len(rows) == 1 + 3 * 4
+    assert found["", "64"]["updates"] == "375.0"
+    assert found["invariant", "16"]["verdict"] == "equivalent"
+    base, follows, lags = (
+        float(found[point]["share_to_base_loss"])
+        for point in (("", "64"), ("invariant", "16"), ("none", "256"))
+    )
+    assert 0.5 < base <= 0.75
+    assert follows == pytest.approx(base, abs=0.15)
+    assert lags == math.inf
+    assert found["none", "256"]["inside_noise_scale"] == ""
+
+
+def test_writing_again_replaces_every_file_and_leaves_no_others(tmp_path):
+    written = report_on(write_records(tmp_path, ("none",), (32, 64), seeds=2, rows=4))
     before = {path.name: path.read_bytes() for path in written.parent.iterdir()}
-    assert report_on(written.parent.parent) == written
+    assert report_on(tmp_path) == written
     after = {path.name: path.read_bytes() for path in written.parent.iterdir()}
     assert after == before
-    assert {"index.html", "metric.png", "curves.png", "deviation.png", "results.csv"} <= set(after)
+    assert {"index.html", "metric.png", "curves.png", "deviation.png"} <= set(after)
+    assert {"results.csv", "points.csv"} <= set(after)
 
 
 def test_a_report_that_cannot_be_written_is_a_one_line_error(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.scaling import ScaleByBatchState
 from bs_jax.sweep.points import resolve
@@ -44,7 +45,7 @@ def test_on_another_number_of_devices(tmp_path):
 
 def other_run(tmp_path, recipe, source=None):
     source = interrupted(tmp_path / "source", **(source or {}))
-    return OtherRun(source.path, recipe)
+    return OtherRun(source.path, Recipe.parse(recipe))
 
 
 def state_at(recipe, other):

@@ -1,12 +1,15 @@
 """Collecting records: everything usable is read, everything else is named, nothing is executed."""
 
 import csv
+import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +19,11 @@ from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
 from bs_jax.records import results
+from bs_jax.records.metrics_file import MetricsFile
+from bs_jax.records.run_folder import RunFolder
 from bs_jax.report.tables import write_tables
 
+FIRST_BUILD = Path(__file__).parent / "golden/first_build"
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
@@ -196,6 +202,46 @@ def test_no_sweep_file_says_how_to_make_one(tmp_path, content):
         (tmp_path / "sweep.json").write_bytes(content)
     with pytest.raises(UserError, match=r"run `python main\.py --workdir="):
         results.load_results(tmp_path)
+
+
+def test_records_of_the_first_build_are_read_and_their_runs_stay_done(tmp_path):
+    shutil.copytree(FIRST_BUILD, tmp_path / "sweep")
+    found = results.load_results(tmp_path / "sweep")
+    assert (found.problems, found.foreign) == ((), ())
+    assert [row.status for row in found.rows] == [results.DONE] * 4
+    assert found.sweep.train_examples == 192
+    run = found.runs["b32-s0-19d3415161ed"]
+    assert run.metrics["eval/loss"] == 1.071445147196452
+    assert (run.rule, run.scaled["learning_rate"]) == ("sqrt", pytest.approx(2e-3 * 2**0.5))
+    assert run.curves["train/loss"].examples.tolist() == [32, 64, 96, 128, 160, 192]
+    assert "noise_scale" not in run.curves
+    assert run.summary.versions["optax"] == "0.2.8"
+    folder = tmp_path / "sweep/runs" / run.run_id
+    content = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in ("config", "hparams")
+    }
+    assert RunFolder(folder, SimpleNamespace(run_id=run.run_id, **content)).done
+    metrics = MetricsFile(folder / "metrics.jsonl", 192)
+    metrics.close()
+    assert metrics.digest == hashlib.sha256((folder / "metrics.jsonl").read_bytes()).digest()
+
+
+def test_the_batch_size_and_the_noise_scale_are_read_as_curves(workdir):
+    folder = workdir / "runs/b64-s0"
+    rows = [
+        {"step": 1, "examples": 64, "train/loss": 1.0, "batch_size": 64, "noise_scale": math.inf}
+        | {"noise_scale_low": 30.5, "noise_scale_high": math.inf},
+        {"step": 2, "examples": 192, "train/loss": 0.9, "batch_size": 128, "noise_scale": 90.0}
+        | {"noise_scale_low": 60.0, "noise_scale_high": 150.0},
+    ]
+    (folder / "metrics.jsonl").unlink()
+    metrics = MetricsFile(folder / "metrics.jsonl", 0)
+    metrics.append(rows)
+    metrics.close()
+    run = results.load_results(workdir).runs["b64-s0"]
+    assert run.curves["batch_size"].values.tolist() == [64.0, 128.0]
+    assert run.curves["noise_scale_low"].values.tolist() == [30.5, 60.0]
+    assert math.isnan(run.curves["noise_scale"].values[0])
 
 
 @given(summary=JSON, hparams=JSON, lines=st.lists(JSON, max_size=4), data=st.data())

@@ -17,7 +17,7 @@ RAMP = (64, 128, 256, 512)
 def make(factory, rule, **recipe):
     def factory_for(batch_size, base_batch_size):
         scaled = scale_by_batch(
-            factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+            factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule, guard=False
         )
         return scaled(**recipe)
 
@@ -111,6 +111,22 @@ def test_trap_an_undamped_trace_is_restated_for_its_new_decay():
         np.testing.assert_allclose(updates, 8 * steady, rtol=1e-4)
 
 
+def test_centered_rmsprops_spread_and_its_momentum_both_follow_a_change():
+    scaled = scale_by_batch(optax.rmsprop, batch_size=64, base_batch_size=64, rule="sqrt")
+    tx = scaled(0.1, 0.9, centered=True, momentum=0.9)
+    grads = jnp.linspace(0.5, 1.0, 3)
+    state = tx.init(grads)
+    for _ in range(3):
+        _, state = tx.update(grads, state, grads, batch_size=64)
+    _, after = tx.update(0 * grads, state, grads, batch_size=256)
+    (old, _, trace), (new, _, new_trace) = state.inner_state, after.inner_state
+    # Four times the batch shows a quarter of the spread, and takes steps four times as long.
+    spread = old.mu**2 + (old.nu - old.mu**2) / 4
+    np.testing.assert_allclose(new.nu, 0.9**4 * spread, rtol=1e-5)
+    np.testing.assert_allclose(new.mu, 0.9**4 * old.mu, rtol=1e-5)
+    np.testing.assert_allclose(new_trace.trace, 0.9**4 * 4 * trace.trace, rtol=1e-5)
+
+
 def test_a_state_from_another_batch_size_shows_what_is_in_force_now():
     scaled = partial(scale_by_batch, optax.adamw, base_batch_size=64, rule="sqrt")
     state = scaled(batch_size=64)(1e-3).init(jnp.ones(1))
@@ -137,8 +153,8 @@ def test_the_schedule_follows_the_examples():
     for size in (64, 128, 32, 64):
         _, state = tx.update(jnp.ones(1), state, batch_size=size)
         seen.append(float(hyperparams(state)["learning_rate"]))
-    # Base-size updates before each: 0, 1, 3, 3.5.
-    assert seen == pytest.approx([1.0, 2 * 2.0, 0.5 * 4.0, 4.5])
+    # Base-size updates before each: 0, 1, 3, 3.5; each reads the middle of what it stands for.
+    assert seen == pytest.approx([1.0, 2 * 2.5, 0.5 * 3.75, 4.5])
 
 
 @pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])

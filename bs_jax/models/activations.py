@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+class Activation(NamedTuple):
+    """An elementwise function that a layer may fuse with its own.
+
+    Attributes:
+        function: array -> array of its dtype, differentiable.
+        value: the same, float32 -> float32.
+        slope: its derivative, float32 -> float32.
+    """
+
+    function: Callable[[jax.Array], jax.Array]
+    value: Callable[[jax.Array], jax.Array]
+    slope: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`function(x)`."""
+        return self.function(x)
 
 
 @jax.custom_vjp
@@ -29,8 +50,18 @@ def mish(x: jax.Array) -> jax.Array:
     Reference:
         Misra, Mish: A Self Regularized Non-Monotonic Activation Function, 2019.
     """
-    wide = x.astype(jnp.float32)
-    return (wide * _tanh_softplus(_exp(wide))).astype(x.dtype)
+    return _mish_value(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _mish_value(x: jax.Array) -> jax.Array:
+    return x * _tanh_softplus(_exp(x))
+
+
+def _mish_slope(x: jax.Array) -> jax.Array:
+    w = _exp(x)
+    numerator = w * (4.0 * (x + 1.0) + w * (4.0 * x + 6.0 + w * (4.0 + w)))
+    denominator = w * (w + 2.0) + 2.0
+    return numerator / (denominator * denominator)
 
 
 def _exp(x: jax.Array) -> jax.Array:
@@ -50,12 +81,11 @@ def _mish_forward(x):
 def _mish_backward(x, dy):
     # The barrier keeps XLA from holding the forward pass's exponential until here: computing it
     # again is quicker than fetching it.
-    wide = lax.optimization_barrier(x).astype(jnp.float32)
-    w = _exp(wide)
-    numerator = w * (4.0 * (wide + 1.0) + w * (4.0 * wide + 6.0 + w * (4.0 + w)))
-    denominator = w * (w + 2.0) + 2.0
-    slope = numerator / (denominator * denominator)
+    slope = _mish_slope(lax.optimization_barrier(x).astype(jnp.float32))
     return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
 
 
 mish.defvjp(_mish_forward, _mish_backward)
+
+MISH = Activation(mish, _mish_value, _mish_slope)
+RELU = Activation(jax.nn.relu, jax.nn.relu, lambda x: (x > 0.0).astype(x.dtype))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bs_jax.models import cpu
+from bs_jax.models import cpu, layer_forms
 
 
 def conv_general_dilated(
@@ -37,6 +37,16 @@ def conv_general_dilated(
         and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
     )
+    if isinstance(padding, str) and plain:
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    pointwise = (
+        plain
+        and feature_group_count == 1
+        and (*rhs.shape[:2], *window_strides) == (1, 1, 1, 1)
+        and not any(low or high for low, high in padding)  # pyright: ignore[reportGeneralTypeIssues]
+    )
+    if pointwise and layer_forms.current().pointwise_products:
+        return jnp.einsum("bhwi,io->bhwo", lhs, rhs[0, 0], precision=precision)
     if not plain or jax.default_backend() != "cpu":
         return lax.conv_general_dilated(
             lhs,
@@ -49,8 +59,6 @@ def conv_general_dilated(
             feature_group_count=feature_group_count,
             precision=precision,
         )
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     strides, pads = tuple(window_strides), tuple((low, high) for low, high in padding)
     return cpu.convolve(lhs, rhs, strides, pads, feature_group_count)  # pyright: ignore[reportArgumentType]
 

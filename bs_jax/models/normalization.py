@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bs_jax.errors import UserError
+from bs_jax.models import layer_forms
+from bs_jax.models.activations import Activation
 
 
 class BatchNorm(nn.Module):
@@ -35,6 +37,7 @@ class BatchNorm(nn.Module):
             so that a group is the batch of all devices; None: each device by itself.
         dtype: of the output; statistics and parameters are float32 whatever it is.
         scale_init: initialiser of the scale; zeros for the last one of a residual block.
+        activation: applied to the normalised values.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -56,6 +59,7 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     scale_init: nn.initializers.Initializer = nn.initializers.ones
+    activation: Activation | None = None
 
     @nn.compact
     def __call__(
@@ -83,19 +87,28 @@ class BatchNorm(nn.Module):
 
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            return _affine(x, factor, bias - running_mean.value * factor, self.dtype)
+            y = _affine(x, factor, bias - running_mean.value * factor, self.dtype)
+            return y if self.activation is None else self.activation(y)
 
         size = self._group_size(x.shape[0])
         axis_name = None if self.is_initializing() else self.axis_name
         grouped = x.reshape(x.shape[0] // size, -1, channels)
+        fused = self.activation if layer_forms.current().fused_activation else None
         y, mean, var = normalise(
-            grouped, scale, bias, epsilon=self.epsilon, axis_name=axis_name, dtype=self.dtype
+            grouped,
+            scale,
+            bias,
+            epsilon=self.epsilon,
+            axis_name=axis_name,
+            dtype=self.dtype,
+            activation=fused,
         )
         if not self.is_initializing():
             keep = jnp.asarray(self.decay if decay is None else decay, jnp.float32)
             for running, value in ((running_mean, mean), (running_var, var)):
                 running.value = keep * running.value + (1 - keep) * jnp.mean(value, axis=0)
-        return y.reshape(x.shape)
+        y = y.reshape(x.shape)
+        return y if self.activation is None or fused else self.activation(y)
 
     def _group_size(self, examples: int) -> int:
         size = self.ghost_batch_size or examples
@@ -121,12 +134,16 @@ def normalise(
     epsilon: float,
     axis_name: str | None = None,
     dtype: Any = jnp.float32,
+    activation: Activation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise every group and channel by its own mean and biased variance.
 
     The backward pass is written out, with z = (x - mean) / sqrt(var + epsilon):
 
         dx = scale / sqrt(var + epsilon) (dy - average(dy) - z average(dy z))
+
+    Behind an activation, dy stands for its slope at the normalised value times the slope that
+    comes in; the normalised value is computed again, in float32.
 
     It keeps `x` alone from the forward pass and reads it once; autodiff's form takes two to ten
     times as long on CPU. Mean and variance are for the running statistics: no gradient flows
@@ -139,6 +156,7 @@ def normalise(
         epsilon: added to the variance.
         axis_name: mapped axis whose members' groups are one; None: each its own.
         dtype: of the output.
+        activation: applied to the normalised values before they are rounded to `dtype`; None: none.
 
     Returns:
         (y of the shape of x, mean [groups, channels], variance [groups, channels]).
@@ -149,41 +167,44 @@ def normalise(
         >>> y.tolist(), mean.tolist(), var.tolist()
         ([[[-1.0], [1.0]]], [[2.0]], [[1.0]])
     """
-    return _normalise(epsilon, axis_name, jnp.dtype(dtype), x, scale, bias)
+    return _normalise(epsilon, axis_name, jnp.dtype(dtype), activation, x, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _normalise(
     epsilon: float,
     axis_name: str | None,
     dtype: Any,
+    activation: Activation | None,
     x: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
-    mean = _average(wide, axis_name)
-    # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
-    var = _average(jnp.square(wide - mean[:, None]), axis_name)
+    mean, var = _statistics(wide, axis_name)
     factor = scale[None] * lax.rsqrt(var + epsilon)
     y = wide * factor[:, None] + (bias[None] - mean * factor)[:, None]
+    if activation is not None:
+        y = activation.value(y)
     return y.astype(dtype), mean, var
 
 
-def _normalise_forward(epsilon, axis_name, dtype, x, scale, bias):
-    outputs: Any = _normalise(epsilon, axis_name, dtype, x, scale, bias)
+def _normalise_forward(epsilon, axis_name, dtype, activation, x, scale, bias):
+    outputs: Any = _normalise(epsilon, axis_name, dtype, activation, x, scale, bias)
     y, mean, var = outputs
-    return (y, mean, var), (x, mean, var, scale)
+    return (y, mean, var), (x, mean, var, scale, bias)
 
 
-def _normalise_backward(epsilon, axis_name, dtype, kept, cotangents):
+def _normalise_backward(epsilon, axis_name, dtype, activation, kept, cotangents):
     del dtype
-    x, mean, var, scale = kept
+    x, mean, var, scale, bias = kept
     # The barrier keeps XLA from holding x - mean, as large as x, from the forward pass until here.
     x = lax.optimization_barrier(x)
     wide, dy = x.astype(jnp.float32), cotangents[0].astype(jnp.float32)
     inverse = lax.rsqrt(var + epsilon)
     centred = (wide - mean[:, None]) * inverse[:, None]
+    if activation is not None:
+        dy = dy * activation.slope(centred * scale[None, None] + bias[None, None])
     dbias, dscale = jnp.sum(dy, axis=1), jnp.sum(dy * centred, axis=1)
     average_dy, average_dyz = dbias / x.shape[1], dscale / x.shape[1]
     if axis_name is not None:
@@ -195,6 +216,24 @@ def _normalise_backward(epsilon, axis_name, dtype, kept, cotangents):
 
 
 _normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+def _statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of every group and channel, over all members of the axis."""
+    if not layer_forms.current().one_pass_statistics:
+        mean = _average(x, axis_name)
+        # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
+        return mean, _average(jnp.square(x - mean[:, None]), axis_name)
+    # About a value of the group itself the mean is no larger than a few deviations, so that one
+    # pass loses no digits either (Chan, Golub & LeVeque 1983).
+    pivot = x[:, :1]
+    away = x - pivot
+    shift, square = jnp.mean(away, axis=1), jnp.mean(jnp.square(away), axis=1)
+    own_mean, own_var = pivot[:, 0] + shift, jnp.maximum(square - jnp.square(shift), 0.0)
+    if axis_name is None:
+        return own_mean, own_var
+    mean = lax.pmean(own_mean, axis_name)
+    return mean, lax.pmean(own_var + jnp.square(own_mean - mean), axis_name)
 
 
 def _average(x: jax.Array, axis_name: str | None) -> jax.Array:

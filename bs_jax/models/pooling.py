@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bs_jax.models import layer_forms
+
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Array:
     """Largest value of every window.
@@ -27,6 +29,12 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
         >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), 3, 2, padding=1)[0, :, :, 0].tolist()
         [[5.0, 7.0], [13.0, 15.0]]
     """
+    if layer_forms.current().native_max_pool:
+        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        lowest = np.asarray(-jnp.inf, x.dtype)
+        return jax.lax.reduce_window(
+            x, lowest, jax.lax.max, (1, size, size, 1), (1, stride, stride, 1), pads
+        )
     # Columns, then rows: the first of equal values is still the first of the window.
     for axis in (2, 1):
         x = _max_along(axis, size, stride, padding, x)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bs_jax.models.activations import mish
+from bs_jax.models.activations import MISH, mish
 from bs_jax.models.attention import SimpleSelfAttention, SqueezeExcite
 from bs_jax.models.conv import conv
 from bs_jax.models.initializers import he_normal
@@ -51,12 +51,12 @@ class XResBlock(nn.Module):
         outputs = self.features * self.expansion
         if self.expansion == 1:
             y = self.conv(self.inner, 3, strides=self.strides, groups=self.groups)(x)
-            y = mish(normalise(self.norm(), y))
+            y = normalise(self.norm(activation=MISH), y)
             y = self.conv(outputs, 3)(y)
         else:
-            y = mish(normalise(self.norm(), self.conv(self.inner, 1)(x)))
+            y = normalise(self.norm(activation=MISH), self.conv(self.inner, 1)(x))
             y = self.conv(self.inner, 3, strides=self.strides, groups=self.groups)(y)
-            y = mish(normalise(self.norm(), y))
+            y = normalise(self.norm(activation=MISH), y)
             y = self.conv(outputs, 1)(y)
         y = normalise(self.norm(scale_init=nn.initializers.zeros), y)
         if self.squeeze_excite:
@@ -136,7 +136,7 @@ class XResNet(nn.Module):
         x = images.astype(self.dtype)
         for index, width in enumerate(self.stem_widths):
             x = convolve(width, 3, strides=1 if index else 2, name=f"stem_conv{index + 1}")(x)
-            x = mish(normalise(norm(name=f"stem_norm{index + 1}"), x))
+            x = normalise(norm(activation=MISH, name=f"stem_norm{index + 1}"), x)
         x = max_blur_pool(x) if self.shortcut_pool == "max_blur" else max_pool(x, 3, 2, padding=1)
 
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True)):

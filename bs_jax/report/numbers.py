@@ -63,6 +63,54 @@ class Units:
         return f"{100 * size:.2f} points" if self.percent else f"{size:.4f}"
 
 
+_PARTS = {"train": "training", "eval": "evaluation", "optim": "optimizer's"}
+
+
+def in_words(metric: str) -> str:
+    """A metric's name in words.
+
+    >>> in_words("train/loss"), in_words("eval/smoothed_accuracy"), in_words("acc")
+    ('training loss', 'evaluation smoothed accuracy', 'acc')
+    """
+    part, _, name = metric.rpartition("/")
+    return f"{_PARTS.get(part, part)} {name.replace('_', ' ')}".strip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(4.2), duration(95), duration(7300), duration(math.nan)
+    ('4.2 s', '1 min 35 s', '2 h 1 min', '–')
+    """
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def whole(number: float) -> str:
+    """A number to the nearest whole one.
+
+    >>> whole(1920.0), whole(math.nan)
+    ('1,920', '–')
+    """
+    return f"{number:,.0f}" if math.isfinite(number) else "–"
+
+
+def share(part: float) -> str:
+    """A share of something.
+
+    >>> share(0.625), share(math.nan)
+    ('62 %', '–')
+    """
+    return f"{100 * part:.0f} %" if math.isfinite(part) else "–"
+
+
 def fraction(k: float) -> str:
     """A ratio of batch sizes.
 

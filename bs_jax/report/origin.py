@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bs_jax.records.results import DAMAGED, DIVERGED, MISSING, UNFINISHED, Results
+from bs_jax.report.numbers import duration
 from bs_jax.report.page import Html, Section, bullets, html, tag
 
 _MAX_NAMED = 50
@@ -30,7 +31,7 @@ def reproduce(results: Results, files: Sequence[Path]) -> Section:
         "device": _distinct(summary.device for summary in summaries),
         "code revision": _distinct(summary.git_revision for summary in summaries),
         "versions": ", ".join(f"{name} {' / '.join(found)}" for name, found in versions.items()),
-        "training time, all runs added up": _duration(total) if total else "",
+        "training time, all runs added up": duration(total) if total else "",
     }
     items = [html(tag("b", name), f": {value}") for name, value in facts.items() if value]
     links = [tag("a", path.name, href=path.name) for path in files]
@@ -44,19 +45,6 @@ def _joined(links: Sequence[Html]) -> list[str]:
 
 def _distinct(texts: Iterable[str]) -> str:
     return " / ".join([*dict.fromkeys(filter(None, texts))][:5])
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a person says them.
-
-    >>> _duration(95), _duration(7300)
-    ('1 min 35 s', '2 h 1 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def without_result(results: Results) -> Section | None:

@@ -122,8 +122,7 @@ p{margin:.5rem 0;max-width:46rem}
 ul{padding-left:1.2rem;max-width:46rem}
 li{margin:.25rem 0;overflow-wrap:anywhere}
 a{color:inherit}
-.eyebrow,.note,figcaption{color:var(--muted);font-size:.875rem}
-.eyebrow{margin:0;overflow-wrap:anywhere}
+.note,figcaption{color:var(--muted);font-size:.875rem}
 .lead{font-size:1.15rem;line-height:1.5}
 .note,figcaption{max-width:46rem}
 .facts{display:flex;flex-wrap:wrap;gap:.6rem 2rem;margin:1.3rem 0 0;padding:0}
@@ -159,9 +158,11 @@ font-size:.875rem;color:var(--muted)}
 vertical-align:middle}
 .scroll{overflow-x:auto;margin:.8rem 0;border:1px solid var(--grid);border-radius:6px}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+code{font:.95em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 th,td{padding:.38rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
 tbody tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;background:var(--soft)}
+th{color:var(--muted);font-weight:600;background:var(--soft);white-space:normal;
+vertical-align:bottom}
 .number{text-align:right}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);max-width:11rem;
 overflow:hidden;text-overflow:ellipsis}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bs_jax.report import style
-from bs_jax.report.numbers import Units
+from bs_jax.report.numbers import Units, fraction, in_words
 from bs_jax.statistics.analysis import Analysis
 from bs_jax.statistics.groups import Group
 
@@ -67,7 +67,9 @@ def metric_figure(
             ends.append((inside[-1] * factor, style.label(name), colour))
         if base is not None and base.values:
             x = math.log2(base.batch_size)
-            axes.plot([x], [base.interval.mean * factor], "o", color=style.INK, ms=5, zorder=5)
+            y = base.interval.mean * factor
+            axes.plot([x], [y], "o", color=style.INK, ms=5, zorder=5)
+            style.tip_at(axes, x, y, f"base, batch size {base.batch_size}: {units.value(mean)}")
         axes.set_ylim(low * factor, high * factor)
         axes.set_ylabel(f"final {units.name}" + (" (%)" if units.percent else ""))
         _size_axis(axes, analysis)
@@ -75,13 +77,13 @@ def metric_figure(
             _end_labels(axes, ends)
         # A narrow figure has no room for the note; its caption says the same.
         if base is not None and base.values and arm is None and width > 5:
-            note = f"band: base ± {units.spread(margin)}   bars: 90 % interval of the difference"
+            note = f"band: base ± {units.spread(margin)} · bars: 90 % interval of the difference"
             axes.set_title(note, fontsize=8, fontweight="normal", color=style.MUTED)
     return figure
 
 
 def curve_figure(analysis: Analysis, arm: str, width: float = 3.6, height: float = 2.7) -> "Figure":
-    """One arm's training curves over examples seen, a colour a batch size, the base in ink.
+    """One arm's training curves at equal age, a colour a batch size, the base in ink.
 
     Args:
       analysis: of `analyse`.
@@ -95,8 +97,80 @@ def curve_figure(analysis: Analysis, arm: str, width: float = 3.6, height: float
     with style.drawing():
         figure, axes = _figure(width, height)
         _curves(axes, analysis, arm)
-        axes.set_ylabel(analysis.sweep.curve_metric)
+        axes.set_ylabel(_curve_label(analysis, axes))
+    return figure
+
+
+def evaluation_figure(
+    analysis: Analysis, arm: str, width: float = 3.6, height: float = 2.7
+) -> "Figure | None":
+    """One arm's evaluations on the way, mean over seeds, a colour a batch size, the base in ink.
+
+    Args:
+      analysis: of `analyse`.
+      arm: whose.
+      width: in inches.
+      height: in inches.
+
+    Returns:
+      The figure; None where no run was evaluated more than once.
+    """
+    groups = [g for g in _with_base(analysis, arm) if g.evaluations is not None]
+    if not any(len(group.evaluations.examples) > 1 for group in groups if group.evaluations):
+        return None
+    units = Units(analysis.sweep.accuracy_metric)
+    colours = style.size_colours(_sizes(analysis), analysis.sweep.base_batch_size)
+    with style.drawing():
+        figure, axes = _figure(width, height)
+        for group in groups:
+            assert group.evaluations is not None
+            seen, values = group.evaluations.examples, group.evaluations.values * units.factor
+            axes.plot(seen, values, color=colours[group.batch_size], lw=1.4, marker=".", ms=5)
+            for x, y in zip(seen, values, strict=True):
+                if math.isfinite(y):
+                    text = f"after {x:,} examples: {units.value(y / units.factor)}"
+                    style.tip_at(axes, x, y, f"batch size {group.batch_size} {text}")
+        axes.set_ylabel(units.name + (" (%)" if units.percent else ""))
         axes.set_xlabel("examples seen")
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
+        axes.xaxis.set_major_formatter(_ticker().FuncFormatter(_examples_label))
+    return figure
+
+
+def gap_figure(
+    analysis: Analysis, arm: str, width: float = 3.6, height: float = 2.7
+) -> "Figure | None":
+    """One arm's training curves minus the base's at equal age, a colour a batch size.
+
+    Args:
+      analysis: of `analyse`.
+      arm: whose.
+      width: in inches.
+      height: in inches.
+
+    Returns:
+      The figure; None where no curve can be compared.
+    """
+    groups = [group for group in _judged(analysis, arm) if group.deviation is not None]
+    if not groups:
+        return None
+    colours = style.size_colours(_sizes(analysis), analysis.sweep.base_batch_size)
+    centres = (analysis.edges[1:] + analysis.edges[:-1]) / 2
+    with style.drawing():
+        figure, axes = _figure(width, height)
+        axes.axhline(0, color=style.INK, lw=1.2)
+        for group in groups:
+            assert group.deviation is not None
+            gap = group.deviation.gap
+            axes.plot(centres, gap, color=colours[group.batch_size], lw=1.4)
+            for index in _some(len(centres), 8):
+                if math.isfinite(gap[index]):
+                    text = f"{gap[index]:+.4f} after {centres[index]:,.0f} examples"
+                    text = f"batch size {group.batch_size} minus base: {text}"
+                    style.tip_at(axes, centres[index], gap[index], text)
+        axes.set_ylabel(f"{in_words(analysis.sweep.curve_metric)} minus the base's")
+        _age_axis(axes, analysis)
     return figure
 
 
@@ -120,7 +194,7 @@ def curves_figure(analysis: Analysis, width: float = 7.4) -> "Figure":
         figure = Figure(figsize=(width, 0.6 + 2.1 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, arm in zip(grid, arms, strict=False):
-            _curves(axes, analysis, arm)
+            _curves(axes, analysis, arm, tips=False)
             axes.set_title(style.label(arm))
         for axes in grid[len(arms) :]:
             axes.set_visible(False)
@@ -135,8 +209,9 @@ def curves_figure(analysis: Analysis, width: float = 7.4) -> "Figure":
             ncols=min(len(colours), 10),
             handlelength=1.2,
         )
-        figure.supxlabel("examples seen", color=style.MUTED, fontsize=8.5)
-        figure.supylabel(analysis.sweep.curve_metric, color=style.MUTED, fontsize=8.5)
+        figure.supxlabel(_AGE, color=style.MUTED, fontsize=8.5)
+        label = _curve_label(analysis, grid[0])
+        figure.supylabel(label, color=style.MUTED, fontsize=8.5)
     return figure
 
 
@@ -182,6 +257,9 @@ def deviation_figure(analysis: Analysis, width: float = 7.4, height: float = 3.4
                     marker=style.arm_marker(arms, arm),
                     ms=5,
                 )
+            unit = "× seed noise" if in_noise else in_words(analysis.sweep.curve_metric)
+            for x, y in points:
+                style.tip_at(axes, x, y, f"{arm} at batch size {2**x:.0f}: {y:.3g} {unit}")
             ends.append((points[-1][1], style.label(arm), colour))
         axes.set_yscale("log")
         if ends and in_noise:
@@ -195,8 +273,8 @@ def deviation_figure(analysis: Analysis, width: float = 7.4, height: float = 3.4
                 fontsize=8,
             )
         _plain_log_labels(axes)
-        unit = "× seed noise" if in_noise else analysis.sweep.curve_metric
-        axes.set_ylabel(f"curve deviation ({unit})")
+        unit = "× seed noise" if in_noise else in_words(analysis.sweep.curve_metric)
+        axes.set_ylabel(f"distance from the base's curve\n({unit}, log scale)")
         _size_axis(axes, analysis)
         _end_labels(axes, ends)
     return figure
@@ -258,7 +336,7 @@ def noise_scale_figure(
         axes.set_xlabel("examples seen")
         axes.set_ylabel("examples")
         axes.set_title(
-            f"dots: single windows   line: running   band: ± {errors:g} standard errors",
+            f"dots: single windows · line: running · band: ± {errors:g} standard errors",
             fontsize=8,
             fontweight="normal",
             color=style.MUTED,
@@ -272,6 +350,22 @@ def _figure(width: float, height: float) -> tuple["Figure", Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _with_base(analysis: Analysis, arm: str) -> list[Group]:
+    """An arm's judged groups, then the base, so that it is drawn above them."""
+    return [*_judged(analysis, arm), *([analysis.base] if analysis.base is not None else [])]
+
+
+def _some(length: int, most: int) -> list[int]:
+    """At most so many places of a row, evenly spread, the last among them."""
+    step = -(-length // most)
+    return list(range(length - 1, -1, -step))[::-1]
+
+
+def _curve_label(analysis: Analysis, axes: Any) -> str:
+    scale = " (log scale)" if axes.get_yscale() == "log" else ""
+    return in_words(analysis.sweep.curve_metric) + scale
 
 
 def _judged(analysis: Analysis, arm: str) -> list[Group]:
@@ -337,6 +431,8 @@ def _points(
         if not group.values:
             continue
         mean = group.interval.mean
+        shown = min(max(mean, low), high) * units.factor
+        style.tip_at(axes, x, shown, _point_text(group, units))
         if not low <= mean <= high:
             edge = low if mean < low else high
             axes.annotate(
@@ -367,12 +463,23 @@ def _points(
         )
 
 
-def _curves(axes: Any, analysis: Analysis, arm: str) -> None:
+def _point_text(group: Group, units: Units) -> str:
+    """A point of the figure in words: what it is, where it ends, how far from the base."""
+    text = f"{group.arm} at batch size {group.batch_size} (k = {fraction(group.k)}): "
+    text += units.value(group.interval.mean)
+    comparison = group.comparison
+    if comparison is not None:
+        text += f", {units.signed(comparison.difference)} from the base"
+        if math.isfinite(comparison.low):
+            text += f" [{units.signed(comparison.low)}, {units.signed(comparison.high)}]"
+    return text + (f", {group.verdict}" if group.verdict else "")
+
+
+def _curves(axes: Any, analysis: Analysis, arm: str, tips: bool = True) -> None:
     centres = (analysis.edges[1:] + analysis.edges[:-1]) / 2
     colours = style.size_colours(_sizes(analysis), analysis.sweep.base_batch_size)
-    groups = [group for group in _judged(analysis, arm) if group.curve is not None]
     lowest = []
-    for group in [*groups, *([analysis.base] if analysis.base is not None else [])]:
+    for group in _with_base(analysis, arm):
         if group.curve is None or not np.isfinite(group.curve).any():
             continue
         is_base = group is analysis.base
@@ -384,15 +491,30 @@ def _curves(axes: Any, analysis: Analysis, arm: str) -> None:
             zorder=4 if is_base else 3,
         )
         lowest.append(np.nanmin(group.curve))
+        if tips:
+            for index in _some(len(centres), 6):
+                if math.isfinite(group.curve[index]):
+                    text = f"{group.curve[index]:.4f} after {centres[index]:,.0f} examples"
+                    text = f"batch size {group.batch_size}: {text}"
+                    style.tip_at(axes, centres[index], group.curve[index], text)
     if not lowest:
         axes.text(0.5, 0.5, "no curves", ha="center", transform=axes.transAxes, color=style.MUTED)
         return
     if min(lowest) > 0:
         axes.set_yscale("log")
         _plain_log_labels(axes)
+    _age_axis(axes, analysis, label=tips)
+
+
+_AGE = "examples that the weights have seen"
+
+
+def _age_axis(axes: Any, analysis: Analysis, label: bool = True) -> None:
     axes.set_xlim(0, analysis.edges[-1])
     axes.xaxis.set_major_locator(_ticker().MaxNLocator(4))
     axes.xaxis.set_major_formatter(_ticker().FuncFormatter(_examples_label))
+    if label:
+        axes.set_xlabel(_AGE)
 
 
 def _ticker() -> Any:
@@ -419,7 +541,7 @@ def _size_axis(axes: Any, analysis: Analysis) -> None:
     sizes = _sizes(analysis)
     axes.set_xticks([math.log2(size) for size in sizes], [str(size) for size in sizes])
     axes.set_xlim(math.log2(sizes[0]) - 0.35, math.log2(sizes[-1]) + 0.35)
-    axes.set_xlabel(f"batch size (recipe tuned at {analysis.sweep.base_batch_size})")
+    axes.set_xlabel(f"batch size, log scale (recipe tuned at {analysis.sweep.base_batch_size})")
 
 
 def _end_labels(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:

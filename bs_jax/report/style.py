@@ -134,6 +134,21 @@ def label(text: str, limit: int = 24) -> str:
     return plain if len(plain) <= limit else plain[: limit - 1] + "…"
 
 
+_TIP = "tip: "
+
+
+def tip(artist: Any, text: str) -> None:
+    """What a browser shows when the pointer rests on an artist: a `<title>` in its SVG group."""
+    artist.set_gid(_TIP + label(text, 120))
+
+
+def tip_at(axes: Any, x: float, y: float, text: str) -> None:
+    """A tooltip about a point, wider than its marker, that itself is not seen."""
+    (spot,) = axes.plot([x], [y], "o", ms=15, mew=0, alpha=0, color=INK, clip_on=False, zorder=9)
+    spot.set_in_layout(False)
+    tip(spot, text)
+
+
 def to_png(figure: "Figure") -> bytes:
     """A figure as PNG, sharp on a dense screen."""
     buffer = io.BytesIO()
@@ -160,6 +175,7 @@ def to_svg(figure: "Figure", description: str, prefix: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    text = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", text)
     text = text.replace(' id="', f' id="{prefix}').replace("url(#", f"url(#{prefix}")
     text = text.replace('xlink:href="#', f'href="#{prefix}')
     for role, (light, _) in ROLES.items():

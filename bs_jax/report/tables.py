@@ -1,4 +1,4 @@
-"""The sweep's rows as files for other tools: results.csv and results.parquet."""
+"""Files for other tools: a row a run (results.csv, results.parquet), a row a point (points.csv)."""
 
 import csv
 import io
@@ -8,6 +8,9 @@ from typing import Any
 
 from bs_jax.records import stores
 from bs_jax.records.results import Results
+from bs_jax.statistics.analysis import Analysis
+from bs_jax.statistics.contrasts import Comparison
+from bs_jax.statistics.curves import Deviation
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
@@ -32,6 +35,53 @@ def write_tables(results: Results, folder: Path) -> list[Path]:
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     stores.write_bytes(folder / "results.parquet", buffer.getvalue())
     return [*written, folder / "results.parquet"]
+
+
+def points(analysis: Analysis) -> list[dict[str, Any]]:
+    """What the page says of each point, a row each, the base first; unknown numbers are NaN.
+
+    Args:
+      analysis: of `analyse`.
+    """
+    everyone = [*([analysis.base] if analysis.base else []), *analysis.groups]
+    return [
+        {
+            "arm": "" if group is analysis.base else _encodable(group.arm),
+            "batch_size": group.batch_size,
+            "offset": group.offset,
+            "seeds": len(group.values),
+            "diverged": group.diverged,
+            "mean": group.interval.mean,
+            "sd": group.interval.sd,
+            **_comparison(group.comparison),
+            "verdict": group.verdict,
+            **_deviation(group.deviation),
+            "share_to_base_loss": group.share_to_base_loss,
+            "updates": group.price.updates,
+            "seconds": group.price.seconds,
+            "examples_per_second": group.price.examples_per_second,
+            "inside_noise_scale": group.inside.share if group.inside else None,
+            "inside_noise_scale_low": group.inside.low if group.inside else None,
+            "inside_noise_scale_high": group.inside.high if group.inside else None,
+        }
+        for group in everyone
+    ]
+
+
+def _comparison(found: Comparison | None) -> dict[str, float | None]:
+    names = ("difference", "low", "high", "p_equivalent", "p_beyond")
+    shown = ("difference", "low_95", "high_95", "p_equivalent", "p_different")
+    return {
+        new: getattr(found, name) if found else None for name, new in zip(names, shown, strict=True)
+    }
+
+
+def _deviation(found: Deviation | None) -> dict[str, float | None]:
+    return {
+        "curve_rms": found.rms if found else None,
+        "curve_in_noise": found.in_noise if found else None,
+        "curve_p_chance": found.p_chance if found else None,
+    }
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:

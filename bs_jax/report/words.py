@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
+
 from bs_jax.records.results import DIVERGED, DONE, Results
-from bs_jax.report.numbers import Units, count, fraction, listed
+from bs_jax.report.numbers import Units, count, fraction, hyperparameter, in_words, listed
 from bs_jax.statistics.analysis import Analysis, widest_pass
 from bs_jax.statistics.contrasts import Verdict
+from bs_jax.statistics.curves import Deviation
 from bs_jax.statistics.groups import Group
 from bs_jax.statistics.verdicts import ArmVerdict
 
@@ -64,6 +67,204 @@ def _failure(group: Group, units: Units) -> str:
     assert group.comparison is not None
     unit = " points" if units.percent else ""
     return f"{group.batch_size} ({units.signed(group.comparison.difference)}{unit})"
+
+
+# What each rule of the library does, k being the batch size over the base's.
+_RULES = {
+    "none": "Changes nothing, whatever the batch size: the control.",
+    "linear": "Learning rate × k, decays to the power k (Goyal et al. 2017).",
+    "sqrt": "Learning rate and weight decay × √k, eps / √k, decays to the power k "
+    "(Malladi et al. 2022).",
+    "noise_aware": "Measures the gradient noise while training, scales the learning rate by it, "
+    "and keeps decays per example.",
+    "invariant": "Learning rate × k, decays to the power k, and the second moment is estimated as "
+    "the base batch size would have shown it.",
+    "seed": "The rule named “seed”, of the published study: learning rate and weight decay × k, "
+    "decays to the power k. It has nothing to do with the seeds of the runs.",
+    "seed_sqrt": "The rule named “seed_sqrt”, of the published study: as “seed”, with √k for k. It "
+    "has nothing to do with the seeds of the runs.",
+}
+
+
+def explanation(arm: str, results: Results) -> str:
+    """What an arm does, in a sentence: the rule's own, or read off the runs' hyperparameters."""
+    runs = [
+        (row.batch_size, results.runs[row.run_id])
+        for row in results.rows
+        if row.arm == arm and row.offset == 1 and row.batch_size != results.sweep.base_batch_size
+    ]
+    if arm in _RULES and all(run.rule in ("", arm) for _, run in runs):
+        return _RULES[arm]
+    known = [(size, run) for size, run in runs if run.base and run.scaled]
+    if not known:
+        return _RULES.get(arm, "")
+    size, run = max(known, key=lambda entry: entry[0])
+    changed, kept = [], []
+    for name, value in run.scaled.items():
+        before = run.base.get(name)
+        if value is None:
+            changed.append(f"{name} (measured while training)")
+        elif before is not None and not math.isclose(before, value, rel_tol=1e-9):
+            changed.append(f"{name} {hyperparameter(before)} → {hyperparameter(value)}")
+        elif before is not None:
+            kept.append(name)
+    if not changed:
+        return "Changes nothing, whatever the batch size."
+    rest = f"; leaves {listed(kept)} alone" if kept else ""
+    return f"At batch size {size}: {listed(changed)}{rest}."
+
+
+def advice(analysis: Analysis) -> str:
+    """What to do, in one sentence; empty where nothing can be said yet."""
+    base = analysis.base
+    judged = [arm for arm in analysis.arms if any(g.comparison for g in arm.groups)]
+    if base is None or not base.values or not judged:
+        return ""
+    units = Units(analysis.sweep.accuracy_metric)
+    equivalent = [arm for arm in judged if arm.verdict == Verdict.EQUIVALENT]
+    if equivalent:
+        best = min(equivalent, key=_farthest)
+        return f"Use “{best.arm}” from batch size {best.low} to {best.high}{_departure(best)}."
+    reaching = [arm for arm in judged if arm.low != arm.high]
+    if reaching:
+        best = max(reaching, key=lambda arm: (arm.high / arm.low, -_farthest(arm)))
+        beyond = [
+            str(g.batch_size) for g in best.groups if not best.low <= g.batch_size <= best.high
+        ]
+        return (
+            f"Use “{best.arm}” from batch size {best.low} to {best.high} only: at "
+            f"{listed(beyond)} it is not shown to end where the base ends."
+        )
+    nearest = min(judged, key=lambda arm: (any(g.diverged for g in arm.groups), _farthest(arm)))
+    return (
+        f"No rule is shown to hold at any batch size; “{nearest.arm}” comes nearest, at most "
+        f"{units.spread(_farthest_end(nearest))} from the base."
+    )
+
+
+def _farthest(arm: ArmVerdict) -> float:
+    """How far the arm's curves stray at most, in seed noise; by its ends where that is unknown."""
+    strayed = [group.deviation.in_noise for group in arm.groups if group.deviation is not None]
+    known = [value for value in strayed if math.isfinite(value)]
+    return max(known) if known else _farthest_end(arm)
+
+
+def _farthest_end(arm: ArmVerdict) -> float:
+    return max(abs(g.comparison.difference) for g in arm.groups if g.comparison is not None)
+
+
+def _departure(arm: ArmVerdict) -> str:
+    if not arm.departures:
+        return ""
+    worst = _worst(arm)
+    size = next(group.batch_size for group in arm.departures if group.deviation is worst)
+    when, how = where_it_departs(worst)
+    return f"; at {size} its training curve {how}{f' {when}' if when else ''}"
+
+
+def _worst(arm: ArmVerdict) -> Deviation:
+    found = [group.deviation for group in arm.departures if group.deviation is not None]
+    return max(found, key=lambda deviation: deviation.rms)
+
+
+def where_it_departs(deviation: Deviation) -> tuple[str, str]:
+    """When a curve departs from the base's ("early", "late" or ""), and to which side."""
+    gap = np.nan_to_num(deviation.gap)
+    squares = gap**2
+    third = max(len(gap) // 3, 1)
+    when = ""
+    if squares[:third].sum() >= 2 / 3 * squares.sum():
+        when = "early"
+    elif squares[-third:].sum() >= 2 / 3 * squares.sum():
+        when = "late"
+    # Of a loss: higher is behind.
+    return when, "lags" if float((gap * np.abs(gap)).sum()) > 0 else "runs ahead"
+
+
+def curve_sentence(arm: ArmVerdict, analysis: Analysis) -> str:
+    """The training curve's verdict beside the final metric's, in one sentence."""
+    if not any(group.deviation is not None for group in arm.groups):
+        return ""
+    curve = in_words(analysis.sweep.curve_metric)
+    final = f"final {Units(analysis.sweep.accuracy_metric).name}"
+    if not any(
+        group.deviation is not None and math.isfinite(group.deviation.p_chance)
+        for group in arm.groups
+    ):
+        return f"Whether its {curve} follows cannot be told without seeds to know the noise by."
+    if not arm.departures:
+        return {
+            Verdict.EQUIVALENT: f"Its {curve} cannot be told from the base's at any time either.",
+            Verdict.UNDECIDED: f"Its {curve} cannot be told from the base's.",
+            Verdict.DIFFERENT: f"Its {curve} cannot be told from the base's, so the difference "
+            "arises between training and evaluation.",
+        }[arm.verdict]
+    ways: dict[str, list[str]] = {}
+    for group in arm.departures:
+        assert group.deviation is not None
+        when, how = where_it_departs(group.deviation)
+        ways.setdefault(f"{how}{f' {when}' if when else ''}", []).append(str(group.batch_size))
+    ways_ = listed([f"{way} at {listed(sizes)}" for way, sizes in ways.items()])
+    worst = _worst(arm)
+    distance = f"by {worst.rms:.3f} rms at most"
+    fallen = fall(analysis)
+    if fallen > 0:
+        distance += f", {100 * worst.rms / fallen:.1f} % of its whole fall"
+    shown = f"its {curve} {ways_} ({distance})"
+    return {
+        Verdict.EQUIVALENT: f"On the way there {shown}; of that no more than the margin is left in "
+        f"the {final}.",
+        Verdict.UNDECIDED: f"The curve is the sharper witness: {shown}.",
+        Verdict.DIFFERENT: f"The curve says the same: {shown}.",
+    }[arm.verdict]
+
+
+def limit_sentence(arm: ArmVerdict) -> str:
+    """Where the batch lay beyond the measured noise scale for a part of training."""
+    beyond = [
+        f"{100 * group.inside.share:.0f} % of the training at {group.batch_size}"
+        for group in arm.groups
+        if group.inside is not None and group.inside.share < 0.995
+    ]
+    if not beyond:
+        return ""
+    return f"Its batch lay inside the measured noise scale for only {listed(beyond)}."
+
+
+def fall(analysis: Analysis) -> float:
+    """How far the base's curve falls from its first window to its last."""
+    if analysis.base is None or analysis.base.curve is None:
+        return math.nan
+    finite = analysis.base.curve[np.isfinite(analysis.base.curve)]
+    return float(finite[0] - finite[-1]) if len(finite) else math.nan
+
+
+def progress(results: Results, analysis: Analysis) -> str:
+    """What a study that is not finished has decided, and what is open; empty for a finished one."""
+    waiting = {i for i, run in results.runs.items() if run.status not in (DONE, DIVERGED)}
+    if not waiting or len(waiting) == len(results.runs):
+        return ""
+    decided, still = [], []
+    for arm in analysis.arms:
+        missing = {
+            row.run_id: row.batch_size
+            for row in results.rows
+            if row.arm == arm.arm and row.run_id in waiting
+        }
+        # What differs at one point stays different; to be equivalent takes every point.
+        closed = bool(arm.groups) and not missing and arm.verdict == Verdict.EQUIVALENT
+        if arm.verdict == Verdict.DIFFERENT or closed:
+            decided.append(f"{arm.arm} ({arm.verdict})")
+            continue
+        sizes = listed([str(size) for size in sorted(set(missing.values()))])
+        if missing:
+            still.append(f"{arm.arm} (waits for {count(len(missing), 'run')} at {sizes})")
+        else:
+            still.append(f"{arm.arm} (all runs finished, too few seeds)")
+    return (
+        "This study is not finished. "
+        f"Decided: {listed(decided) or 'nothing yet'}. Open: {listed(still) or 'nothing'}."
+    )
 
 
 def caveats(results: Results, analysis: Analysis) -> list[str]:

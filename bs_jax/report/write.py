@@ -50,7 +50,11 @@ def write_report(results: Results, analysis: Analysis, extras: Sequence[Extra] =
     try:
         stores.make_folder(folder)
         files = tables.write_tables(results, folder)
-        for name, rows in ((n, r) for extra in extras for n, r in extra.tables.items() if r):
+        wanted = [("points", tables.points(analysis))]
+        wanted += [(name, rows) for extra in extras for name, rows in extra.tables.items()]
+        for name, rows in wanted:
+            if not rows:
+                continue
             files.append(folder / f"{name}.csv")
             stores.write_bytes(files[-1], tables.to_csv(rows))
         for name, figure in (
@@ -63,15 +67,16 @@ def write_report(results: Results, analysis: Analysis, extras: Sequence[Extra] =
         found = [
             *(extra.section for extra in extras),
             sections.overview(analysis),
-            sections.arm_panels(analysis),
+            sections.arm_panels(results, analysis),
             sections.deviation(analysis),
+            sections.price(analysis),
             sections.numbers(analysis),
             sections.hyperparameters(results, analysis),
             origin.reproduce(results, files),
             origin.without_result(results),
         ]
         content = page(
-            results.sweep.title or f"Sweep {results.sweep.name}",
+            sections.title(results),
             sections.opening(results, analysis),
             [section for section in found if section is not None],
         )

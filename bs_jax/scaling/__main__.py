@@ -1,4 +1,4 @@
-"""Print what a rule makes of a recipe, without training: python -m bs_jax.scaling."""
+"""Print what a rule does to a recipe, without training: python -m bs_jax.scaling."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def explain(
     numbers_alone: bool = True,
     **hyperparams: Any,
 ) -> Explanation:
-    """Tell what a rule makes of a recipe at another batch size: no training, no arrays.
+    """Show what a rule does to a recipe at another batch size, without training.
 
     Args:
         factory: the optax factory, or its name.
@@ -123,6 +123,7 @@ def explain(
     check_batch_sizes(batch_size, base_batch_size)
     rule = resolve_rule(rule)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
+    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
@@ -180,10 +181,10 @@ def _find_warnings(
     batch_size: int,
     base_batch_size: int,
     noise_scale: float | None = None,
-    train_examples: int | None = None,
+    train_examples: float | None = None,
     numbers_alone: bool = True,
 ) -> list[str]:
-    """Return what a user should know before training, each with the largest safe batch size.
+    """Return what to look at before training, each with the largest batch size that is safe.
 
     Args:
         scaled: rule, optimizer, base values and k.
@@ -284,7 +285,7 @@ def _noise(
     ]
 
 
-def _updates(batch_size: int, train_examples: int | None) -> list[str]:
+def _updates(batch_size: int, train_examples: float | None) -> list[str]:
     if train_examples is None or train_examples >= MIN_UPDATES * batch_size:
         return []
     return [

@@ -20,7 +20,8 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number
-from bs_jax.scaling.noise import PyTree, abs_square, tree_map
+from bs_jax.scaling.microbatch import PyTree, abs_square
+from bs_jax.scaling.noise import tree_map
 from bs_jax.scaling.rules import Family, Scalar
 
 State: TypeAlias = Any
@@ -93,21 +94,21 @@ def _fields(node: object) -> tuple[str, ...]:
     return getattr(node, "_fields", ()) if isinstance(node, tuple) else ()
 
 
-def _moments_of(node: object) -> tuple[str, ...]:
-    """Return the names of the fields that hold moments; none for anything but a state of them."""
+def _moments_of(node: object, known: bool) -> tuple[str, ...]:
+    """Return the names of the fields that hold moments; none for anything but a state of them.
+
+    Names decide in a user's own optimizer alone: parameters may have fields called "mu" too.
+    """
     if type(node).__module__.partition(".")[0] == "optax":
         return _KNOWN.get(type(node).__name__, ())
-    named = isinstance(node, tuple) or dataclasses.is_dataclass(node)
+    named = not known and (isinstance(node, tuple) or dataclasses.is_dataclass(node))
     return tuple(name for name in _MOMENTS if hasattr(node, name)) if named else ()
 
 
-def _holds_moments(node: object) -> bool:
-    return bool(_moments_of(node))
-
-
-def _states(state: State) -> list[Any]:
+def _states(state: State, known: bool) -> list[Any]:
     """Return the states with moments inside a state."""
-    return [x for x in jax.tree.leaves(state, is_leaf=_holds_moments) if _holds_moments(x)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: bool(_moments_of(node, known)))
+    return [leaf for leaf in leaves if _moments_of(leaf, known)]
 
 
 def _replace(node: Any, changes: Mapping[str, Any]) -> Any:
@@ -125,10 +126,10 @@ def _described(state: State) -> str:
 
 
 def _nodes(state: State) -> Iterator[Any]:
-    """Walk through the named states in a state, down to those that hold moments."""
+    """Walk through the named states in a user's own state, down to those that hold moments."""
     if _fields(state):
         yield state
-        if not _holds_moments(state):
+        if not _moments_of(state, known=False):
             for name in _fields(state):
                 yield from _nodes(getattr(state, name))
     elif isinstance(state, (tuple, list)):
@@ -154,13 +155,13 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
     """
     family = scaled.family
     kind = family.second_moment if family is not None else "none"
-    nodes = [n for n in _states(state) if next(iter(_SECOND[kind])) in _moments_of(n)]
+    first, known = next(iter(_SECOND[kind])), scaled.known
+    nodes = [n for n in _states(state, known) if first in _moments_of(n, known)]
     if not nodes:
-        names = " or ".join(repr(name) for name in list(_SECOND[kind])[:1])
         raise UserError(
             f"rule {scaled.rule.name!r} makes the second moment of {scaled.optimizer} that of the"
             f" base batch size, but its state has none: found {_described(state)}; name the field"
-            f" {names} if it is one of family {family.name if family else None!r}, give the family"
+            f" {first!r} if it keeps one as optax's optimizers of that family do, give the family"
             " that fits, or use rule='noise_aware'"
         )
     if kind == "layer" and any("count" not in _fields(node) for node in nodes):
@@ -192,21 +193,15 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
         UserError: if the state does not hold a moment that has to be restated.
 
     Warns:
-        ScalingWarning: if the state holds arrays of which nothing is known.
+        ScalingWarning: if the state holds arrays, or a count, of which nothing is known.
     """
     family = new.family
     if not new.rule.time_constants:
         return state
-    for found in _unknown_states(state):
-        warnings.warn(
-            f"{new.optimizer}: nothing is known of its state {found}, which stays as it is while"
-            f" the batch size changes; call fields that hold moments by optax's names"
-            f" ({', '.join(_MOMENTS)})",
-            ScalingWarning,
-            stacklevel=2,
-        )
+    for caution in [] if new.known else _cautions(state):
+        warnings.warn(f"{new.optimizer}: {caution}", ScalingWarning, stacklevel=2)
     if family is None:
-        if any(map(_holds_moments, _nodes(state))):
+        if _states(state, new.known):
             raise UserError(
                 f"the batch size changes, and how the moments of {new.optimizer} follow depends on"
                 " its family: pass family= (e.g. family='adam'), or keep the batch size constant"
@@ -225,28 +220,27 @@ def carry(state: State, old: Scaled, new: Scaled) -> State:
         "ema": step if family.trace_after_lr else 1.0,
     }
 
+    def spread(nu: jax.Array, mu: jax.Array) -> jax.Array:
+        # Of a raw second moment only the spread about the average changes with the batch size.
+        return jnp.square(mu) + second * (nu - jnp.square(mu))
+
     def restate(node: Any) -> Any:
-        moments = _moments_of(node)
-        if not moments:
-            return node
-        if family.second_moment == "centered_raw":
-            # Only the spread about the average changes with the batch size.
-            def spread(n: jax.Array, m: jax.Array) -> jax.Array:
-                return jnp.square(m) + second * (n - jnp.square(m))
-
-            return _replace(node, {"nu": tree_map(spread, node.nu, node.mu)})
         changes: dict[str, PyTree] = {}
-        for name in moments:
+        for name in _moments_of(node, new.known):
             factor = factors.get(name, second)
-            changes[name] = tree_map(lambda x, f=factor: x * f, getattr(node, name))
-        return _replace(node, changes)
+            if name == "nu" and family.second_moment == "centered_raw":
+                changes[name] = tree_map(spread, node.nu, node.mu)
+            else:
+                changes[name] = tree_map(lambda x, f=factor: x * f, getattr(node, name))
+        return _replace(node, changes) if changes else node
 
-    return jax.tree.map(restate, state, is_leaf=_holds_moments)
+    return jax.tree.map(restate, state, is_leaf=lambda node: bool(_moments_of(node, new.known)))
 
 
 def _check_carried(state: State, scaled: Scaled, family: Family) -> None:
     """Raise a ``UserError`` unless the state holds what this recipe has to restate."""
-    held = {name for node in _states(state) for name in _moments_of(node)}
+    states = _states(state, scaled.known)
+    held = {name for node in states for name in _moments_of(node, scaled.known)}
     wanted: list[tuple[str, set[str]]] = []
     if family.second_moment != "none":
         wanted.append(("second moment", {"nu", "sum_of_squares", "v_row"}))
@@ -262,24 +256,37 @@ def _check_carried(state: State, scaled: Scaled, family: Family) -> None:
             )
 
 
-def _unknown_states(state: State) -> list[str]:
-    """Return class and fields of the states that hold arrays of which nothing is known."""
+def _cautions(state: State) -> list[str]:
+    """Return a sentence for each state with something that may have to follow the batch size."""
     found: list[str] = []
     for node in _nodes(state):
-        if _moments_of(node) or type(node).__name__ in _NO_MOMENTS:
-            continue
-        own = [getattr(node, name) for name in _fields(node)]
-        own = [x for x in own if not any(True for _ in _nodes(x))]
-        if any(jnp.ndim(x) and _is_floating(x) for x in jax.tree.leaves(own)):
-            found.append(f"{type(node).__name__}({', '.join(_fields(node))})")
+        own = {name: getattr(node, name) for name in _fields(node)}
+        shown = f"{type(node).__name__}({', '.join(own)})"
+        if _moments_of(node, known=False):
+            if "count" not in own and any(map(_is_count, own.values())):
+                found.append(
+                    f"its state {shown} has no field 'count'; if one of them counts updates for a"
+                    " bias correction, call it so: it has to follow the batch size"
+                )
+        elif type(node).__name__ not in _NO_MOMENTS and any(map(_has_arrays, own.values())):
+            found.append(
+                f"nothing is known of its state {shown}, which stays as it is while the batch size"
+                f" changes; call fields that hold moments by optax's names ({', '.join(_MOMENTS)})"
+            )
     return found
 
 
-def _is_floating(x: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+def _is_count(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) and jnp.ndim(x) == 0
 
 
-def at_count(step: Step, count: Scalar | None) -> Step:
+def _has_arrays(x: Any) -> bool:
+    """Whether a field is a tree of floating arrays, with no state inside."""
+    leaves = [] if any(True for _ in _nodes(x)) else jax.tree.leaves(x)
+    return any(jnp.ndim(y) and jnp.issubdtype(jnp.result_type(y), jnp.inexact) for y in leaves)
+
+
+def at_count(step: Step, count: Scalar, *, known: bool = False) -> Step:
     r"""Let bias corrections see ``count`` in place of the number of updates.
 
     The decays used so far multiply up to ``decay^(examples/B0)``, which a single count and the
@@ -288,17 +295,16 @@ def at_count(step: Step, count: Scalar | None) -> Step:
 
     Args:
         step: the optimizer's own update.
-        count: updates of the present size that the examples seen so far amount to, or ``None``.
+        count: updates of the present size that the examples seen so far amount to.
+        known: whether the optimizer is in the table (see ``Scaled``).
 
     Returns:
         The step; in the state that it returns, counts are updates done.
     """
-    if count is None:
-        return step
     shown = jnp.asarray(count, jnp.float32)
 
     def is_counted(node: object) -> bool:
-        return _holds_moments(node) and "count" in _fields(node)
+        return bool(_moments_of(node, known)) and "count" in _fields(node)
 
     def show(node: Any) -> Any:
         return _replace(node, {"count": shown}) if is_counted(node) else node
@@ -330,27 +336,28 @@ class BaseMoment:
         square: v0 and its noise part, from ``noise.base_square``.
         floor: smallest share of the averaged noise part.
         eps: what the optimizer adds to each squared gradient.
-        direct: whether the optimizer squares the gradients as given; otherwise (a user's own
-            chain with, say, clipping in front) what it squares is found by a trial update.
+        known: whether the optimizer is in the table, so that it squares the gradients as given;
+            what a user's own squares (behind clipping, say) is found by a trial update.
     """
 
     kind: str
-    decay: Scalar | Callable[[Any], Scalar]
+    decay: Any
     k: Scalar
     square: tuple[PyTree, PyTree]
     floor: float = VARIANCE_FLOOR
     eps: Scalar = 0.0
-    direct: bool = True
+    known: bool = False
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
         if self.kind == "sum":
             return 1.0, self.k, 1.0, 1.0
-        keep = self.decay(node.count) if callable(self.decay) else self.decay
+        keep: Scalar = self.decay(node.count) if callable(self.decay) else self.decay
+        add = 1 - keep
         if self.kind == "layer":
             first = node.count == 0
-            return jnp.where(first, 0.0, keep), jnp.where(first, 1.0, 1 - keep), keep, 1 - keep
-        return keep, 1 - keep, keep, 1 - keep
+            return jnp.where(first, 0.0, keep), jnp.where(first, 1.0, add), keep, add
+        return keep, add, keep, add
 
 
 def update_with_base_moment(
@@ -377,7 +384,7 @@ def update_with_base_moment(
     first_field = next(iter(fields))
 
     def holds(node: object) -> bool:
-        return first_field in _moments_of(node)
+        return first_field in _moments_of(node, moment.known)
 
     def leaf(
         reduce: _Reduce,
@@ -403,7 +410,7 @@ def update_with_base_moment(
     given = tree_map(abs_square, grads)
     leaves, treedef = jax.tree.flatten(state, is_leaf=holds)
     held = [i for i, node in enumerate(leaves) if holds(node)]
-    trial = None if moment.direct else _trial(step, leaves, treedef, held, first_field)
+    trial = None if moment.known else _trial(step, leaves, treedef, held, first_field)
     old_widths, widths = iter(variance), list[PyTree]()
     kept: dict[int, dict[str, Any]] = {i: {} for i in held}
     for i in held:

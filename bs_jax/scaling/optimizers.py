@@ -45,7 +45,8 @@ class Optimizer:
         clock: ``clock(scaled)`` gives those keywords; empty where the plain factory serves.
         implied: hyperparameter -> the value, or the name of the argument, that ``None`` stands for.
         variant: arguments -> the optimizer, where its roles depend on them.
-        known: whether it stands in the table, so that its state is known as well.
+        known: whether its state is known, and that it squares gradients as they are given; a
+            user's own chain may clip them in front.
     """
 
     factory: Factory
@@ -56,7 +57,7 @@ class Optimizer:
     clock: Callable[[Scaled], dict[str, Scalar]] | None = None
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     variant: Callable[[Mapping[str, Any]], Optimizer] | None = None
-    known: bool = True
+    known: bool = False
 
 
 _TABLE: dict[Factory, Optimizer] = {}
@@ -162,23 +163,24 @@ def _rmsprop(arguments: Mapping[str, Any]) -> Optimizer:
 _RADAM: dict[str, Any] = {"clocked": clocked.radam, "clock": clocked.radam_clock}
 _RANGER: dict[str, Any] = {"clocked": clocked.clocked_ranger, "clock": clocked.radam_clock}
 
-register(optax.adam, "adam", _ADAM)
-register(optax.adamw, "adam", _ADAMW)
-register(optax.nadam, "adam", _ADAM, "nadam")
-register(optax.nadamw, "adam", _ADAMW, "nadamw")
-register(optax.radam, "adam", {**_ADAM, "threshold": "unchanged"}, **_RADAM)
-register(clocked.ranger, "adam", {**_ADAMW, "threshold": "unchanged", **_SLOW}, **_RANGER)
-register(optax.amsgrad, "amsgrad", _ADAM)
-register(optax.adamax, "adamax", _ADAMAX)
-register(optax.adamaxw, "adamax", {**_ADAMAX, "weight_decay": "weight_decay"})
-register(optax.adabelief, "centered", {**_ADAM, "b1": "centering_decay", "eps_root": "eps_sum"})
-register(optax.sgd, "linear", {**_LR, "momentum": "undamped_momentum"})
-register(optax.lion, "sign", _LION)
-register(optax.lamb, "normalized_adam", _NORMALIZED)
-register(optax.lars, "lars", _LARS)
-register(optax.rmsprop, "rmsprop", _RMSPROP, variant=_rmsprop)
-register(optax.adagrad, "adagrad", _ADAGRAD)
-register(
+_line = functools.partial(register, known=True)
+_line(optax.adam, "adam", _ADAM)
+_line(optax.adamw, "adam", _ADAMW)
+_line(optax.nadam, "adam", _ADAM, "nadam")
+_line(optax.nadamw, "adam", _ADAMW, "nadamw")
+_line(optax.radam, "adam", {**_ADAM, "threshold": "unchanged"}, **_RADAM)
+_line(clocked.ranger, "adam", {**_ADAMW, "threshold": "unchanged", **_SLOW}, **_RANGER)
+_line(optax.amsgrad, "amsgrad", _ADAM)
+_line(optax.adamax, "adamax", _ADAMAX)
+_line(optax.adamaxw, "adamax", {**_ADAMAX, "weight_decay": "weight_decay"})
+_line(optax.adabelief, "centered", {**_ADAM, "b1": "centering_decay", "eps_root": "eps_sum"})
+_line(optax.sgd, "linear", {**_LR, "momentum": "undamped_momentum"})
+_line(optax.lion, "sign", _LION)
+_line(optax.lamb, "normalized_adam", _NORMALIZED)
+_line(optax.lars, "lars", _LARS)
+_line(optax.rmsprop, "rmsprop", _RMSPROP, variant=_rmsprop)
+_line(optax.adagrad, "adagrad", _ADAGRAD)
+_line(
     optax.adafactor,
     "adafactor",
     _ADAFACTOR,
@@ -186,28 +188,28 @@ register(
     clock=clocked.adafactor_clock,
     implied={"learning_rate": 1.0},
 )
-register(optax.novograd, "novograd", {**_NORMALIZED, "b1": "undamped_momentum"})
-register(contrib.muon, "muon", _MUON, implied={"adam_learning_rate": "learning_rate"})
-register(contrib.schedule_free_sgd, "linear", {**_SCHEDULE_FREE, "weight_decay": "l2"})
-register(
+_line(optax.novograd, "novograd", {**_NORMALIZED, "b1": "undamped_momentum"})
+_line(contrib.muon, "muon", _MUON, implied={"adam_learning_rate": "learning_rate"})
+_line(contrib.schedule_free_sgd, "linear", {**_SCHEDULE_FREE, "weight_decay": "l2"})
+_line(
     contrib.schedule_free_adamw,
     "adam",
     {**_SCHEDULE_FREE, "b2": "second_moment_decay", "eps": "eps", "weight_decay": "weight_decay"},
 )
 # Parts of an optimizer: they have no learning rate.
-register(optax.ema, "wrapper", {"decay": "decay"})
-register(
+_line(optax.ema, "wrapper", {"decay": "decay"})
+_line(
     optax.trace,
     "linear",
     {"decay": "undamped_momentum"},
     clocked=clocked.trace,
     clock=clocked.trace_gain,
 )
-register(optax.clip_by_global_norm, "wrapper", {"max_norm": "gradient_norm"})
-register(optax.clip, "wrapper", {"max_delta": "gradient_norm"})
-register(optax.clip_by_block_rms, "wrapper", {"threshold": "gradient_norm"})
-register(optax.adaptive_grad_clip, "wrapper", {"clipping": "gradient_norm", "eps": "unchanged"})
-register(optax.lookahead, "wrapper", _SLOW)
+_line(optax.clip_by_global_norm, "wrapper", {"max_norm": "gradient_norm"})
+_line(optax.clip, "wrapper", {"max_delta": "gradient_norm"})
+_line(optax.clip_by_block_rms, "wrapper", {"threshold": "gradient_norm"})
+_line(optax.adaptive_grad_clip, "wrapper", {"clipping": "gradient_norm", "eps": "unchanged"})
+_line(optax.lookahead, "wrapper", _SLOW)
 
 
 def resolve_factory(factory: Factory | str) -> Factory:
@@ -323,6 +325,7 @@ class Recipe:
         k: Scalar,
         noise: Noise | None = None,
         values: Mapping[str, Any] | None = None,
+        limit: Scalar | None = None,
     ) -> Scaled:
         """Return the recipe under one rule at one k.
 
@@ -331,6 +334,7 @@ class Recipe:
             k: batch size over base batch size.
             noise: of the base batch's gradient, where it is known.
             values: base values in place of the recipe's own (schedules read, say).
+            limit: the noise scale up to which steps may grow, over the base batch size.
 
         Returns:
             Every hyperparameter in force.
@@ -343,6 +347,8 @@ class Recipe:
             rule=rule,
             k=k,
             noise=noise,
+            limit=limit,
+            known=self.optimizer.known,
         )
 
     def clock(self, scaled: Scaled) -> dict[str, Scalar]:
@@ -372,6 +378,16 @@ class Recipe:
         if clock and self.optimizer.clocked is not None:
             return optax.with_extra_args_support(self.optimizer.clocked(**arguments, **clock))
         return optax.with_extra_args_support(self.optimizer.factory(**arguments))
+
+    def metric(self, rule: ScalingRule) -> str | None:
+        """Return the metric in which a rule's guard measures the noise scale; ``None``: unguarded.
+
+        What takes no steps of its own (a clip, a moving average) has none.
+        """
+        steps = self.family is not None and any(
+            role.name == "learning_rate" for role in self.roles.values()
+        )
+        return self.family.metric if rule.guard and self.family is not None and steps else None
 
     def needs_noise(self, rule: ScalingRule) -> bool:
         """Whether a rule needs the noise to scale this recipe."""
@@ -480,8 +496,7 @@ def _is_schedule(name: str, value: object) -> bool:
 
 
 def _own(factory: Factory) -> Optimizer:
-    name = getattr(factory, "__name__", repr(factory))
-    return Optimizer(factory, None, {}, name, known=False)
+    return Optimizer(factory, None, {}, getattr(factory, "__name__", repr(factory)))
 
 
 def _unwrapped(
@@ -544,6 +559,7 @@ def scale_hyperparams(
     batch_size: int,
     base_batch_size: int,
     rule: str | ScalingRule = "sqrt",
+    guard: bool | None = None,
     noise_scale: float | None = None,
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
@@ -560,7 +576,9 @@ def scale_hyperparams(
         batch_size: examples per update to scale to.
         base_batch_size: examples per update that the values were tuned at.
         rule: a name, ``"power(a)"``, or a ``ScalingRule``.
-        noise_scale: gradient noise scale in examples, for ``"noise_aware"``.
+        guard: whether steps grow with the batch only up to a given noise scale; ``None``: as the
+            rule says.
+        noise_scale: gradient noise scale in examples: for ``"noise_aware"``, and for the guard.
         roles: further names -> role, e.g. ``{"bn_decay": "decay"}``: BatchNorm's decay or a weight
             average then follow the same rule.
         family: of a user's own factory.
@@ -581,10 +599,12 @@ def scale_hyperparams(
         Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.
     """
     check_batch_sizes(batch_size, base_batch_size)
-    rule = resolve_rule(rule)
+    rule = resolve_rule(rule).replace(guard=guard)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
+    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    scaled = recipe.at(rule, batch_size / base_batch_size, noise)
+    limit = None if noise is None or recipe.metric(rule) is None else noise.scale
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)
     try:
         return {
             name: scaled.schedule_or_value(name) if name in recipe.values else value

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bs_jax.records.results import DIVERGED, DONE, Row, Run, Sweep
+from bs_jax.records.results import DIVERGED, DONE, Curve, Row, Run, Sweep
 from bs_jax.statistics import curves
 from bs_jax.statistics.contrasts import Comparison, Interval, Verdict, compare, mean_interval
+from bs_jax.statistics.price import Inside, Price, price, share_inside
 from bs_jax.statistics.seed_noise import BySeed, SeedNoise, exceeds
 
 # Groups further than this from the base train another way altogether, and their seeds scatter
@@ -29,7 +30,12 @@ class Group:
       comparison: against the base by the accuracy metric; None if either has no values.
       loss: the loss metric over the same runs; `loss_comparison` against the base.
       curve: mean curve in the analysis's windows; None without curves.
+      evaluations: the accuracy metric on the way, mean over seeds; None without any.
+      runs: every planned run, by seed.
+      price: what the finished runs took.
+      inside: for how much of training the batch lay inside the noise scale; None if not measured.
       deviation: how far that curve lies from the base's; None if either has no curve.
+      share_to_base_loss: of training, until the base's loss after three quarters of its own.
       verdict: of this point; None for the base and for other offsets than 1.
     """
 
@@ -45,9 +51,14 @@ class Group:
     interval: Interval
     loss: Interval
     curve: np.ndarray | None
+    evaluations: Curve | None
+    runs: tuple[tuple[int, Run], ...]
+    price: Price
+    inside: Inside | None
     comparison: Comparison | None = None
     loss_comparison: Comparison | None = None
     deviation: curves.Deviation | None = None
+    share_to_base_loss: float = math.nan
     verdict: Verdict | None = None
 
 
@@ -97,6 +108,16 @@ def collect(
         interval=mean_interval(values),
         loss=mean_interval([value for _, value in losses]),
         curve=np.mean([*rows.values()], axis=0) if rows else None,
+        evaluations=_mean_where_all_are(
+            [
+                run.curves[sweep.accuracy_metric]
+                for run in done
+                if sweep.accuracy_metric in run.curves
+            ]
+        ),
+        runs=tuple(sorted(members, key=lambda member: (member[0], member[1].run_id))),
+        price=price(done),
+        inside=share_inside(done),
     )
     return group, _means(losses), rows
 
@@ -104,12 +125,24 @@ def collect(
 def aged_curve(run: Run, metric: str, batch_size: int) -> curves.Aged:
     """A metric of a run over the age of the weights, by the batch size recorded at each row."""
     curve = run.curves[metric]
-    sizes: float | np.ndarray = batch_size
+    sizes = np.full(len(curve.examples), float(batch_size))
     if (recorded := run.curves.get("batch_size")) is not None and len(recorded.examples):
         rows = np.searchsorted(recorded.examples, curve.examples)
-        sizes = recorded.values[np.minimum(rows, len(recorded.values) - 1)]
+        found = recorded.values[np.minimum(rows, len(recorded.values) - 1)]
+        sizes = np.where(np.isfinite(found) & (found > 0), found, sizes)
     # Only what is measured while a batch trains lags behind the weights.
     return curves.at_age(curve, sizes if metric.startswith("train/") else 0)
+
+
+def _mean_where_all_are(found: Sequence[Curve]) -> Curve | None:
+    """Mean of curves at the examples that all of them have."""
+    if not found:
+        return None
+    shared = set.intersection(*(set(curve.examples.tolist()) for curve in found))
+    if not shared:
+        return None
+    rows = [curve.values[np.isin(curve.examples, [*shared])] for curve in found]
+    return Curve(np.array(sorted(shared), np.int64), np.mean(rows, axis=0))
 
 
 def _finite(members: Sequence[tuple[int, Run]], metric: str) -> list[tuple[int, float]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from bs_jax.statistics.contrasts import Verdict, seeds_to_settle
 from bs_jax.statistics.groups import Group
+from bs_jax.statistics.seed_noise import ALPHA
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class ArmVerdict:
       seeds_needed: seeds a point (base included) that would settle an undecided arm, if the
         differences stay as they are; NaN where not applicable or unknown.
       groups: its points away from the base with offset 1, by batch size.
+      departures: those whose training curve is shown to depart from the base's, at 5 % over the
+        arm's points (Bonferroni): a sharper witness than the end alone, with no say in the verdict.
     """
 
     arm: str
@@ -28,6 +31,7 @@ class ArmVerdict:
     high: int
     seeds_needed: float
     groups: tuple[Group, ...]
+    departures: tuple[Group, ...]
 
 
 def judge(groups: Sequence[Group], base: Group | None) -> list[Group]:
@@ -74,7 +78,12 @@ def arm_verdict(
     below = [group for group in reversed(tested) if group.k < 1]
     above = [group for group in tested if group.k > 1]
     low, high = (_reach(side, base_batch_size) for side in (below, above))
-    return ArmVerdict(arm, verdict, low, high, needed, tuple(tested))
+    departures = tuple(
+        group
+        for group in tested
+        if group.deviation is not None and group.deviation.p_chance * len(tested) <= ALPHA
+    )
+    return ArmVerdict(arm, verdict, low, high, needed, tuple(tested), departures)
 
 
 def _reach(side: Sequence[Group], base_batch_size: int) -> int:

@@ -48,7 +48,7 @@ def names() -> tuple[str, ...]:
 
 def rule_of(settings: Scaling) -> scaling.ScalingRule:
     """The scaling rule of a recipe, with its switches and offsets."""
-    overrides: dict[str, float | None] = {name: float(factor) for name, factor in settings.offsets}
+    overrides: dict[str, Any] = {name: float(factor) for name, factor in settings.offsets}
     overrides |= dict.fromkeys(settings.off)
     return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 
@@ -98,8 +98,8 @@ def cohort_key(run: ResolvedRun) -> str:
     presence counts, and of the EMA whether it is on).
     """
     content = run.config
-    for name in ("seed", "name", "title", "report", "tensorboard", "bn_decay"):
-        del content[name]
+    for name in ("seed", "name", "title", "report", "tensorboard", "trackers", "bn_decay"):
+        content.pop(name, None)
     content["ema_decay"] = bool(run.ema_decay)
     content["optimizer"]["hyperparams"] = {
         name: value if isinstance(value, bool) else "traced"

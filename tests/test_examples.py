@@ -1,0 +1,157 @@
+"""The examples run in a short form, and the study that is built on one counts right."""
+
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import bs_jax
+from benchmarks import language_model as study
+from examples import language_model as example
+
+
+@pytest.fixture(scope="module")
+def text():
+    return example.load_text(vocabulary=260)
+
+
+def test_byte_pairs_lose_nothing_and_shorten_the_text(text):
+    assert text.train.shape[1] == text.validation.shape[1] == example.CONTEXT + 1
+    assert text.train.max() == 259
+    assert len(text.train) >= example.EXAMPLES
+    assert len(text.train) < len(example.load_text(vocabulary=256).train)
+
+
+@pytest.mark.parametrize("raw", [b"aaaaa", b"aabaab", b"abab", b"baaab", b"xyz", b"aa"])
+def test_merged_tokens_decode_to_the_text(raw):
+    tokens = np.frombuffer(raw, np.uint8).astype(np.int32)
+    for pair in ((97, 97), (97, 98)):
+        merged = example._merge(tokens, pair, 300)
+        decoded = b"".join(bytes(pair) if t == 300 else bytes([t]) for t in merged.tolist())
+        assert decoded == raw
+        assert not any((a, b) == pair for a, b in itertools.pairwise(merged))
+
+
+def test_the_language_model_learns_at_another_batch_size():
+    flags = ["--vocabulary=256", "--batch_size=32", "--examples=640"]
+    assert example.main(flags) < math.log(256) - 1.0
+
+
+class TestStudy:
+    problem = study.Problem(
+        width=8, layers=1, vocabulary=256, base_batch_size=8, examples=256, chunk_examples=64,
+        validation=16,
+    )  # fmt: skip
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(study, "TINY", self.problem)
+
+    def test_rows_are_kept_and_not_trained_again(self, tmp_path, capsys):
+        out = tmp_path / "rows.jsonl"
+        flags = ["--tiny", "--seeds=0", "--scales=2", f"--out={out}"]
+        flags += ["--arms=base,guard:ramp:invariant"]
+        base, ramp = study.main(flags)
+        assert (base["arm"], base["k"], base["seed"], base["updates"]) == ("base", 1.0, 0, 32)
+        assert ramp["batch_sizes"] == [8, 16, 16, 16]
+        assert ramp["updates"] == 8 + 3 * 4
+        assert len(ramp["curve"]) == len(ramp["gain"]) == 4
+        assert max(base["validation_loss"], ramp["validation_loss"]) < math.log(256)
+        # A line cut short, as by a kill: that run alone is trained again, to the bit.
+        header, first, second = out.read_text().splitlines()
+        out.write_text("\n".join([header, second, first[:20]]))
+        capsys.readouterr()
+        again = study.main(flags)
+        assert "1 runs to train, 1 done before" in capsys.readouterr().out
+        assert again[0] == ramp
+        assert again[1]["curve"] == base["curve"]
+        assert study.read(out, json.loads(header)) == again
+
+    def test_a_spent_budget_ends_cleanly(self, tmp_path, capsys):
+        flags = ["--tiny", "--seeds=0", "--arms=base", "--budget_minutes=0"]
+        assert study.main([*flags, f"--out={tmp_path / 'rows.jsonl'}"]) == []
+        assert "the same command goes on from here" in capsys.readouterr().out
+
+    def test_a_file_of_another_problem_is_refused(self, tmp_path):
+        out = tmp_path / "rows.jsonl"
+        flags = ["--tiny", "--seeds=0", "--arms=base", "--budget_minutes=0", f"--out={out}"]
+        study.main(flags)
+        with pytest.raises(SystemExit, match="another problem"):
+            study.main([*flags, "--problem=learning_rate=0.1"])
+
+    @pytest.mark.parametrize(
+        ("flag", "words"),
+        [
+            ("--scales=0.125", "which must be a whole number from 2"),
+            ("--scales=32", "divides 64"),
+            ("--arms=gard:sqrt", "'gard' is no form"),
+            ("--problem=depth=2", "no field 'depth'"),
+        ],
+    )
+    def test_flags_that_make_no_study_are_refused(self, flag, words):
+        with pytest.raises(SystemExit, match=words):
+            study.main(["--tiny", flag])
+
+
+def test_the_difference_is_paired_by_seed_with_a_t_interval():
+    base, other = [1.0, 2.0, 4.0], [1.1, 2.3, 4.2]
+    rows = [
+        {"arm": arm, "k": k, "seed": seed, "validation_loss": loss, "updates": 5}
+        for arm, k, losses in (("base", 1.0, base), ("sqrt", 4.0, other))
+        for seed, loss in enumerate(losses)
+    ]
+    half = stats.ttest_rel(other, base).confidence_interval(0.95).high - 0.2
+    assert f"| sqrt | +0.200 ± {half:.3f} (3) | 5 |" in study.table(rows)
+
+
+def test_signal_and_noise_are_unbiased_in_every_metric():
+    g, sigma, b, n = np.array([1.0, -2.0, 0.5]), np.array([2.0, 1.0, 3.0]), 4, 2
+    draws = g + sigma / math.sqrt(b) * np.random.default_rng(0).normal(size=(10_000, n, 3))
+    draws = draws.astype(np.float32)
+    # With k so small that the averages hardly move, v is what they were: here 4.
+    v = jnp.full(3, 4.0)
+
+    def one(mean, square):
+        tree = bs_jax.MicrobatchStats({"w": square}, n, {"w": mean})
+        return study.measure(({"w": v}, {"w": jnp.zeros(3)}), tree, b * n, 1e-6)[1]
+
+    found = jax.vmap(one)(draws.mean(1), np.square(draws).mean(1))
+    found = jax.tree.map(lambda x: np.asarray(x.mean(0)), found)
+    scale = np.array([1.0, 0.5, 0.25])
+    np.testing.assert_allclose(found.signal, scale * np.sum(g**2), rtol=0.05)
+    np.testing.assert_allclose(found.noise, scale * np.sum(sigma**2), rtol=0.05)
+
+
+def test_gains_are_right_at_both_ends():
+    for k in (2.0, 8.0):
+        assert study.guard(0.0, k) * k == 1.0
+        assert study.guard(1.5, k) * k == pytest.approx(1.5)
+        assert study.guard(jnp.inf, k) == 1.0
+        assert study.adascale_gain(0.0, k) == pytest.approx(1.0)
+        assert study.adascale_gain(jnp.inf, k) == pytest.approx(k)
+        assert study.adascale_gain(3.0, k) == pytest.approx((3.0 + 1) / (3.0 / k + 1))
+        assert study.adaptdl_gain(3.0, k) == pytest.approx(study.adascale_gain(3.0, k) ** 0.5)
+    assert study.guard(0.1, 0.25) == 1.0
+
+
+def test_a_following_batch_doubles_within_its_share_and_never_shrinks():
+    problem = study.Problem()
+    job = study.Job(study.find_arm("follow.5:invariant"), 4.0, (0,))
+    sizes, now = [], 0
+    for chunk, noise_scale in enumerate([math.inf, 10.0, math.inf, 64.0, 65.0, 1e9, 1.0, 1e9]):
+        now = study.batch_size_of(problem, job, chunk, now, noise_scale)
+        sizes.append(now)
+    assert sizes == [16, 16, 16, 32, 32, 64, 64, 64]
+
+
+def test_ramps_make_the_updates_that_their_stages_say():
+    problem = study.Problem()
+    for scale, updates in ((4.0, 328), (8.0, 308)):
+        job = study.Job(study.find_arm("ramp:invariant"), scale, (0,))
+        sizes = [study.batch_size_of(problem, job, c, 0, 0.0) for c in range(problem.chunks)]
+        assert sum(problem.chunk_examples // size for size in sizes) == updates

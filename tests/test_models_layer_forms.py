@@ -1,0 +1,105 @@
+"""The forms that a network's layers may take agree with the plain ones in values and gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bs_jax import models
+from bs_jax.models import conv, initializers, layer_forms, pooling
+from bs_jax.models.activations import MISH, RELU, Activation
+from bs_jax.models.normalization import BatchNorm, normalise
+
+ALL = layer_forms.LayerForms(True, True, True, True)
+X = np.random.default_rng(0).standard_normal((4, 6, 6, 3)).astype(np.float32)
+
+
+class Norm(nn.Module):
+    """Ghost batches of two, behind them an activation."""
+
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x):
+        norm = BatchNorm(ghost_batch_size=2, activation=self.activation)
+        return norm(x, train=True, decay=0.5)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        return conv.conv(5, 1, kernel_init=initializers.he_normal("fan_in"))(x)
+
+
+class Pool(nn.Module):
+    """The stem's max pool."""
+
+    @nn.compact
+    def __call__(self, x):
+        return pooling.max_pool(x, 3, 2, padding=1)
+
+
+def passes(module, chosen):
+    """Output, new statistics, and gradients of variables and input, of a module in some form."""
+    with layer_forms.use(chosen):
+        variables = module.init(jax.random.key(0), X)
+
+        def loss(params, x):
+            held = {**variables, "params": params}
+            y, updated = module.apply(held, x, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(y)), (y, updated)
+
+        params = variables.get("params", {})
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, X)
+
+
+MODULES = {"mish": Norm(MISH), "relu": Norm(RELU), "1x1": Pointwise(), "pool": Pool()}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_every_form_gives_the_plain_values_and_gradients(module):
+    plain, other = passes(module, layer_forms.LayerForms()), passes(module, ALL)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), plain, other)
+
+
+def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
+    """E[x^2] - E[x]^2 in float32 is off by units here, about a value of the group it is not."""
+    x = (1e4 + np.random.default_rng(1).standard_normal((2, 4096, 1))).astype(np.float32)
+    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
+        _, mean, var = normalise(x, jnp.ones(1), jnp.zeros(1), epsilon=0.0)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(1), rtol=1e-7)
+    np.testing.assert_allclose(var, x.astype(np.float64).var(1), rtol=1e-4)
+    naive = np.mean(np.square(x), axis=1) - np.square(np.mean(x, axis=1))
+    assert np.max(np.abs(naive - x.astype(np.float64).var(1))) > 0.1
+
+
+def test_statistics_of_one_pass_are_shared_over_devices():
+    x = np.random.default_rng(2).standard_normal((2, 1, 8, 3)).astype(np.float32) + 3
+    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
+        shared = jax.vmap(
+            lambda part: normalise(part, jnp.ones(3), jnp.zeros(3), epsilon=0.0, axis_name="d"),
+            axis_name="d",
+        )
+        _, mean, var = shared(x)
+    whole = x.reshape(-1, 3)
+    np.testing.assert_allclose(mean[0, 0], whole.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(var[1, 0], whole.var(0), rtol=1e-5)
+
+
+def test_a_network_is_traced_in_the_forms_in_use_and_no_other():
+    module = models.create("xresnet50", num_classes=10)
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+
+    def program():
+        return str(jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image))
+
+    before = program()
+    with layer_forms.use(ALL):
+        inside = program()
+    assert "reduce_window_max" in inside
+    assert "reduce_window_max" not in before
+    assert program() == before
