@@ -169,7 +169,9 @@ def _optimizer(
         if name not in recipe.base_values and row["new"] != row["base"]
     }
     hyperparams = {name: values[name] for name in own.hyperparams} | unnamed
-    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe))
+    middle = optimizers.rule_of(recipe.scaling).reads_middle
+    ahead = (recipe.batch_size - recipe.base_batch_size) / 2 if middle else 0.0
+    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe), ahead)
 
 
 def _measures(recipe: Recipe, rows: Mapping[str, Mapping[str, Any]]) -> bool:
