@@ -351,7 +351,7 @@ def test_mistakes_are_named(changes, message):
 
 def train_with_ramp(until, saved=None):
     """A plain optax loop whose batch follows the noise: weights, sizes and what is saved."""
-    target = jnp.linspace(-1.0, 1.0, 64)
+    target = jnp.linspace(-0.2, 0.2, 64)
     tx = bs_jax.scale_by_batch(optax.sgd, batch_size=64, base_batch_size=64)(0.02)
 
     def loss(w, x):
