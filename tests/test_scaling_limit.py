@@ -92,7 +92,9 @@ def test_a_given_noise_scale_guards_a_power_of_k(rule, power):
     )
     assert given["learning_rate"] == pytest.approx(2.0**power)
     for free in ({"guard": False, "noise_scale": 128.0}, {}, {"noise_scale": 1e6}):
-        values = bs_jax.scale_hyperparams("adam", {"learning_rate": 1.0}, **SIZES, rule=rule, **free)
+        values = bs_jax.scale_hyperparams(
+            "adam", {"learning_rate": 1.0}, **SIZES, rule=rule, **free
+        )
         assert values["learning_rate"] == pytest.approx(K**power)
 
 

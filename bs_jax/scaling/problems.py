@@ -97,7 +97,12 @@ SPREAD = np.logspace(-2, 0, 256)
 
 
 def spread_quadratic(
-    rule: ScalingRule | str, k: float, *, sigma: float = 0.1, base_updates: int = 1000, **kwargs: Any
+    rule: ScalingRule | str,
+    k: float,
+    *,
+    sigma: float = 0.1,
+    base_updates: int = 1000,
+    **kwargs: Any,
 ) -> np.ndarray:
     r"""Train SGD with momentum on curvatures spread over ``SPREAD``: a problem with a limit.
 
