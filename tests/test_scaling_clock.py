@@ -38,7 +38,7 @@ def test_every_example_counts_at_any_length(start, size):
 def test_sizes_that_change_lose_no_example():
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 9 * 10**6, 500)
-    clock = at(2**40, 10**6)._replace()
+    clock = at(2**40, 10**6)
     seen, _ = jax.lax.scan(
         lambda clock, size: (clock.advance(size, 10**6), ()), clock, jnp.asarray(sizes, jnp.int32)
     )
@@ -175,8 +175,8 @@ jax.config.update("jax_enable_x64", True)
 x, base = jnp.ones(3, jnp.float32), 2**21
 for size in (base // 8, 3 * base // 2, 8 * base):
     for extra in ({}, {"batch_size": size}):
-        make = bs_jax.scale_by_batch(optax.adamw, batch_size=size, base_batch_size=base, rule="sqrt")
-        tx = make(lambda count: 1e-6 * count)
+        sizes = {"batch_size": size, "base_batch_size": base}
+        tx = bs_jax.scale_by_batch(optax.adamw, **sizes, rule="sqrt")(lambda count: 1e-6 * count)
         state = tx.init(x)._replace(clock=ExampleClock.at(2**40, base))
         shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
         state = jax.jit(lambda s: tx.update(x, s, x, **extra)[1])(state)

@@ -25,8 +25,18 @@ PHIS = (0.0, 0.5, 2.0, 5.0, 8.0, 100.0, math.inf)
 @pytest.mark.parametrize(
     ("k", "phi", "steps"),
     # min(k, max(1, phi)), and k itself for k <= 1
-    [(8, 0, 1), (8, 0.5, 1), (8, 1, 1), (8, 4, 4), (8, 8, 8), (8, 1e9, 8), (8, math.inf, 8)]
-    + [(1, 0, 1), (0.25, 0, 0.25), (0.25, 100, 0.25), (1.5, 1.2, 1.2)],
+    [
+        (8, 0, 1),
+        (8, 0.5, 1),
+        (8, 1, 1),
+        (8, 4, 4),
+        (8, 8, 8),
+        (8, math.inf, 8),
+        (1, 0, 1),
+        (0.25, 0, 0.25),
+        (0.25, 100, 0.25),
+        (1.5, 1.2, 1.2),
+    ],
 )
 def test_steps_grow_up_to_the_noise_scale(k, phi, steps):
     assert k * step_share(k, phi) == pytest.approx(steps)
@@ -178,7 +188,8 @@ def rates_over(tx, scale, updates=12):
     state, found = tx.init(x), []
     step = jax.jit(lambda g, s, stats: tx.update(g, s, x, microbatch=stats)[1])
     for i in range(updates):
-        state = step(*[(g, state, s) for g, s in [stats_of(0.1, scale, seed=i)]][0])
+        grads, stats = stats_of(0.1, scale, seed=i)
+        state = step(grads, state, stats)
         found.append(bs_jax.hyperparams(state, as_floats=True))
     return found
 

@@ -44,7 +44,7 @@ def assert_close(a, b, rtol=2e-5, atol=1e-6):
 
 def expected_statistics(batch, groups):
     """mean_square = sum n_i g_i^2 / sum n_i over the parts, in which those of weight 0 are not."""
-    parts = [jax.tree.map(lambda x, i=jnp.asarray(i): x[i], batch) for i in groups]
+    parts = [jax.tree.map(lambda x, i=i: x[np.asarray(i)], batch) for i in groups]
     weights = np.array([float(total(W, part)[1]) for part in parts])
     square = sum(
         n * np.square(jax.grad(mean_over_tokens)(W, part))
@@ -154,7 +154,7 @@ def test_a_loader_of_equal_parts_needs_no_weights_and_keeps_narrow_dtypes():
 
 def test_one_micro_batch_from_a_loader_is_refused():
     gathered = GradientAccumulator.zeros_like(W).add(W).add(W, 0.0)
-    with pytest.raises(UserError, match="1 micro-batches were added.*add 2 or more"):
+    with pytest.raises(UserError, match=r"1 micro-batches were added.*add 2 or more"):
         gathered.result()
 
 
@@ -300,7 +300,7 @@ def test_random_streams_from_outside_the_arguments_are_warned_of(nnx):
 
 
 def test_over_an_explicit_mesh():
-    """Parameters and batch sharded by type: as a hand-written accumulation, or refused in a line."""
+    """Parameters and batch sharded by type: as on one device, or refused in one line."""
     code = """
 import jax, jax.numpy as jnp, numpy as np, optax, bs_jax
 from bs_jax.errors import UserError
@@ -309,7 +309,8 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit
 rng = np.random.default_rng(0)
 w, x, y = (rng.normal(size=s).astype(np.float32) for s in ((8, 4), (32, 8), (32, 4)))
 loss = lambda p, b: jnp.mean((b["x"] @ p["w"] - b["y"]) ** 2)
-alone = bs_jax.value_grad_and_stats(loss, microbatches=4, interleave=True)({"w": w}, {"x": x, "y": y})
+f = bs_jax.value_grad_and_stats(loss, microbatches=4, interleave=True)
+alone = f({"w": w}, {"x": x, "y": y})
 make = bs_jax.scale_by_batch(optax.adamw, batch_size=32, base_batch_size=8)
 with jax.set_mesh(mesh):
     for spec in (jax.P("data", None), jax.P(None, None)):
