@@ -623,7 +623,7 @@ def missing_noise(recipe: Recipe, rule: ScalingRule, *, by_coordinate: bool = Fa
         f"rule {rule.name!r} with {recipe.optimizer.name} needs the gradient noise: give {scale}"
         "update(..., microbatch=) from bs_jax.value_grad_and_stats with 2 or more micro-batches."
         " What lies in between must hand it on: flax's TrainState.apply_gradients and optax's"
-        " MultiSteps(...).gradient_transformation(), lookahead, flatten and"
+        " MultiSteps(...).gradient_transformation(), lookahead and"
         " contrib.split_real_and_imaginary do not"
     )
 
