@@ -300,7 +300,8 @@ def _short_half_lives(scaled: Scaled, base_batch_size: int) -> list[str]:
         if half_life / scaled.k < MIN_HALF_LIFE_UPDATES:
             found.append(
                 f"{name}: its half-life of {half_life * base_batch_size:,.0f} examples is"
-                f" {half_life / scaled.k:.2g} updates, so it hardly averages any more;"
+                f" {half_life / scaled.k:.2g} updates, so it hardly averages any more (it becomes"
+                f" {float(scaled.value(name)):.2g}; no floor holds it up);"
                 f" {_limit(half_life / MIN_HALF_LIFE_UPDATES, base_batch_size)}"
             )
     return found

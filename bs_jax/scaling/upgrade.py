@@ -148,12 +148,13 @@ def _upgraded_scaled(
 
 
 def _upgraded_array(saved: Any, like: Any, path: tuple[str, ...]) -> Any:
-    same = not isinstance(saved, (Mapping, tuple, list)) and jnp.shape(saved) == jnp.shape(like)
-    if not same:
-        found = f"shape {jnp.shape(saved)}" if hasattr(saved, "shape") else type(saved).__name__
+    shape = None if isinstance(saved, (Mapping, tuple, list)) else jnp.shape(saved)
+    if shape != jnp.shape(like):
+        found = "a tree" if shape is None else f"of shape {shape}"
         raise UserError(
-            f"the saved state's {'.'.join(path) or 'only array'} is {found}, where the optimizer"
-            f" has shape {jnp.shape(like)}: it belongs to another optimizer or other parameters"
+            f"the saved state's {'.'.join(path) or 'only array'} is {found}, where the"
+            f" optimizer's is of shape {jnp.shape(like)}: it belongs to another optimizer or"
+            " other parameters"
         )
     return jnp.asarray(saved, jnp.result_type(like))
 
