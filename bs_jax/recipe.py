@@ -134,6 +134,22 @@ def _section(cls: type[Section]) -> _Kind:
     return _Kind(holds, lambda path, value: cls(**_values(cls, plain.read(path, value), path)))
 
 
+def _is_stage(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and _is_number(value[0])
+        and 0 <= value[0] < math.inf
+        and (value[0] < 1 or value[0] == int(value[0]))
+        and _is_whole(value[1])
+        and 1 <= value[1] < _LARGEST
+    )
+
+
+def _stages(path: str, value: Any) -> tuple[tuple[float, int], ...]:
+    return tuple((start, size) for start, size in _STAGES.read(path, value))
+
+
 def _named_pairs(path: str, value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((name, number) for name, number in _PAIRS.read(path, value))
 
@@ -141,6 +157,7 @@ def _named_pairs(path: str, value: Any) -> tuple[tuple[str, float], ...]:
 _NUMBER = _plain("a number below 2**63", _is_number)
 _TEXT = _plain("a text", _is_text)
 _FLAG = _plain("True or False", _is_flag)
+_STAGES = _list("a list of pairs (share or examples, batch size)", _is_stage)
 _PAIRS = _list("a list of pairs (name, number)", _is_pair)
 _AMOUNT = _bounded(lambda v: 0 <= v < math.inf, "a finite number of at least 0")
 
@@ -382,6 +399,95 @@ class Report(Section):
     margin: Number
 
 
+_RAMPS = ("off", "stages", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRamp(Section):
+    """A batch size that grows while training, up to the run's `batch_size`.
+
+    Attributes:
+        kind: "off"; "stages", as given; or "noise", as the measured gradient noise scale allows.
+        stages: pairs (start, batch size). A start is a share of the length below 1, else a number
+            of examples; the first is 0.
+        start: batch size that "noise" begins with; 0: the base batch size.
+        share: of the noise scale's lower end that a batch may reach.
+        growth: factor of one rise. Each size is a compiled program.
+        every_examples: how often "noise" asks; 0: at every logging point.
+    """
+
+    kind: Annotated[str, _one_of(_RAMPS)] = "off"
+    stages: Annotated[tuple[tuple[float, int], ...], _Kind(_STAGES.holds, _stages)] = ()
+    start: Count = 0
+    share: Number = 0.5
+    growth: Number = 2.0
+    every_examples: Count = 0
+
+    def check(self, batch_size: int, train_examples: int) -> None:
+        """Raise a UserError for a ramp that cannot be.
+
+        Args:
+            batch_size: of the run, the largest.
+            train_examples: its length.
+        """
+        if not 0 < self.share < math.inf or not 1 < self.growth < math.inf:
+            raise UserError(
+                f"config.batch_ramp.share is {self.share!r} and growth {self.growth!r}; give a "
+                "share above 0 and a growth above 1, e.g. 0.5 and 2.0"
+            )
+        if self.kind == "noise" and self.start > batch_size:
+            raise UserError(
+                f"config.batch_ramp.start is {self.start}, above the largest batch size, "
+                f"config.batch_size of {batch_size}; swap them"
+            )
+        if self.kind != "stages":
+            return
+        starts = [start for start, _ in self.starts(train_examples)]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise UserError(
+                f"config.batch_ramp.stages begin at {starts} examples; give pairs (start, batch "
+                "size) in order, the first with start 0, e.g. ((0, 64), (0.3, 128))"
+            )
+        if starts[-1] >= train_examples:
+            raise UserError(
+                f"config.batch_ramp.stages: the last begins at {starts[-1]:,} examples, but "
+                f"config.train_examples is {train_examples:,}; begin it earlier, or leave it out"
+            )
+        largest = max(size for _, size in self.stages)
+        if largest != batch_size:
+            raise UserError(
+                f"config.batch_ramp.stages reach {largest} and config.batch_size is {batch_size}; "
+                "the largest stage is the batch size: make them equal"
+            )
+
+    def starts(self, train_examples: int) -> list[tuple[int, int]]:
+        """The stages as pairs (examples seen at the start, batch size)."""
+        return [
+            (round(start * train_examples) if start < 1 else int(start), size)
+            for start, size in self.stages
+        ]
+
+    def sizes(self, batch_size: int, multiple_of: int = 1) -> tuple[int, ...]:
+        """Every batch size that a run may come to, ascending.
+
+        Args:
+            batch_size: of the run, the largest.
+            multiple_of: of "noise", whose sizes are multiples of it.
+
+        >>> BatchRamp("noise", start=24).sizes(128, multiple_of=8)
+        (24, 48, 96, 128)
+        """
+        if self.kind == "stages":
+            return tuple(sorted({size for _, size in self.stages}))
+        if self.kind == "off":
+            return (batch_size,)
+        found = [self.start]
+        while found[-1] < batch_size:
+            wanted = min(round(found[-1] * self.growth), batch_size)
+            found.append(max(wanted - wanted % multiple_of, found[-1] + multiple_of))
+        return (*found[:-1], batch_size)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(Section):
     """What a recipe and a run have in common.
@@ -404,7 +510,9 @@ class Training(Section):
         log_every_examples: training metrics are means over this many examples.
         checkpoint_every_examples: cadence of checkpoints; 0: only where a signal interrupts.
         tensorboard: write its files beside the records.
+        trackers: where metrics go beside the records: "tensorboard", "wandb", "mlflow".
         report: what a report compares.
+        batch_ramp: a batch size that grows up to `batch_size`.
     """
 
     name: Text
@@ -425,6 +533,8 @@ class Training(Section):
     checkpoint_every_examples: Count
     tensorboard: Flag
     report: Report
+    trackers: Annotated[tuple[str, ...], _list("a list of names", _is_text)] = ()
+    batch_ramp: BatchRamp = BatchRamp()
 
     def __post_init__(self) -> None:
         if self.train_examples < self.batch_size:
@@ -442,6 +552,7 @@ class Training(Section):
                 f"config.train_examples is {self.train_examples:,}; the example clock is an int32 "
                 f"and counts to {_LONGEST - 1:,}: train in parts"
             )
+        self.batch_ramp.check(self.batch_size, self.train_examples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -579,8 +690,8 @@ class FixedValues(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeasuredWhileTraining(Optimizer):
-    """An optimizer whose rule measures gradients and is applied in each update.
+class ScaledWhileTraining(Optimizer):
+    """An optimizer whose rule is applied in each update: it measures, or the batch size changes.
 
     Attributes:
         hyperparams: as tuned at the base batch size.
@@ -623,7 +734,7 @@ class Scaled:
 
 
 # What two runs may differ in and still be the same training, number for number.
-_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "checkpoint_every_examples")
+_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "trackers", "checkpoint_every_examples")
 _FIXED = "fixed"  # the rule of a recorded run whose numbers are scaled already
 
 
@@ -635,14 +746,15 @@ class ResolvedRun(Training):
         run_id: stable name, made from the content by `content_id`.
         optimizer: with numbers known beforehand, or a rule that works while training.
         micro_batch_size: examples per gradient sample.
-        bn_decay: of BatchNorm's running statistics, per update.
-        ema_decay: of the weights' moving average, per update; 0: none.
+        bn_decay: of BatchNorm's running statistics, per update; with a batch ramp, per update of
+            the base batch size, and scaled while training.
+        ema_decay: of the weights' moving average, the same; 0: none.
         measures_noise: record the gradient noise beside the metrics.
         scaled: what was scaled, how and why.
     """
 
     run_id: str
-    optimizer: FixedValues | MeasuredWhileTraining
+    optimizer: FixedValues | ScaledWhileTraining
     micro_batch_size: Positive
     bn_decay: Decay
     ema_decay: Decay
@@ -652,12 +764,13 @@ class ResolvedRun(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         batch, micro, ghost = self.batch_size, self.micro_batch_size, self.ghost_batch_size
-        if batch % micro:
-            raise UserError(
-                f"batch_size {batch} is not divisible by micro_batch_size {micro}; "
-                f"use {nearest_multiples(batch, micro)} for the batch, or a divisor of {batch}"
-            )
-        if isinstance(self.optimizer, MeasuredWhileTraining):
+        for size in self.batch_sizes:
+            if size % micro:
+                raise UserError(
+                    f"batch_size {size} is not divisible by micro_batch_size {micro}; "
+                    f"use {nearest_multiples(size, micro)} for the batch, or a divisor of {size}"
+                )
+        if isinstance(self.optimizer, ScaledWhileTraining) and not self.ramps:
             self.check_two_micro_batches(f"rule {self.optimizer.scaling.rule!r}")
         if ghost and self.bn_cross_device:
             raise UserError(
@@ -672,7 +785,7 @@ class ResolvedRun(Training):
 
     def check_two_micro_batches(self, what: str) -> None:
         """Raise a UserError unless the batch holds two micro-batches, which `what` compares."""
-        batch, micro = self.batch_size, self.micro_batch_size
+        batch, micro = self.batch_sizes[0], self.micro_batch_size
         if batch // micro < 2:
             fix = f"set config.micro_batch_size to {batch // 2} or less"
             raise UserError(
@@ -680,6 +793,16 @@ class ResolvedRun(Training):
                 f"but batch_size is {batch} and micro_batch_size {micro}; "
                 + (fix if batch > 1 else "use a config.batch_size of at least 2")
             )
+
+    @property
+    def ramps(self) -> bool:
+        """Whether the batch size may change while training."""
+        return self.batch_ramp.kind != "off"
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every batch size that it may come to, ascending; of most runs there is one."""
+        return self.batch_ramp.sizes(self.batch_size, self.micro_batch_size)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -753,7 +876,7 @@ class ResolvedRun(Training):
             values["optimizer"] = FixedValues(**optimizer, clock=scaling.get("clock", {}))
         else:
             read = Scaling(**_values(Scaling, scaling, "config.scaling"))
-            values["optimizer"] = MeasuredWhileTraining(
+            values["optimizer"] = ScaledWhileTraining(
                 **optimizer, base_batch_size=base_batch_size, scaling=read
             )
         hparams = content.get("hparams", {})

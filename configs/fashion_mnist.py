@@ -8,7 +8,7 @@ Expected: test accuracy about .84 at the base batch size; the report says what e
 
 import ml_collections
 
-from bs_jax.sweep.points import Point, product
+from bs_jax.sweep.points import Point, prioritized, product
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -34,6 +34,15 @@ def get_config() -> ml_collections.ConfigDict:
     # Examples per gradient sample, for the rules that compare gradients (and for accumulation);
     # 0: the base batch size or half the batch, whichever is smaller.
     config.micro_batch_size = 0
+
+    config.batch_ramp = ml_collections.ConfigDict()  # a batch size that grows up to batch_size
+    config.batch_ramp.kind = "off"  # "off", "stages" as given, "noise": as the noise scale allows
+    # Pairs (start, batch size), e.g. ((0, 64), (0.3, 128)): a share of the length, or examples.
+    config.batch_ramp.stages = ()
+    config.batch_ramp.start = 0  # batch size that "noise" begins with; 0: base_batch_size
+    config.batch_ramp.share = 0.5  # of the noise scale's lower end that a batch may reach
+    config.batch_ramp.growth = 2.0  # factor of one rise; each size is a compiled program
+    config.batch_ramp.every_examples = 0  # how often "noise" asks; 0: at every logging point
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adamw"  # an optax factory by name
@@ -82,6 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     # 0: only where a signal interrupts. A run takes seconds: a killed one begins again.
     config.checkpoint_every_examples = 0
     config.tensorboard = False
+    config.trackers = ()  # more places for the metrics: "tensorboard", "wandb", "mlflow"
 
     config.report = ml_collections.ConfigDict()
     config.report.accuracy_metric = "eval/accuracy"
@@ -100,11 +110,34 @@ def sweep_rules() -> list[Point]:
 
     All rules agree at the base batch size, so these are 105 runs. Points are compared seed by seed.
     """
-    return product(
+    points = product(
         arm={rule: {"scaling.rule": rule} for rule in RULES},
         batch_size=(16, 32, 64, 128, 256),
         seed=(0, 1, 2, 3, 4),
     )
+    return prioritized(
+        points,
+        lambda overrides: overrides["batch_size"] == 64,  # the base, which all are held against
+        lambda overrides: overrides["batch_size"] in (16, 256),  # where rules differ most
+    )
+
+
+RAMP = {"batch_ramp.kind": "stages", "batch_ramp.stages": ((0, 64), (0.3, 128), (0.45, 256))}
+
+
+def sweep_ramp() -> list[Point]:
+    """27 points: from 64 to 256 while training, beside 256 from the start; three seeds.
+
+    Every rule carries the optimizer's moments over at a change. The base is at 64 throughout.
+    """
+    rules = ("none", "sqrt", "noise_aware", "invariant")
+    arms = {rule: {"scaling.rule": rule} for rule in rules}
+    ramps = {f"{rule}, ramp": {"scaling.rule": rule} | RAMP for rule in rules}
+    seeds = (0, 1, 2)
+    return [
+        *product(arm={"none": arms["none"]}, batch_size=(64,), seed=seeds),
+        *product(arm=arms | ramps, batch_size=(256,), seed=seeds),
+    ]
 
 
 def sweep_short() -> list[Point]:

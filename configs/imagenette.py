@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from bs_jax.errors import UserError
-from bs_jax.sweep.points import Point, product
+from bs_jax.sweep.points import Point, prioritized, product
 
 ARCHITECTURES = ("xresnet50", "xse_resnext50", "xse_resnext50_blur")
 EPOCHS = {"20epochs": 20.0, "5epochs": 5.0}
@@ -58,6 +58,15 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     # Examples per gradient sample, for the rules that compare gradients (and for accumulation);
     # 0: the base batch size or half the batch, whichever is smaller.
     config.micro_batch_size = 0
+
+    config.batch_ramp = ml_collections.ConfigDict()  # a batch size that grows up to batch_size
+    config.batch_ramp.kind = "off"  # "off", "stages" as given, "noise": as the noise scale allows
+    # Pairs (start, batch size), e.g. ((0, 64), (0.3, 128)): a share of the length, or examples.
+    config.batch_ramp.stages = ()
+    config.batch_ramp.start = 0  # batch size that "noise" begins with; 0: base_batch_size
+    config.batch_ramp.share = 0.5  # of the noise scale's lower end that a batch may reach
+    config.batch_ramp.growth = 2.0  # factor of one rise; each size is a compiled program
+    config.batch_ramp.every_examples = 0  # how often "noise" asks; 0: at every logging point
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "ranger"  # Lookahead around RAdam
@@ -112,6 +121,7 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.log_every_examples = 2_352  # training metrics are means over this many examples
     config.checkpoint_every_examples = 0 if quick else 47_040  # 0: only where a signal interrupts
     config.tensorboard = False
+    config.trackers = ()  # more places for the metrics: "tensorboard", "wandb", "mlflow"
 
     config.report = ml_collections.ConfigDict()
     config.report.accuracy_metric = "eval/accuracy"
@@ -170,13 +180,24 @@ def _select(*names: str) -> dict[str, dict[str, Any]]:
 
 def _grid(arms: dict[str, dict[str, Any]], seeds: tuple[int, ...]) -> list[Point]:
     """25 points an arm and seed: every batch size with its offsets."""
-    return [
-        Point(name, {**overrides, "batch_size": size, "scaling.offset": offset, "seed": seed})
-        for name, overrides in arms.items()
-        for size, offsets in OFFSETS.items()
-        for offset in offsets
-        for seed in seeds
-    ]
+    return _ordered(
+        [
+            Point(name, {**overrides, "batch_size": size, "scaling.offset": offset, "seed": seed})
+            for name, overrides in arms.items()
+            for size, offsets in OFFSETS.items()
+            for offset in offsets
+            for seed in seeds
+        ]
+    )
+
+
+def _ordered(points: list[Point]) -> list[Point]:
+    """What decides most comes first: the base, the arms at 16 and 256, then the rest."""
+    return prioritized(
+        points,
+        lambda point: point["batch_size"] == 64 and point["scaling.offset"] == 1.0,
+        lambda point: point["batch_size"] in (16, 256) and point["scaling.offset"] == 1.0,
+    )
 
 
 def sweep_seed() -> list[Point]:
@@ -255,4 +276,4 @@ def _points(
     offset: tuple[float, ...] = (1.0,),
 ) -> list[Point]:
     axes = {"batch_size": batch_size, "scaling.offset": offset, "seed": seed}
-    return product(_select(*names), **axes)
+    return _ordered(product(_select(*names), **axes))

@@ -120,7 +120,10 @@ def test_printed_commands_train_each_run_and_the_report_follows(tmp_path):
     assert len(lines) == 3
     assert all("--only=" in line and "--launcher" not in line for line in lines)
     ids = [line.rsplit("--only=", 1)[1] for line in lines]
-    done = subprocess.run(lines[0], shell=True, capture_output=True, text=True, timeout=240)
+    # From any folder: the recipe's path is written out, though it was given relative to this one.
+    done = subprocess.run(
+        lines[0], shell=True, cwd="/", capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert [path.parent.name for path in tmp_path.glob("runs/*/DONE")] == [ids[0]]
     assert not (tmp_path / "report").exists()

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from bs_jax.cli import config, fields, help, recipes
 from bs_jax.errors import UserError
+from bs_jax.training import compilation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,6 +122,38 @@ def test_another_optimizer_is_given_by_one_flag():
     for wrong in ("sgd", "sgd(*x)", "sgd(**x)", "a.b(c=1)", "sgd(momentum='x')", "(", "sgd(x=y)"):
         with pytest.raises(UserError, match="cannot be read"):
             config.parse_optimizer(wrong)
+
+
+def test_the_flags_of_printed_commands_name_every_path_in_full(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data = types.SimpleNamespace(name="folder:images")
+    flags = types.SimpleNamespace(config=types.SimpleNamespace(data=data))
+    monkeypatch.setattr(config, "FLAGS", flags)
+    monkeypatch.setattr(config, "path", lambda: "recipes/mine.py:quick")
+    words = ["--config", "recipes/mine.py:quick", "--sweep=short", "--launcher", "print"]
+    words += ["--config.data.name=folder:images", "--workdir=w", "--config.seed=1"]
+    assert config.portable(words) == [
+        f"--config={tmp_path}/recipes/mine.py:quick",
+        f"--config.data.name=folder:{tmp_path}/images",
+        "--sweep=short",
+        "--config.seed=1",
+    ]
+    data.name = "fashion_mnist_10k"  # nothing to write out
+    assert config.portable(["--config.data.name=fashion_mnist_10k", "--dry_run"]) == [
+        f"--config={tmp_path}/recipes/mine.py:quick",
+        "--config.data.name=fashion_mnist_10k",
+        "--dry_run",
+    ]
+
+
+def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BS_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert compilation.cache_folder() is None
 
 
 def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from helpers.images import bomb, colour, encode, make_archive, make_tree
 from PIL import Image
 
-from bs_jax.data import load
+from bs_jax.data import decode, load
 from bs_jax.errors import UserError
 
 IMAGENETTE = os.environ.get("BS_JAX_TEST_IMAGENETTE")  # its archive, where one is at hand
@@ -163,6 +163,40 @@ def test_what_is_no_image_is_passed_over(tree, open_data):
     assert len(open_data(tree).train) == 6
 
 
+@pytest.mark.parametrize("archived", [False, True])
+def test_files_of_other_endings_are_counted_in_a_warning(
+    tmp_path, tree, open_data, caplog, archived
+):
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/notes.txt", "dog/README", "dog/.hidden.txt"):
+        (tree / "train" / name).write_bytes(b"x")
+    (tree / "labels.csv").write_bytes(b"x")  # of no class
+    path = make_archive(tree, tmp_path / "pets.tgz") if archived else tree
+    assert len(open_data(path).train) == 6
+    (record,) = [one for one in caplog.records if "passed over" in one.message]
+    assert "image: 2 .heic, " in record.message
+    assert "1 .txt" in record.message
+    assert "1 without an ending" in record.message
+    assert ".webp" in record.message
+
+
+def test_every_ending_that_pillow_knows_for_the_formats_that_are_read_is_read(tree, open_data):
+    """The endings are Pillow's own list; a file of each is written and counted."""
+    Image.init()
+    known = {end for end, name in Image.registered_extensions().items() if name in decode.FORMATS}
+    assert known - {".pfm", ".mic"} == decode.SUFFIXES  # these hold floats, several images
+    image, written = Image.new("RGB", (12, 10), (200, 20, 7)), 0
+    for end in sorted(decode.SUFFIXES):
+        kind = Image.registered_extensions()[end]
+        if kind in Image.SAVE:
+            (tree / f"train/cat/one{end}").write_bytes(encode(image, kind))
+            written += 1
+    assert written > 20
+    train = open_data(tree).train
+    assert len(train) == 6 + written
+    found = train.read(np.arange(3, 3 + written)).astype(int)
+    assert np.abs(found[:, 2:6, 2:6] - [200, 20, 7]).max() < 25
+
+
 def test_links(tree, open_data):
     (tree / "train/cow").symlink_to(tree / "train/cat")
     (tree / "val/cow").symlink_to(tree / "val/cat")
@@ -292,6 +326,24 @@ def test_default_cache_folder(tmp_path, tree, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     load(f"folder:{tree}", image_size=8)
     assert len(list((tmp_path / "xdg/bs_jax").iterdir())) == 2
+
+
+def test_a_user_without_a_home_has_a_cache_among_the_temporary_files(tmp_path, tree, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", nobody)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    assert len(load(f"folder:{tree}", image_size=8).train) == 6
+    (cache,) = (tmp_path / "tmp").iterdir()
+    assert len(list(cache.iterdir())) == 2
+    assert cache.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr("os.getuid", lambda: 12345678)
+    cache.rename(cache.with_name("bs_jax-12345678"))  # made by somebody else before
+    with pytest.raises(UserError, match="belongs to another user"):
+        load(f"folder:{tree}", image_size=8)
 
 
 @pytest.mark.skipif(not IMAGENETTE, reason="BS_JAX_TEST_IMAGENETTE names no archive of Imagenette")

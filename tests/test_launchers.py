@@ -1,6 +1,7 @@
 """Scheduling, real worker processes, signals and kills."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -52,9 +53,9 @@ def test_a_cohort_is_vmapped_or_not_by_itself():
 
 def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
     monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
-    run = fake_run("a0", 8)
+    run, other = fake_run("a0", 8), fake_run("a1", 8)
     console = Console(file=sys.stdout, force_terminal=False, width=200)
-    with Display([run], 0, console) as display:
+    with Display([run, other], 1, console) as display:
         display.pending([run])
         display.starting(0, run)
         display.event(
@@ -69,17 +70,56 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
         )
         display.event(0, {"event": "run_finished", "run_id": "a0", "status": "diverged"})
     out = capsys.readouterr().out
-    assert "50 of 100 examples, train loss 0.500" in out
+    assert "50 of 100 examples, " in out
+    assert "images/s, train loss 0.500" in out
     assert "diverged (recorded; the sweep goes on)" in out
-    assert out.splitlines()[-1] == "1 of 1 runs done, all done in 0 s"
+    assert out.splitlines()[-1] == "2 of 2 runs done, all done in 0 s"
+
+
+def test_a_single_run_counts_examples_and_the_time_left_leaves_compilation_out(capsys, monkeypatch):
+    """500 of 1,000 examples in 70 s, of which 60 s compiled: 50 images/s, 10 s left."""
+    now = [1000.0]
+    monkeypatch.setattr("bs_jax.sweep.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
+    run = fake_run("a0", 8, examples=1000)
+    with Display([run], 0, Console(file=sys.stdout, force_terminal=False, width=200)) as display:
+        display.pending([run])
+        display.starting(0, run)
+        now[0] += 5  # imports
+        display.event(0, {"event": "compiling", "run_id": "a0"})
+        now[0] += 70
+        said = {"event": "progress", "run_id": "a0", "examples": 700, "train_examples": 1000}
+        display.event(0, said | {"metrics": {}, "compile_seconds": 60.0, "resumed_at": 200})
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "compiling"
+    assert second.startswith("700 of 1,000 examples, about 6 s left; ")
+    assert "50 images/s" in second
+
+
+def test_programs_that_are_still_to_be_made_count_in_the_time_left(monkeypatch):
+    """One of two cohorts is done: 10 s of compiling and 100 s of training; as much is left."""
+    now = [1000.0]
+    monkeypatch.setattr("bs_jax.sweep.progress.time.monotonic", lambda: now[0])
+    runs = [fake_run("a0", 8, examples=1000), fake_run("b0", 9, examples=1000)]
+    shown = []
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with Display(runs, 0, console) as display:
+        display.pending(runs)
+        display.event(0, {"event": "compiling", "run_id": "a0"})
+        now[0] += 110
+        said = {"event": "progress", "run_id": "a0", "examples": 1000, "train_examples": 1000}
+        display.event(0, said | {"metrics": {}, "compile_seconds": 10.0})
+        display.event(0, {"event": "run_finished", "run_id": "a0", "status": "done"})
+        shown.append(console.file.getvalue())
+    assert "0 of 2 runs, about 1 min 50 s left" in shown[0]
 
 
 def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
     monkeypatch.setattr("bs_jax.sweep.progress._PLAIN_SECONDS", 0.0)
-    run = fake_run("a0", 8)
-    with Display([run], 0, Console(file=sys.stdout, force_terminal=False)) as display:
+    run, other = fake_run("a0", 8), fake_run("a1", 8)
+    with Display([run, other], 0, Console(file=sys.stdout, force_terminal=False)) as display:
         display.event(0, {"event": "run_finished", "run_id": "a0", "status": "interrupted"})
-    assert "0 of 1 runs done" in capsys.readouterr().out
+    assert "0 of 2 runs done" in capsys.readouterr().out
 
 
 SMALL = (

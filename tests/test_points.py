@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bs_jax.cli import sweep as cli
 from bs_jax.errors import UserError
-from bs_jax.recipe import MeasuredWhileTraining
+from bs_jax.recipe import ScaledWhileTraining
 from bs_jax.sweep.plan import plan_sweep
 from bs_jax.sweep.points import (
     Point,
@@ -81,7 +81,7 @@ def test_switches_and_offsets_act_on_one_hyperparameter():
 
 def test_a_rule_that_works_while_training_keeps_the_base_recipe():
     run = resolve(recipe(**{"scaling.rule": "noise_aware", "batch_size": 256}))
-    assert isinstance(run.optimizer, MeasuredWhileTraining)
+    assert isinstance(run.optimizer, ScaledWhileTraining)
     assert run.optimizer.hyperparams["learning_rate"] == 2e-3
     assert run.optimizer.base_batch_size == 64
     assert run.micro_batch_size == 64

@@ -9,7 +9,7 @@ from helpers.training import tiny_config
 
 from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
-from bs_jax.recipe import FixedValues, MeasuredWhileTraining, Recipe, ResolvedRun
+from bs_jax.recipe import FixedValues, Recipe, ResolvedRun, ScaledWhileTraining
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
 
@@ -31,7 +31,7 @@ def test_the_first_records_are_read_and_written_as_they_are(first):
     assert run.to_json() == record
     if not run.measures_noise:
         assert run.content_id == run.run_id
-    kind = FixedValues if record["config"]["scaling"]["rule"] == "fixed" else MeasuredWhileTraining
+    kind = FixedValues if record["config"]["scaling"]["rule"] == "fixed" else ScaledWhileTraining
     assert isinstance(run.optimizer, kind)
     assert run == resolved_again(first)
 

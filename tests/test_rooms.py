@@ -117,6 +117,8 @@ def test_a_room_imports_only_those_below_it(room):
             continue
         for target, wanted, *_ in imports(tree):
             seen = (target.split(".")[1:2] or [wanted])[0]
-            assert seen in {*MAY_IMPORT[room], *ALSO.get(name, ()), room}, f"{name} imports {target}"
+            assert seen in {*MAY_IMPORT[room], *ALSO.get(name, ()), room}, (
+                f"{name} imports {target}"
+            )
         foreign = {module.split(".")[0] for module in all_imports(tree)}
         assert not foreign & {"jax", "optax", "flax"}, name

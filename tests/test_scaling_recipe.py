@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from helpers.training import tiny_config
 
-from bs_jax.recipe import MeasuredWhileTraining
+from bs_jax.recipe import ScaledWhileTraining
 from bs_jax.scaling import MicrobatchStats, hyperparams
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step
@@ -32,7 +32,7 @@ def rate_after(run, examples):
     stats = MicrobatchStats(2 * params, 2)
     for _ in range(examples // run.batch_size + 1):
         updates, state = optimizer.update(params, state, params, microbatch=stats)
-    if isinstance(run.optimizer, MeasuredWhileTraining):
+    if isinstance(run.optimizer, ScaledWhileTraining):
         return float(hyperparams(state)["learning_rate"])
     return float(-updates[0])  # of SGD on a gradient of 1
 

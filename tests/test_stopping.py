@@ -32,7 +32,7 @@ import functools, sys
 import jax, jax.numpy as jnp
 from bs_jax.sweep.stopping import StopRequest
 {prepare}
-with StopRequest({grace}) as stop:
+with StopRequest({grace}, answer=lambda line: print(line, flush=True)) as stop:
     print("ready", flush=True)
     {busy}
     print("through", flush=True)
@@ -57,7 +57,33 @@ def test_a_signal_while_native_code_runs_ends_the_process_in_time(what):
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "through" not in out
     assert "give the same command again to go on" in said
+    assert out.startswith("SIGTERM: stopping at the next point to save, after at most 0.5 s;")
     assert 0.4 < time.monotonic() - began < 20
+
+
+def test_a_signal_while_native_code_runs_is_answered_at_once_and_a_second_one_ends_it():
+    prepare, busy = BUSY["compilation"] if "compilation" in BUSY else sorted(BUSY.items())[0][1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(grace=300, prepare=prepare, busy=busy)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline().startswith("SIGINT: stopping at the next point to save")
+    answered = time.monotonic() - began
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert "through" not in out
+    assert "stopped at once; the last checkpoint is kept" in said
+    assert answered < 5  # a busy machine; the compilation takes longer
+    assert time.monotonic() - began < 20
 
 
 def test_a_signal_is_noted_and_the_context_left_in_peace():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -162,7 +163,7 @@ def _module(recipe: str) -> ModuleType:
     return module
 
 
-def load_data(runs: Iterable[ResolvedRun]) -> str:
+def load_data(runs: Sequence[ResolvedRun]) -> str:
     """Load each data set that runs name, before anything compiles.
 
     The data is checked against the recipe, and cached for worker processes.
@@ -171,10 +172,12 @@ def load_data(runs: Iterable[ResolvedRun]) -> str:
         A description, with the number of examples.
 
     Raises:
-        UserError: the data is missing, damaged, or does not fit the recipe.
+        UserError: the data is missing, damaged, or does not fit the recipe; or a tracker is not
+            installed.
     """
-    from bs_jax.training import checks, inputs
+    from bs_jax.training import checks, inputs, trackers
 
+    trackers.check(runs)
     loaded = {}
     for run in runs:
         key = inputs.data_key(run.data)
@@ -186,6 +189,34 @@ def load_data(runs: Iterable[ResolvedRun]) -> str:
         f"{data.description}: {len(data.train):,} to train on, {len(data.eval):,} to evaluate"
         for data in loaded.values()
     )
+
+
+def portable(words: Sequence[str]) -> list[str]:
+    """The flags of this command, as they train the same sweep from any folder.
+
+    Paths of the recipe and of its data are written out. Left out is what the printed commands of a
+    sweep say themselves.
+
+    Args:
+        words: of the command line, without the program.
+    """
+    recipe, colon, form = path().partition(":")
+    found = [f"--config={os.path.abspath(recipe)}{colon}{form}"]
+    data = FLAGS.config.data.name
+    kind, _, place = data.partition(":")
+    if kind == "folder" and place and not place.startswith("~"):
+        found.append(f"--config.data.name=folder:{os.path.abspath(place)}")
+    skipped = ("config", "config.data.name", "launcher", "only", "workdir")
+    if kind != "folder":
+        skipped = ("config", "launcher", "only", "workdir")
+    values = iter(words)
+    for word in values:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if not word.startswith("-") or name not in skipped:
+            found.append(word)
+        elif not equals:
+            next(values, None)  # its value is the next word
+    return found
 
 
 def mistake(error: Exception, argv: Sequence[str]) -> str:

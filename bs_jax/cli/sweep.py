@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -251,7 +250,6 @@ def _worker_count(pending: int) -> int:
 def _print_commands(schedule: Schedule, folder: Path) -> None:
     from bs_jax.sweep.commands import commands
 
-    given = shlex.split(re.sub(r"--?launcher[= ]\w+", "", shlex.join(sys.argv[1:])))
-    program = [sys.executable, os.path.abspath(sys.argv[0]), *given, "--distributed=off"]
-    for line in commands(schedule, folder, program):
+    program = [sys.executable, os.path.abspath(sys.argv[0]), *config.portable(sys.argv[1:])]
+    for line in commands(schedule, folder, [*program, "--distributed=off"]):
         print(line)

@@ -135,5 +135,5 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     summary = RunFolder(workdir, planned).summary()
     print(f"{summary.status} after {summary.examples:,} examples; records in {workdir}")
     for name, value in summary.final.items():
-        print(f"  {name}: {value:.4f}")
+        print(f"  {name}: {progress.number(value)}")
     return 0

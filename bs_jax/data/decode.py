@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import threading
 import warnings
@@ -10,16 +11,30 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# Endings of the formats below, as Pillow knows them.
 SUFFIXES = frozenset(
-    (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+    (
+        *(".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".avif", ".avifs"),
+        *(".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"),
+    )
 )
 
 # A file above this is no training image; of an archive several are in memory at once.
 MAX_BYTES = 64 << 20
 # Pillow knows many more, among them EPS, for which it would start an interpreter.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "PPM", "TIFF", "AVIF", "JPEG2000")
 
 _FILTERS_LOCK = threading.Lock()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of the formats that this Pillow was built with."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class UnreadableError(Exception):
@@ -50,7 +65,7 @@ def decode_square(encoded: bytes, size: int, fit: str) -> np.ndarray:
         raise UnreadableError("empty file")
     # Decoders meet hostile bytes with exceptions of every kind (struct.error, SyntaxError, ...).
     try:
-        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
             if image.mode.startswith(("I", "F")):
                 raise UnreadableError(f"mode {image.mode}, want 8 bits a channel")
             # By way of RGBA, since Pillow warns about palettes with transparency otherwise.
@@ -66,7 +81,7 @@ def decode_square(encoded: bytes, size: int, fit: str) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except Image.UnidentifiedImageError as error:
-        raise UnreadableError(f"not an image ({', '.join(_FORMATS)})") from error
+        raise UnreadableError(f"not an image ({', '.join(_formats())})") from error
     except Exception as error:
         raise UnreadableError(" ".join(str(error).split()) or type(error).__name__) from error
 
@@ -75,7 +90,7 @@ def aspect_ratio(encoded: bytes) -> float:
     """Width over height of an image that `decode_square` has read; reads its header alone."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(encoded), formats=_formats()) as image:
         return image.width / image.height
 
 

@@ -4,9 +4,10 @@
     ROOT/val/CLASS/*.jpg            val/ may be called valid/, validation/ or test/ as well.
 
 Classes are numbered in the order of their names. Images may lie deeper inside their class's folder.
-Hidden files are passed over; so are files whose ending is not an image's, and pipes, sockets and
-devices. On a disk links are followed; an archive is read in place, and its links lead to its own
-members alone. An image that cannot be read, or is too large, is named.
+Hidden files, pipes, sockets and devices are passed over. So are files that do not end like an
+image, which are counted in a warning. On a disk links are followed; an archive is read in place,
+and its links lead to its own members alone. An image that cannot be read, or is too large, is
+named.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import lzma
 import os
 import pathlib
@@ -94,6 +96,12 @@ def load_folder(
         )
         for split, size in (("train", storage.train_size), ("eval", storage.eval_size))
     )
+    if source.passed_over:
+        counts = ", ".join(f"{count:,} {end}" for end, count in source.passed_over.most_common())
+        logging.getLogger(__name__).warning(
+            "%s: passed over files that do not end like an image: %s; read are %s",
+            path, counts, " ".join(sorted(SUFFIXES)),
+        )  # fmt: skip
     return cache.image_data(name, path.name, train, evaluation, image_size, storage)
 
 
@@ -101,6 +109,7 @@ class _FolderSource:
     """Class folders on disk."""
 
     def __init__(self, path: pathlib.Path) -> None:
+        self.passed_over: collections.Counter[str] = collections.Counter()  # by their ending
         if not path.is_dir():
             raise UserError(f"there is no folder or archive {str(path)!r}; check the path")
         self._root = self._find_root(path)
@@ -155,6 +164,8 @@ class _FolderSource:
                     # A link to nothing is kept, to be named when it cannot be read.
                     about = item.stat(follow_symlinks=is_file)
                     self._stamps[inner] = (about.st_size, about.st_mtime_ns)
+                elif is_file and not item.name.startswith("."):
+                    self.passed_over[_ending(item.name)] += 1
 
     def encoded(self, split: str) -> cache.EncodedSplit:
         """List one split for decoding."""
@@ -177,6 +188,7 @@ class _ArchiveSource:
                 f"({', '.join(_ARCHIVE_SUFFIXES)}); extract it and give the folder"
             )
         self._path = path
+        self.passed_over: collections.Counter[str] = collections.Counter()  # by their ending
         status = path.stat()
         # Listing a compressed archive means decompressing it all, so what is cached goes by this.
         self.fingerprint = json.dumps([path.name, status.st_size, status.st_mtime_ns])
@@ -222,6 +234,13 @@ class _ArchiveSource:
         eval_name = _eval_name(inside, str(self._path))
         images = [path for path in self._members if path[-1:] != "/" and _is_image(path)]
         folders = [path[:-1] for path in self._members if path[-1:] == "/"]
+        within = (f"{_TRAIN}/", f"{eval_name}/")
+        others = [path for path in self._members if path.startswith(within) and path[-1:] != "/"]
+        self.passed_over.update(
+            _ending(path)
+            for path in others
+            if path.count("/") > 1 and not _is_image(path) and not _is_hidden(path)
+        )
         return _arrange(images, folders, eval_name, str(self._path))
 
     def encoded(self, split: str) -> cache.EncodedSplit:
@@ -282,9 +301,15 @@ def _too_large(size: int) -> str:
 
 
 def _is_image(path: str) -> bool:
-    pure = pathlib.PurePosixPath(path)
-    hidden = any(part.startswith(".") for part in pure.parts)
-    return not hidden and pure.suffix.lower() in SUFFIXES
+    return not _is_hidden(path) and pathlib.PurePosixPath(path).suffix.lower() in SUFFIXES
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in pathlib.PurePosixPath(path).parts)
+
+
+def _ending(path: str) -> str:
+    return pathlib.PurePosixPath(path).suffix.lower() or "without an ending"
 
 
 def _eval_name(present: list[str], where: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import re
+import tempfile
 
 import numpy as np
 
@@ -83,9 +84,29 @@ def _cache(cache_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     if cache_dir is not None:
         return local_path(str(cache_dir), "cache_dir")
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        local_path(base, "XDG_CACHE_HOME") if base else pathlib.Path.home() / ".cache"
-    ) / "bs_jax"
+    if base:
+        return local_path(base, "XDG_CACHE_HOME") / "bs_jax"
+    try:
+        return pathlib.Path.home() / ".cache" / "bs_jax"
+    except RuntimeError:  # a user without $HOME and without an entry in the list of users
+        return _temporary_cache()
+
+
+def _temporary_cache() -> pathlib.Path:
+    """A folder of this user among the temporary files."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"bs_jax-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        owner = folder.stat().st_uid
+    except OSError as error:
+        raise UserError(
+            f"no folder for the cache of images ({error}); set XDG_CACHE_HOME"
+        ) from error
+    if owner != os.getuid():
+        raise UserError(
+            f"{folder} belongs to another user; set XDG_CACHE_HOME to a folder of yours"
+        )
+    return folder
 
 
 def _unknown(name: str, kind: str) -> str:

@@ -91,8 +91,15 @@ def cohorts_of(runs: Sequence[ResolvedRun]) -> dict[str, list[ResolvedRun]]:
 
 
 def _cost(runs: Sequence[ResolvedRun]) -> float:
-    # A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
-    return sum(run.train_examples * (1 + 20 / run.micro_batch_size) for run in runs)
+    return sum(run.train_examples * cost_per_example(run) for run in runs)
+
+
+def cost_per_example(run: ResolvedRun) -> float:
+    """The time that an example takes, in units of one in a very large batch.
+
+    A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
+    """
+    return 1 + 20 / run.micro_batch_size
 
 
 class CohortTrainer:
@@ -117,7 +124,9 @@ class CohortTrainer:
         Args:
             folders: the runs and where they are recorded.
             vmapped: train them side by side.
-            on_event: see `train.Trainer.train`.
+            on_event: see `train.Trainer.train`; every event has ``compile_seconds`` beside, which
+                this process has spent on making programs. First comes ``compiling`` where programs
+                have to be made.
             should_stop: see `train.Trainer.train`.
             other_run: see `train.Trainer.train`.
             until_examples: see `train.Trainer.train`.
@@ -126,11 +135,13 @@ class CohortTrainer:
             Interrupted: `should_stop` said so; the states are saved.
             UserError: a mistake of the user's.
         """
-        from bs_jax.training import inputs, optimizers, parallel, train
+        from bs_jax.training import compilation, inputs, optimizers, parallel, train
 
         run = folders[0].run
         key = (optimizers.cohort_key(run), vmapped)
+        watch = compilation.stopwatch()
         if key != self._key:
+            on_event({"event": "compiling", "run_id": run.run_id})
             self._trainer = None  # frees the old programs before new ones are made
             source = inputs.data_key(run.data)
             if source not in self._data:
@@ -146,4 +157,10 @@ class CohortTrainer:
                     stack.enter_context(folder.locked())
 
             distributed.on_first(lock)
-            self._trainer.train(folders, on_event, should_stop, other_run, until_examples)
+            self._trainer.train(
+                folders,
+                lambda event: on_event({**event, "compile_seconds": watch.seconds}),
+                should_stop,
+                other_run,
+                until_examples,
+            )

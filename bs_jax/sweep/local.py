@@ -43,7 +43,7 @@ def train_here(
         UserError: a mistake of the user's.
     """
     trainer = CohortTrainer()
-    with StopRequest(grace_seconds) as stop:
+    with StopRequest(grace_seconds, answer=display.note) as stop:
         while assignment := schedule.next(0):
             writes = distributed.is_first()
             folders = [sweep.run_folder(workdir, run, writes=writes) for run in assignment.runs]
@@ -69,7 +69,7 @@ def train_one(
         Stopped: SIGTERM or SIGINT came; the state is saved.
         UserError: a mistake of the user's.
     """
-    with StopRequest(grace_seconds) as stop:
+    with StopRequest(grace_seconds, answer=display.note) as stop:
         _train(CohortTrainer(), [folder], False, display, stop, other_run)
 
 
@@ -120,7 +120,8 @@ def train_in_processes(
         UserError: a mistake of the user's, found by a worker.
     """
     pool = _Pool(schedule, workdir, display, grace_seconds)
-    with StopRequest(grace_seconds + 2 * _PARTING_SECONDS, before_exit=pool.kill) as stop:
+    patience = grace_seconds + 2 * _PARTING_SECONDS
+    with StopRequest(patience, before_exit=pool.kill, answer=display.note) as stop:
         try:
             failures = pool.serve(workers, stop)
         finally:

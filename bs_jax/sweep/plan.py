@@ -13,6 +13,7 @@ from bs_jax.records import sweep_file
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import Point, resolve
 from bs_jax.training import checks
+from bs_jax.training.ramp import planned_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Sweep:
     Attributes:
         name: of the sweep.
         rows: a dict a point: arm, batch_size, offset, seed, run_id.
-        runs: the distinct runs, in order of first appearance.
+        runs: the distinct runs, by priority, then in order of first appearance.
+        priorities: run_id -> the least priority of its points; what decides most has the least.
         warnings: what would make the comparison unfair.
     """
 
     name: str
     rows: list[dict[str, Any]]
     runs: list[ResolvedRun]
+    priorities: dict[str, int]
     warnings: list[str]
 
 
@@ -49,6 +52,7 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     if not points:
         raise UserError(f"sweep {name!r} has no points")
     runs: dict[str, ResolvedRun] = {}
+    priorities: dict[str, int] = {}
     rows = []
     for point in points:
         try:
@@ -57,6 +61,7 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
             settings = ", ".join(f"{field}={value!r}" for field, value in point.overrides.items())
             raise UserError(f"sweep {name!r}, point {point.arm} ({settings}): {error}") from error
         runs.setdefault(run.run_id, run)
+        priorities[run.run_id] = min(point.priority, priorities.get(run.run_id, point.priority))
         rows.append(
             {
                 "arm": point.arm,
@@ -66,8 +71,8 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
                 "run_id": run.run_id,
             }
         )
-    distinct = list(runs.values())
-    return Sweep(name, rows, distinct, checks.comparison_warnings(distinct))
+    distinct = sorted(runs.values(), key=lambda run: priorities[run.run_id])
+    return Sweep(name, rows, distinct, priorities, checks.comparison_warnings(distinct))
 
 
 def listing(sweep: Sweep) -> str:
@@ -85,9 +90,7 @@ def listing(sweep: Sweep) -> str:
         "arm": [row["arm"] for row in sweep.rows],
         "batch_size": [str(row["batch_size"]) for row in sweep.rows],
         "offset": [f"{row['offset']:g}" for row in sweep.rows],
-        "updates": [
-            f"{runs[row['run_id']].train_examples // row['batch_size']:,}" for row in sweep.rows
-        ],
+        "updates": [_updates(runs[row["run_id"]]) for row in sweep.rows],
         **{name: column for name, column in cells.items() if name not in same},
         "seed": [str(row["seed"]) for row in sweep.rows],
         "run": [row["run_id"] for row in sweep.rows],
@@ -102,6 +105,15 @@ def listing(sweep: Sweep) -> str:
         text.append(f"at all points: {', '.join(f'{n} {v}' for n, v in same.items())}")
     text.append(f"{len(sweep.rows)} points, {len(sweep.runs)} runs")
     return "\n".join([*text, *(f"warning: {warning}" for warning in sweep.warnings)])
+
+
+def _updates(run: ResolvedRun) -> str:
+    """How many updates a run has; of one whose batch follows the noise, the least."""
+    if run.batch_ramp.kind != "stages":
+        least = run.train_examples // run.batch_size
+        return f"{least:,}+" if run.ramps else f"{least:,}"
+    *_, last = planned_chunks(run)
+    return f"{last.end:,}"
 
 
 def _number(value: Any) -> str:

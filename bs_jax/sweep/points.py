@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bs_jax.recipe import Recipe, ResolvedRun, unknown_field
@@ -18,10 +18,12 @@ class Point:
     Attributes:
         arm: name of the compared thing (a rule, a set of scaled hyperparameters).
         overrides: dotted field name -> value, e.g. ``{"scaling.rule": "sqrt", "seed": 1}``.
+        priority: what is trained first where time is short; 0 before 1.
     """
 
     arm: str
     overrides: Mapping[str, Any]
+    priority: int = 0
 
 
 def product(arm: Mapping[str, Mapping[str, Any]], **axes: Sequence[Any]) -> list[Point]:
@@ -48,11 +50,34 @@ def with_seeds(points: Sequence[Point], seeds: Sequence[int]) -> list[Point]:
     distinct: dict[tuple[str, str], Point] = {}
     for point in points:
         rest = {name: value for name, value in point.overrides.items() if name != "seed"}
-        distinct.setdefault((point.arm, json.dumps(rest)), Point(point.arm, rest))
+        one = dataclasses.replace(point, overrides=rest)
+        distinct.setdefault((point.arm, json.dumps(rest)), one)
     return [
-        Point(point.arm, {**point.overrides, "seed": seed})
+        dataclasses.replace(point, overrides={**point.overrides, "seed": seed})
         for point in distinct.values()
         for seed in seeds
+    ]
+
+
+def prioritized(
+    points: Sequence[Point], *levels: Callable[[Mapping[str, Any]], bool]
+) -> list[Point]:
+    """The same points with priorities: 0 where the first level holds of the overrides, and so on.
+
+    >>> points = product(arm={"no": {}}, batch_size=(32, 64), seed=(0,))
+    >>> found = prioritized(points, lambda overrides: overrides["batch_size"] == 64)
+    >>> [(point.overrides["batch_size"], point.priority) for point in found]
+    [(32, 1), (64, 0)]
+    """
+    return [
+        dataclasses.replace(
+            point,
+            priority=next(
+                (number for number, holds in enumerate(levels) if holds(point.overrides)),
+                len(levels),
+            ),
+        )
+        for point in points
     ]
 
 

@@ -67,7 +67,7 @@ def train_on_ray(
             dies_with_parent=True,  # where its node is lost but the machine is not
         )
         shares = shares_of(schedule, slots(ray.cluster_resources(), cpus, gpus))
-        with StopRequest(grace_seconds + 10) as stop:
+        with StopRequest(grace_seconds + 10, answer=display.note) as stop:
             return _serve(ray, shares, setup, display, stop, {"num_cpus": cpus, "num_gpus": gpus})
     finally:
         ray.shutdown()

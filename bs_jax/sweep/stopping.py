@@ -30,13 +30,14 @@ class StopRequest:
     """Notes the first SIGTERM or SIGINT instead of dying of it. A context manager.
 
     While a program compiles, or a long chunk or an evaluation runs, Python code that could look at
-    a signal does not run. So a thread waits for it as well, and ends the process with the same
-    exit code when the grace is over: what is on disk is whole at any moment, and the last
-    checkpoint is gone on from. A second signal has its usual effect at once.
+    a signal does not run. So a thread waits for it as well. It answers at once, and when the grace
+    is over, or at a second signal, it ends the process with the same exit code. What is on disk is
+    whole at any moment, and the next start resumes from the last checkpoint.
 
     Args:
-        grace_seconds: from the signal to the end, come what may.
+        grace_seconds: from the signal to the end, whatever the process is doing.
         before_exit: called before such an end.
+        answer: called with a line for the user when the first signal comes.
 
     Attributes:
         number: of the signal that came, or None.
@@ -46,8 +47,10 @@ class StopRequest:
         self,
         grace_seconds: float = GRACE_SECONDS,
         before_exit: Callable[[], None] = lambda: None,
+        answer: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._grace_seconds, self._before_exit = grace_seconds, before_exit
+        self._answer = answer
         self._handlers: dict[int, Any] = {}
         self.number: int | None = None
 
@@ -90,13 +93,21 @@ class StopRequest:
         if number not in _SIGNALS:
             return  # the context was left
         self.number = number
+        self._answer(
+            f"{signal.Signals(number).name}: stopping at the next point to save, after at most "
+            f"{self._grace_seconds:g} s; once more to stop at once"
+        )
         left, _, _ = select.select([self._reader], [], [], self._grace_seconds)
-        if left:
-            return
+        if left and os.read(self._reader, 1)[0] not in _SIGNALS:
+            return  # the context was left
         self._before_exit()
+        reason = (
+            "stopped at once"
+            if left
+            else f"not at a point to save after {self._grace_seconds:g} seconds"
+        )
         print(
-            f"not at a point to save after {self._grace_seconds:g} seconds; the last checkpoint is "
-            "kept: give the same command again to go on",
+            f"{reason}; the last checkpoint is kept: give the same command again to go on",
             file=sys.stderr,
             flush=True,
         )

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import MeasuredWhileTraining, ResolvedRun, nearest_multiples
+from bs_jax.recipe import ResolvedRun, ScaledWhileTraining, nearest_multiples
 
 
 def check_devices(run: ResolvedRun, devices: int) -> None:
-    """Raise a UserError unless the batch can be spread evenly over so many devices."""
-    batch, micro, ghost = run.batch_size, run.micro_batch_size, run.ghost_batch_size
+    """Raise a UserError unless every batch of a run can be spread evenly over so many devices."""
+    for batch_size in run.batch_sizes:
+        _check_devices(run, batch_size, devices)
+
+
+def _check_devices(run: ResolvedRun, batch: int, devices: int) -> None:
+    micro, ghost = run.micro_batch_size, run.ghost_batch_size
     if batch % devices:
         raise UserError(
             f"batch_size {batch} is not divisible by {devices} devices; "
             f"use {nearest_multiples(batch, devices)}"
         )
     local = batch // devices
-    if isinstance(run.optimizer, MeasuredWhileTraining) and local % micro:
+    if isinstance(run.optimizer, ScaledWhileTraining) and local % micro:
         raise UserError(
             f"micro_batch_size {micro} does not divide the {local} examples that each of "
             f"{devices} devices takes of batch_size {batch}; set config.micro_batch_size to "

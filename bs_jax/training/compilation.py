@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from pathlib import Path
 
 from bs_jax.records import stores
@@ -35,8 +36,57 @@ def compiler_options(platform: str) -> dict[str, str]:
     return dict(_CPU_OPTIONS)
 
 
-def cache_folder() -> Path:
+class Stopwatch:
+    """Adds up the seconds that this process spends on making programs, from when it is made.
+
+    Attributes:
+        seconds: of tracing, lowering and compiling, or reading compiled programs from the cache.
+
+    >>> watch = Stopwatch()
+    >>> watch.add(2.0, now=10.0), watch.add(5.0, now=12.0), watch.seconds  # the first lies within
+    (None, None, 5.0)
+    """
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+
+    def start(self) -> Stopwatch:
+        """Listen to what JAX reports, to the end of the process."""
+        import jax
+
+        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+            if event.startswith("/jax/core/compile/"):
+                self.add(duration_secs, time.monotonic())
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return self
+
+    def add(self, duration: float, now: float) -> None:
+        """Take in a span that ends now; spans within it were reported before."""
+        start = now - duration
+        while self._spans and self._spans[-1][0] >= start:
+            self._spans.pop()
+        if self._spans:
+            start = max(start, self._spans[-1][1])
+        self._spans.append((start, now))
+
+    @property
+    def seconds(self) -> float:
+        """See `Stopwatch`."""
+        return sum(end - start for start, end in self._spans)
+
+
+@functools.cache
+def stopwatch() -> Stopwatch:
+    """The one of this process, running from the first call on."""
+    return Stopwatch().start()
+
+
+def cache_folder() -> Path | None:
     """Where compiled programs are kept: ``$BS_JAX_CACHE``, or the user's cache folder.
+
+    Returns:
+        The folder; None for a user without a home.
 
     Raises:
         UserError: it is a URL.
@@ -44,7 +94,10 @@ def cache_folder() -> Path:
     own = os.environ.get("BS_JAX_CACHE")
     if own:
         return stores.local_path(own, "BS_JAX_CACHE") / "xla"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users
+        return None
     return Path(base) / "bs_jax" / "xla"
 
 
@@ -55,10 +108,12 @@ def enable_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = cache_folder()
+    if folder is None:
+        return  # costs time, not the run; so does a home that is read-only
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a read-only home costs time, not the run
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

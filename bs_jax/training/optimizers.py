@@ -20,9 +20,19 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax import scaling
-from bs_jax.recipe import FixedValues, Optimizer, ResolvedRun, Scaling, Schedule
+from bs_jax.recipe import (
+    FixedValues,
+    Optimizer,
+    ResolvedRun,
+    ScaledWhileTraining,
+    Scaling,
+    Schedule,
+)
 from bs_jax.scaling import optimizers as library
 from bs_jax.training.state import TrainState
+
+# Decays per update that live in the model and the trainer; the rule scales them with the others.
+MODEL_ROLES = {"bn_decay": "decay", "ema_decay": "decay"}
 
 
 def names() -> tuple[str, ...]:
@@ -38,7 +48,7 @@ def names() -> tuple[str, ...]:
 
 def rule_of(settings: Scaling) -> scaling.ScalingRule:
     """The scaling rule of a recipe, with its switches and offsets."""
-    overrides: dict[str, float | None] = {name: float(factor) for name, factor in settings.offsets}
+    overrides: dict[str, Any] = {name: float(factor) for name, factor in settings.offsets}
     overrides |= dict.fromkeys(settings.off)
     return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 
@@ -48,11 +58,33 @@ def call_of(optimizer: Optimizer) -> library.Recipe:
     return library.Recipe.of(optimizer.name, kwargs=optimizer.hyperparams)
 
 
-def traced_values(run: ResolvedRun) -> Mapping[str, float]:
-    """The numbers that a compiled program takes as arguments, by name."""
+def traced_values(run: ResolvedRun, batch_size: int | None = None) -> Mapping[str, float]:
+    """The numbers that a compiled program takes as arguments, by name.
+
+    Args:
+        run: the run.
+        batch_size: examples per update, of a run whose batch ramps; the run's by default.
+    """
     values = {n: v for n, v in run.optimizer.hyperparams.items() if not isinstance(v, bool)}
     clock = {f"clock.{name}": value for name, value in _clock_of(run).items()}
-    return values | clock | {"bn_decay": run.bn_decay, "ema_decay": run.ema_decay}
+    decays = {"bn_decay": run.bn_decay, "ema_decay": run.ema_decay}
+    if run.ramps:
+        decays = _decays_at(run, batch_size or run.batch_size, decays)
+    return values | clock | decays
+
+
+def _decays_at(run: ResolvedRun, batch_size: int, decays: Mapping[str, float]) -> dict[str, float]:
+    """The model's and the trainer's decays, scaled from the base batch size."""
+    optimizer = run.optimizer
+    assert isinstance(optimizer, ScaledWhileTraining)
+    rule, k = rule_of(optimizer.scaling), batch_size / optimizer.base_batch_size
+    own = library.Recipe.of(
+        optimizer.name,
+        kwargs={**optimizer.hyperparams, **decays},
+        roles=MODEL_ROLES,
+    )
+    scaled = own.at(rule, k)
+    return {name: scaled.value(name) if value else value for name, value in decays.items()}
 
 
 def _clock_of(run: ResolvedRun) -> Mapping[str, float]:
@@ -66,8 +98,8 @@ def cohort_key(run: ResolvedRun) -> str:
     presence counts, and of the EMA whether it is on).
     """
     content = run.config
-    for name in ("seed", "name", "title", "report", "tensorboard", "bn_decay"):
-        del content[name]
+    for name in ("seed", "name", "title", "report", "tensorboard", "trackers", "bn_decay"):
+        content.pop(name, None)
     content["ema_decay"] = bool(run.ema_decay)
     content["optimizer"]["hyperparams"] = {
         name: value if isinstance(value, bool) else "traced"
@@ -115,6 +147,16 @@ def make_optimizer(
         rule=rule_of(optimizer.scaling),
         noise_scale=optimizer.scaling.noise_scale or None,
     )(**kwargs)
+
+
+def keeps_noise(run: ResolvedRun) -> bool:
+    """Whether the state of a run's optimizer holds a noise scale; nothing is computed."""
+
+    def found() -> Any:
+        values = {name: jnp.float32(value) for name, value in traced_values(run).items()}
+        return noise_scale(make_optimizer(run, values).init({"kernel": jnp.zeros((2, 2))}))
+
+    return jax.eval_shape(found) is not None
 
 
 def _kernels(params: Any) -> Any:
@@ -171,4 +213,22 @@ def metrics(
         shape = schedule_shape(run.schedule, run.train_examples)
         return {"optim/learning_rate": hyperparams["learning_rate"] * shape(state.examples)}
     in_force = scaling.hyperparams(opt_state)
-    return {f"optim/{name}": jnp.asarray(value, jnp.float32) for name, value in in_force.items()}
+    found = {f"optim/{name}": jnp.asarray(value, jnp.float32) for name, value in in_force.items()}
+    noise = noise_scale(opt_state)
+    if noise is not None:
+        found |= {
+            "noise_scale": noise.noise_scale,
+            "noise_scale_low": noise.low,
+            "noise_scale_high": noise.high,
+        }
+    return found
+
+
+def noise_scale(opt_state: Any) -> scaling.NoiseScale | None:
+    """The noise scale that limits the batch size; None where the optimizer keeps none.
+
+    In the metric that the optimizer moves in, where it is kept.
+    """
+    found = scaling.noise_scale_estimate(opt_state)
+    finer = getattr(found, "preconditioned", None)
+    return found if finer is None else finer

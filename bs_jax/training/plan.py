@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -74,13 +74,16 @@ class Plan:
             short_chunks=short_chunks,
         )
 
-    def chunk(self, step: int, examples: int, batch_size: int) -> Chunk | None:
+    def chunk(
+        self, step: int, examples: int, batch_size: int, until: int | None = None
+    ) -> Chunk | None:
         """The chunk that follows a state; None at the end of the run.
 
         Args:
             step: updates done.
             examples: seen; where a chunk ends, or 0.
             batch_size: examples per update, from here.
+            until: examples at which the chunk ends in any case, at the first update past them.
         """
         updates = (self.train_examples - examples) // batch_size
         if updates < 1:
@@ -89,6 +92,7 @@ class Plan:
         if self.short_chunks:
             cadences.append(self.log_every_examples)
         due = [examples // every * every + every for every in cadences if every]
+        due += [] if until is None else [until]
         taken = min([updates, *(-(-(at - examples) // batch_size) for at in due)])
         after, last = examples + taken * batch_size, taken == updates
 
@@ -104,15 +108,27 @@ class Plan:
             checkpoint=falls_due(self.checkpoint_every_examples),
         )
 
-    def chunks(self, batch_size: int, step: int = 0, examples: int = 0) -> Iterator[Chunk]:
+    def chunks(
+        self,
+        batch_size: int,
+        step: int = 0,
+        examples: int = 0,
+        next_change: Callable[[int], int | None] = lambda examples: None,
+    ) -> Iterator[Chunk]:
         """All chunks that follow a state while the batch size stays.
+
+        Args:
+            batch_size: examples per update.
+            step: updates done.
+            examples: seen.
+            next_change: examples -> where the batch size may change after them; a chunk ends there.
 
         >>> plan = Plan(train_examples=40, log_every_examples=4, eval_every_examples=20,
         ...             checkpoint_every_examples=0)
         >>> [(chunk.start, chunk.end) for chunk in plan.chunks(batch_size=4)]
         [(0, 5), (5, 10)]
         """
-        while chunk := self.chunk(step, examples, batch_size):
+        while chunk := self.chunk(step, examples, batch_size, next_change(examples)):
             yield chunk
             step, examples = chunk.end, chunk.end_examples
 

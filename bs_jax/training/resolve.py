@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 from bs_jax import models, scaling
+from bs_jax.errors import UserError
 from bs_jax.recipe import (
+    BatchRamp,
     FixedValues,
-    MeasuredWhileTraining,
     Recipe,
     ResolvedRun,
     Scaled,
+    ScaledWhileTraining,
     choose,
 )
 from bs_jax.scaling.hyperparameters import Noise
 from bs_jax.training import optimizers
-
-# Decays per update that live in the model and the trainer; the rule scales them with the others.
-_MODEL_ROLES = {"bn_decay": "decay", "ema_decay": "decay"}
 
 
 def resolve_recipe(recipe: Recipe) -> ResolvedRun:
@@ -43,12 +43,21 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
     base = recipe.base_values
     found = {row["hyperparameter"]: row for row in explanation.rows}
     values = {name: found[name]["new"] if name in found else old for name, old in base.items()}
-    optimizer = _optimizer(recipe, values, found)
-    micro_batch_size = recipe.micro_batch_size or (
-        recipe.batch_size
-        if isinstance(optimizer, FixedValues)
-        else default_micro_batch_size(recipe.batch_size, recipe.base_batch_size)
+    measures, ramp = _measures(recipe, found), _resolved_ramp(recipe)
+    optimizer = _optimizer(
+        recipe, values, found, scaled_while_training=measures or ramp.kind != "off"
     )
+    compares = measures or ramp.kind == "noise"  # gradients within a batch
+    # A micro-batch stays as it is while the batch grows, and BatchNorm's groups with it.
+    sizes = [size for _, size in ramp.stages]
+    common = ramp.start or math.gcd(*sizes) or recipe.batch_size
+    micro_batch_size = recipe.micro_batch_size or (
+        default_micro_batch_size(common, recipe.base_batch_size, recipe.ghost_batch_size)
+        if compares
+        else common
+    )
+    if ramp.kind != "off":  # the rule scales them with the batch size
+        values = values | {"bn_decay": recipe.bn_decay, "ema_decay": recipe.ema_decay}
     scaled = Scaled(
         rule=recipe.scaling.rule,
         batch_size=recipe.batch_size,
@@ -58,13 +67,14 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         rows=tuple(explanation.rows),
         warnings=tuple(explanation.warnings),
     )
-    changed = {
+    changed: dict[str, Any] = {
         "run_id": "",
         "optimizer": optimizer,
         "micro_batch_size": micro_batch_size,
         "bn_decay": values["bn_decay"],
         "ema_decay": values["ema_decay"] if recipe.ema_decay else 0.0,
         "measures_noise": False,
+        "batch_ramp": ramp,
         "scaled": scaled,
     }
     same = {
@@ -73,6 +83,14 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         if field.name not in changed
     }
     run = ResolvedRun(**same, **changed)
+    if ramp.kind == "noise" and not optimizers.keeps_noise(run):
+        raise UserError(
+            f"config.batch_ramp.kind is 'noise', but rule {recipe.scaling.rule!r} with "
+            f"{recipe.optimizer.name} keeps no noise scale to follow; use rule 'noise_aware', or "
+            "kind 'stages' with sizes of your own"
+        )
+    if compares and ramp.kind != "off":
+        run.check_two_micro_batches(f"batch_ramp {ramp.kind!r} with rule {recipe.scaling.rule!r}")
     return dataclasses.replace(run, run_id=run.content_id)
 
 
@@ -84,34 +102,64 @@ def explain_recipe(recipe: Recipe) -> scaling.Explanation:
         base_batch_size=recipe.base_batch_size,
         rule=optimizers.rule_of(recipe.scaling),
         noise_scale=recipe.scaling.noise_scale or None,
-        roles=_MODEL_ROLES,
+        roles=optimizers.MODEL_ROLES,
         train_examples=recipe.train_examples,
         numbers_alone=False,
         **cast(Any, recipe.base_values),
     )
 
 
-def default_micro_batch_size(batch_size: int, base_batch_size: int) -> int:
+def default_micro_batch_size(
+    batch_size: int, base_batch_size: int, ghost_batch_size: int = 0
+) -> int:
     """Examples per gradient sample: the base batch where the batch holds two of them, else half.
 
     With micro-batches of exactly the base batch the invariant second moment needs no
     extrapolation (Wang & Aitchison 2024). The largest divisor of the batch at or below the target
-    is taken, so that the batch is split evenly.
+    is taken, so that the batch is split evenly; of those that hold whole ghost batches, if any.
+
+    Args:
+        batch_size: examples per update.
+        base_batch_size: examples per update that the recipe was tuned at.
+        ghost_batch_size: examples that BatchNorm normalises together; 0: a whole micro-batch.
 
     >>> default_micro_batch_size(256, 64), default_micro_batch_size(96, 64)
     (64, 48)
+    >>> default_micro_batch_size(96, 64, ghost_batch_size=32)
+    32
     """
-    target = min(base_batch_size, batch_size // 2)
-    return next(b for b in range(max(target, 1), 0, -1) if batch_size % b == 0)
+    target = max(min(base_batch_size, batch_size // 2), 1)
+    divisors = [size for size in range(target, 0, -1) if batch_size % size == 0]
+    whole = [size for size in divisors if ghost_batch_size and size % ghost_batch_size == 0]
+    return (whole or divisors)[0]
+
+
+def _resolved_ramp(recipe: Recipe) -> BatchRamp:
+    """The ramp with its defaults filled in; without the fields that its kind does not read."""
+    given = recipe.batch_ramp
+    if given.kind == "stages":
+        return BatchRamp("stages", given.stages)
+    if given.kind == "off":
+        return BatchRamp()
+    return dataclasses.replace(
+        given,
+        stages=(),
+        start=given.start or recipe.base_batch_size,
+        every_examples=given.every_examples or recipe.log_every_examples,
+    )
 
 
 def _optimizer(
-    recipe: Recipe, values: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
-) -> FixedValues | MeasuredWhileTraining:
+    recipe: Recipe,
+    values: Mapping[str, Any],
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    scaled_while_training: bool,
+) -> FixedValues | ScaledWhileTraining:
     """The optimizer with its numbers, where the rule knows them all before training."""
     own = recipe.optimizer
-    if _measures(recipe, rows):
-        return MeasuredWhileTraining(
+    if scaled_while_training:
+        return ScaledWhileTraining(
             own.name, own.decay_mask, own.hyperparams, recipe.base_batch_size, recipe.scaling
         )
     # Defaults of the factory that the recipe does not name follow the rule as well.

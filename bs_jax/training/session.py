@@ -14,7 +14,7 @@ from bs_jax.records import json_files, metrics_file, stores
 from bs_jax.records.metrics_file import CLOCKS, CONDITIONS, MetricsFile
 from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.training import distributed, parallel, provenance
+from bs_jax.training import distributed, parallel, provenance, trackers
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.plan import Chunk, Plan
 from bs_jax.training.state import TrainState
@@ -59,8 +59,7 @@ class Session:
         )
         self._restored = False
         self._metrics_file: MetricsFile | None = None
-        self._tensorboard: Any = None
-        self._events: stores.Outbox | None = None
+        self._trackers: list[trackers.Tracker] = []
         self._final: dict[str, float] = {}
 
     def restore(
@@ -109,11 +108,7 @@ class Session:
             self._keep_final(row)
         if self.start_step and not self._restored:
             self.checkpoint(self.state)  # the other run may have gone on by the next start
-        if self.run.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = stores.Outbox(self._folder.path / "tensorboard")
-            self._tensorboard = SummaryWriter(str(self._events.folder), purge_step=self.start_step)
+        self._trackers = trackers.opened(self.run, self._folder.path, self.start_examples)
 
     def record(self, chunk: Chunk, metrics: Mapping[str, np.ndarray], sums: Any) -> None:
         """Write a chunk's metrics; the first non-finite loss ends the record."""
@@ -127,7 +122,11 @@ class Session:
             window = slice(start - chunk.start, end - chunk.start)
             examples = chunk.examples + (end - chunk.start) * chunk.batch_size
             row: dict[str, Any] = {"step": end, "examples": examples}
-            row |= {name: float(np.mean(values[window])) for name, values in metrics.items()}
+            row |= {
+                name: float(values[window][-1] if name in CONDITIONS else np.mean(values[window]))
+                for name, values in metrics.items()
+            }
+            row["batch_size"] = chunk.batch_size
             rows.append(row)
             if self.diverged_at is not None and end >= self.diverged_at:
                 break
@@ -148,15 +147,16 @@ class Session:
             self._metrics_file.append(rows)
         for row in rows:
             self._keep_final(row)
-            if self._tensorboard is not None:
-                for name, value in row.items():
-                    if name not in CLOCKS:
-                        self._tensorboard.add_scalar(name, value, row["examples"])
+            values = {name: value for name, value in row.items() if name not in CLOCKS}
+            for tracker in self._trackers:
+                tracker.log(row["examples"], values)
         self._on_event(
             {
                 "event": "progress",
                 "run_id": self.run.run_id,
                 "examples": self._last[1],
+                "resumed_at": self.start_examples,
+                "batch_size": rows[-1]["batch_size"],
                 "train_examples": self._plan.last_examples(self.run.batch_size),
                 "metrics": json_files.finite(self._final),
             }
@@ -173,10 +173,8 @@ class Session:
             self._metrics_file.flush()
             with stores.disk_errors(self._folder.path):
                 self._checkpoints.save(state, self._metrics_file.digest)
-            if self._tensorboard is not None and self._events is not None:
-                self._tensorboard.flush()
-                with stores.disk_errors(self._folder.path):
-                    self._events.send()
+            for tracker in self._trackers:
+                tracker.flush()
 
     def finish(self, status: str) -> None:
         """Write the summary: "done", "diverged" or "interrupted"; a run that diverged has it."""
@@ -204,6 +202,7 @@ class Session:
             self._folder.check_held()
             self._metrics_file.flush()
         if self._writes:
+            trackers.write_csv(self._folder.path)
             self._folder.finish(summary)
         self._on_event(
             {
@@ -220,7 +219,5 @@ class Session:
         self._checkpoints.close()
         if self._metrics_file is not None:
             self._metrics_file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()

@@ -33,6 +33,7 @@ class Programs(NamedTuple):
     Attributes:
         init: RunInputs -> TrainState.
         train_chunk: (state, RunInputs, data, batches) -> (state, metrics with a leading step axis).
+            The batch size is that of the batches; another one is another compiled program.
             `data` is ``(images, labels, aspects)`` held on the device and `batches` the numbers,
             int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
             arrays (uint8 images, int32 labels, float32 aspects) with those leading axes.
@@ -44,13 +45,18 @@ class Programs(NamedTuple):
     evaluate: Callable[..., Any]
 
 
-def run_inputs(run: ResolvedRun) -> RunInputs:
-    """The arrays that stand for one run's seed and hyperparameters."""
+def run_inputs(run: ResolvedRun, batch_size: int | None = None) -> RunInputs:
+    """The arrays that stand for one run's seed and hyperparameters.
+
+    Args:
+        run: the run.
+        batch_size: examples per update, of a run whose batch ramps; the run's by default.
+    """
     return RunInputs(
         jnp.asarray(run.seed % 2**32, jnp.uint32),
         {
             name: jnp.asarray(value, jnp.float32)
-            for name, value in optimizers.traced_values(run).items()
+            for name, value in optimizers.traced_values(run, batch_size).items()
         },
     )
 
@@ -136,9 +142,6 @@ def _train_chunk(
     run: ResolvedRun, model: Any, spec: AugmentSpec, num_devices: int
 ) -> Callable[..., Any]:
     """(state, inputs, data, batches of one device) -> (state, metrics per step)."""
-    batch_size = run.batch_size
-    local_size = batch_size // num_devices
-    micro_batches = local_size // min(run.micro_batch_size, local_size)
     smoothing = run.label_smoothing
     axis = parallel.BATCH_AXIS
     measures_noise = run.measures_noise
@@ -159,14 +162,9 @@ def _train_chunk(
         aux = {"batch_stats": updated["batch_stats"], "accuracy": jnp.mean(correct)}
         return jnp.mean(losses), aux
 
-    loss_and_grads = scaling.value_grad_and_stats(
-        loss_fn,
-        microbatches=micro_batches,
-        axis_name=axis if num_devices > 1 else None,  # an average over one device still copies
-        has_aux=True,
-    )
-
-    def noise_metrics(grads: Any, stats: scaling.MicrobatchStats | None) -> dict[str, jax.Array]:
+    def noise_metrics(
+        grads: Any, stats: scaling.MicrobatchStats | None, batch_size: int
+    ) -> dict[str, jax.Array]:
         if not measures_noise or stats is None:
             return {}
         found = scaling.noise_sample(grads, stats, batch_size=batch_size)
@@ -176,6 +174,15 @@ def _train_chunk(
         augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
         hyperparams = inputs.hyperparams
         optimizer = optimizers.make_optimizer(run, hyperparams)
+        local_size = jax.tree.leaves(batches)[0].shape[1]  # [steps, examples of this device, ...]
+        batch_size = local_size * num_devices
+        resized = {"batch_size": batch_size} if run.ramps else {}
+        loss_and_grads = scaling.value_grad_and_stats(
+            loss_fn,
+            microbatches=local_size // min(run.micro_batch_size, local_size),
+            axis_name=axis if num_devices > 1 else None,  # an average over one device still copies
+            has_aux=True,
+        )
         offset = jax.lax.axis_index(axis) * local_size
 
         def step(state: TrainState, batch: Any):
@@ -190,7 +197,7 @@ def _train_chunk(
                 state.params, batch, state.batch_stats, augment_key, hyperparams["bn_decay"]
             )
             updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params, microbatch=stats
+                grads, state.opt_state, state.params, microbatch=stats, **resized
             )
             params = jax.tree.map(jnp.add, state.params, updates)
             ema_params = state.ema_params
@@ -203,7 +210,7 @@ def _train_chunk(
                 "train/loss": loss,
                 "train/accuracy": aux["accuracy"],
                 **optimizers.metrics(run, hyperparams, state, opt_state),
-                **noise_metrics(grads, stats),
+                **noise_metrics(grads, stats, batch_size),
             }
             new_state = TrainState(
                 step=state.step + 1,

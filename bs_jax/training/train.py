@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from bs_jax.data.image_data import ImageData
 from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
-from bs_jax.training import checks, distributed, parallel, step
+from bs_jax.scaling import ScaleByBatchState
+from bs_jax.training import checks, distributed, optimizers, parallel, step
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.feed import Feed
 from bs_jax.training.lanes import Lanes
 from bs_jax.training.plan import Chunk, Plan
+from bs_jax.training.ramp import ramp_of
 from bs_jax.training.session import Event, Session
 from bs_jax.training.state import TrainState
 
@@ -58,7 +60,7 @@ class Trainer:
         checks.check_devices(run, len(devices))
         checks.check_data(run, len(data.train), data.image_shape[-1])
         distributed.check_same("data", data.checksum)
-        self._data, self._devices = data, list(devices)
+        self._run, self._data, self._devices = run, data, list(devices)
         # Programs: built once, compiled at their first call, the same for all runs of the cohort.
         self._lanes = Lanes(vmapped)
         self._programs = step.make_programs(
@@ -67,6 +69,7 @@ class Trainer:
         # Data: held on the devices where they fit; the plan says what happens when.
         self._feed = Feed(run, data, devices, self._lanes)
         self._plan = Plan.of(run, short_chunks=self._feed.streamed)
+        self._ramp = ramp_of(run)
 
     def train(
         self,
@@ -130,18 +133,20 @@ class Trainer:
         for session in group:
             session.begin()
         members = [*group, *[group[-1]] * (lanes - len(group))]
-        seeds = [session.run.seed for session in members]
         state = self._lanes.join([session.state for session in members])
-        inputs = self._lanes.join([step.run_inputs(session.run) for session in members])
-        state, inputs = parallel.replicate((state, inputs), self._devices)
+        state = parallel.replicate(state, self._devices)
 
         # Loop: a chunk of updates, an evaluation, a checkpoint, as the plan says.
         late: Callable[[], None] | None = None
-        first = group[0]
-        chunks = self._plan.chunks(first.run.batch_size, first.start_step, first.start_examples)
-        chunks = itertools.takewhile(lambda chunk: chunk.examples < until_examples, chunks)
-        seen = first.start_examples
-        for chunk, batches in self._feed.batches(seeds, chunks):
+
+        def now() -> TrainState:
+            return state
+
+        status = "done"
+        for chunk, batches, inputs in self._chunks(members, now):
+            if chunk.examples >= until_examples:
+                status = "interrupted"
+                break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
             state, metrics = self._programs.train_chunk(state, inputs, train_data, batches)
             sums = None
@@ -151,8 +156,8 @@ class Trainer:
             if late is not None:
                 late()
             late = functools.partial(self._record, group, chunk, metrics, sums)
-            stopping, seen = distributed.any_process(should_stop()), chunk.end_examples
-            if chunk.checkpoint or stopping or seen >= until_examples:
+            stopping = distributed.any_process(should_stop())
+            if chunk.checkpoint or stopping or chunk.end_examples >= until_examples:
                 late()
                 late = None
                 found = self._lanes.split(jax.device_get(state), len(group))
@@ -168,9 +173,50 @@ class Trainer:
         # Finish: the last chunk's metrics and the summary; a run that diverged has its own.
         if late is not None:
             late()
-        status = "done" if seen >= self._plan.last_examples(first.run.batch_size) else "interrupted"
         for session in group:
             session.finish(status)
+
+    def _chunks(
+        self, members: list[Session], state: Callable[[], TrainState]
+    ) -> Iterator[tuple[Chunk, Any, step.RunInputs]]:
+        """The chunks still to train, with their batches and the runs' numbers.
+
+        The batch size is asked for between chunks; for most runs the answer is always the same.
+
+        Args:
+            members: the runs, a lane each.
+            state: gives their state after the chunk before.
+        """
+        seeds = [session.run.seed for session in members]
+        done, examples = members[0].start_step, members[0].start_examples
+        size = self._batch_size(examples, _last_batch_size(members[0].state), state)
+        while True:
+            inputs = self._lanes.join([step.run_inputs(session.run, size) for session in members])
+            inputs = parallel.replicate(inputs, self._devices)
+            chunks = self._plan.chunks(size, done, examples, self._ramp.next_change)
+            for chunk, batches in self._feed.batches(seeds, chunks):
+                yield chunk, batches, inputs
+                if self._plan.is_last(chunk):
+                    return
+                done, examples = chunk.end, chunk.end_examples
+                following = self._batch_size(examples, size, state)
+                if following != size:
+                    size = following
+                    break
+
+    def _batch_size(self, examples: int, current: int, state: Callable[[], TrainState]) -> int:
+        """Examples per update from a point of the run on; all processes get the first's answer."""
+
+        def noise_scale() -> float:
+            found = optimizers.noise_scale(state().opt_state)
+            return math.nan if found is None else float(np.ravel(found.low)[0])
+
+        def asked() -> int:
+            size = self._ramp.batch_size(examples, current, noise_scale)
+            fits = self._plan.chunk(0, examples, size) is not None
+            return size if fits or not current else current  # the rest is no update of the new size
+
+        return distributed.on_first(asked) if self._run.ramps else asked()
 
     def _record(self, group: list[Session], chunk: Chunk, metrics: Any, sums: Any) -> None:
         fetched = self._lanes.split(jax.device_get((metrics, sums)), len(group))
@@ -202,7 +248,8 @@ class Trainer:
     def _runs_at_once(self, sessions: Sequence[Session | None]) -> int:
         """How many of these runs one program advances: one, or as many as fit on a device."""
         unfinished = [session for session in sessions if session is not None]
-        if not self._lanes.vmapped or len(sessions) == 1 or not unfinished:
+        follows_noise = self._run.batch_ramp.kind == "noise"  # each run its own
+        if not self._lanes.vmapped or len(sessions) == 1 or not unfinished or follows_noise:
             return 1
         run, state = unfinished[0].run, unfinished[0].state
         return self._lanes.at_once(
@@ -214,6 +261,13 @@ class Trainer:
             other_bytes=sum(leaf.nbytes for leaf in self._feed.eval_data),
             wanted=len(sessions),
         )
+
+
+def _last_batch_size(state: TrainState) -> int:
+    """Examples in the last update, of a run whose batch ramps; 0 before the first one."""
+    if not int(state.step) or not isinstance(state.opt_state, ScaleByBatchState):
+        return 0
+    return int(state.opt_state.batch_size)
 
 
 def meet(sessions: list[Session]) -> None:
