@@ -85,10 +85,13 @@ def test_a_branch_like_its_trunk_is_the_run_itself_however_often_it_is_stopped(t
         ({"shares": [0.0]}, "--branch_at=0: give shares of the training above 0"),
         ({"shares": [1.5]}, "--branch_at=1.5: give shares"),
         ({"shares": []}, "--branch_at names no point"),
+        ({"recipe": {"batch_ramp.kind": "noise"}}, "a branch keeps one batch size"),
         ({"batch_sizes": [16, 160]}, "a branch of 160 examples .* do not fit into 192"),
     ],
 )
 def test_impossible_plans_are_named(changes, message):
     given = {"shares": [0.5], "batch_sizes": [16, 32], "examples": 32, "seeds": [0, 1]}
+    given |= changes
+    recipe = Recipe.parse(tiny_config(**given.pop("recipe", {})))
     with pytest.raises(UserError, match=message):
-        Branching.plan(Recipe.parse(tiny_config()), **given | changes)
+        Branching.plan(recipe, **given)
