@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bs_jax.scaling.rules import Scalar
 
@@ -36,7 +37,7 @@ class ExampleClock(NamedTuple):
     def examples(self) -> Any:
         """Examples seen: exact int64 outside jit; a rounded float32 inside, where no int64 is."""
         words = (self.base_updates, self.remainder, self.base_batch_size)
-        if any(isinstance(word, jax.core.Tracer) for word in words):
+        if any(isinstance(word, Tracer) for word in words):
             updates, rest, size = (jnp.asarray(word, jnp.float32) for word in words)
             return updates * size + rest
         updates, rest, size = (np.asarray(word, np.int64) for word in words)

@@ -57,7 +57,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         else common
     )
     if ramp.kind != "off":  # the rule scales them with the batch size
-        values = values | {"bn_decay": recipe.bn_decay, "ema_decay": recipe.ema_decay}
+        values = values | {name: base[name] for name in ("bn_decay", "ema_decay") if name in base}
     scaled = Scaled(
         rule=recipe.scaling.rule,
         batch_size=recipe.batch_size,
