@@ -77,9 +77,15 @@ def test_an_unknown_field_of_a_config_is_refused_with_the_nearest_name(path):
         Recipe.parse(config)
 
 
+# Fields that came after the first records: an older recipe need not have them.
+LATER = ("batch_ramp", "trackers")
+
+
 def test_every_field_must_be_there():
     for path in sections(tiny_config()):
         for name in section(tiny_config(), path):
+            if name in LATER or path in LATER:
+                continue
             config = tiny_config()
             del section(config, path)[name]
             full = f"{path}.{name}".strip(".")
