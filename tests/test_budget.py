@@ -1,6 +1,5 @@
 """A time budget: what is trained first, when it ends, what it says beforehand."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -60,6 +59,7 @@ def test_the_budget_stops_as_a_signal_does_and_says_that_it_was_the_time():
             time.sleep(0.005)
         assert stop.number == signal.SIGTERM
     assert limit.over
+    assert not limit.room_for_report
     assert 0.5 < time.monotonic() - began < 1.2  # a third is kept for saving and the report
     assert limit.grace_seconds == pytest.approx(0.2)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -79,6 +79,7 @@ def test_a_time_that_is_up_before_training_waits_until_a_signal_can_be_noted():
 def test_no_budget_is_no_limit():
     with budget.Budget(0.0, 20.0, time.monotonic() - 1e6) as limit:
         assert limit.grace_seconds == 20.0
+        assert limit.room_for_report
     assert not limit.over
 
 
@@ -109,7 +110,6 @@ def test_a_sweep_ends_within_its_budget_and_goes_on(tmp_path):
     assert first.returncode == 0, first.stderr
     assert time.monotonic() - began < 45
     assert "the 0.75 minutes are over; give the same command again" in first.stderr
-    assert "Report:" in first.stdout
     saved = {path.parents[1].name for path in tmp_path.glob("runs/*/checkpoints/*")}
     assert len(saved) == 2
     second = subprocess.run(
@@ -118,4 +118,3 @@ def test_a_sweep_ends_within_its_budget_and_goes_on(tmp_path):
     assert second.returncode == 0, second.stderr
     for folder in tmp_path.glob("runs/*/summary.json"):
         assert '"resumed_at_step": 0,' not in folder.read_text()
-    assert os.listdir(tmp_path / "report")

@@ -170,6 +170,9 @@ def _sweep() -> int:
                     display.note(f"stopped; {again}")
                     return 128 + stopped.signal_number
                 display.note(f"the {FLAGS.budget_minutes:g} minutes are over; {again}")
+                if not limit.room_for_report:
+                    display.note("for the report give it with --mode=report")
+                    return 0
     writes = distributed.is_first()
     distributed.shutdown()
     if writes and not FLAGS.only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
@@ -14,7 +15,7 @@ from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_files import Summary
 from bs_jax.sweep.cohorts import cost_per_example
 
-_REPORT_SECONDS = 15.0  # kept for the report
+_REPORT_SECONDS = 12.0  # that it takes, with something to spare
 
 
 class Budget:
@@ -35,18 +36,24 @@ class Budget:
     def __init__(self, minutes: float, grace_seconds: float, began: float) -> None:
         reserve = min(grace_seconds + _REPORT_SECONDS, 60 * minutes / 3)
         self.grace_seconds = min(grace_seconds, reserve / 2) if minutes else grace_seconds
-        self._stop_at = began + 60 * minutes - reserve if minutes else None
+        self._end_at = began + 60 * minutes if minutes else math.inf
+        self._stop_at = self._end_at - reserve
         self._timer: threading.Timer | None = None
         self._left = threading.Event()
         self.over = False
 
     def __enter__(self) -> Budget:
-        if self._stop_at is not None:
+        if self._stop_at < math.inf:
             left = max(self._stop_at - time.monotonic(), 0.0)
             self._timer = threading.Timer(left, self._end)
             self._timer.daemon = True
             self._timer.start()
         return self
+
+    @property
+    def room_for_report(self) -> bool:
+        """Whether a report can be written before the time is up."""
+        return time.monotonic() + _REPORT_SECONDS < self._end_at
 
     def _end(self) -> None:
         self.over = True
