@@ -40,6 +40,7 @@ from benchmarks import _kernels, _measure, _workers, train_step
 
 PARTS = ("steps", "forms", "runs", "transform")
 OURS = "ours"
+_CLOCK_SHARE = 0.22  # of the time, left for turns when compiling must end
 _RECIPE_EXAMPLES = 5 * 9469  # five epochs of Imagenette's training set
 _TORCH_FORMS = (
     "eager",
@@ -131,7 +132,10 @@ class Size:
         ("xresnet50", 128, 8, (4, 16), 10),
         ("xresnet50", 128, 64, (4,), 10),
     )
-    transform: tuple[tuple[str, ...], ...] = (("--model=resnet18", "--rounds=30"),)
+    transform: tuple[tuple[str, ...], ...] = (
+        ("--model=resnet18", "--steps=20", "--rounds=20"),
+        ("--model=gpt", "--steps=20", "--rounds=20"),
+    )
 
 
 TINY = Size(
@@ -211,7 +215,7 @@ class Bench:
     def _until(self) -> float:
         """When compiling must end, so that there is time left for the clock."""
         return min(
-            self._end - 0.15 * self._flags.budget_seconds,
+            self._end - _CLOCK_SHARE * self._flags.budget_seconds,
             time.monotonic() + self._flags.compile_seconds,
         )
 
@@ -308,7 +312,7 @@ class Bench:
             for name, change in changes.items():
                 specs[f"{name}, {batch_size}"] = self._ours(batch_size, **change)
         found = self.result["forms"] = []
-        for row in self._measured("forms", specs, self._size.batch_sizes):
+        for row in self._measured("forms", specs, self._size.batch_sizes, rounds=5):
             print(f"\n{self._size.model} in other forms, batch {row['batch_size']}")
             _tell(row)
             found.append(row)
@@ -374,6 +378,7 @@ class Bench:
         specs: Mapping[str, Mapping[str, Any]],
         groups: Iterable[int],
         *,
+        rounds: int = 1000,
         describe: bool = False,
         by_step: bool = True,
     ) -> Iterable[dict[str, Any]]:
@@ -396,7 +401,7 @@ class Bench:
                 crew.wait(last, until)
                 for group in wave:
                     able = [name for name in crew.able if _group(name) == group]
-                    times = crew.turns(self._size.rounds, self._end, able)
+                    times = crew.turns(min(rounds, self._size.rounds), self._end, able)
                     if by_step:
                         times = {
                             n: [t / chosen[n]["steps"] for t in row] for n, row in times.items()

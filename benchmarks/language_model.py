@@ -17,16 +17,23 @@ An arm is a rule of the library (``invariant``), a name in ``RECIPES``, or one o
     guard:RULE    steps grow with the batch only up to the measured noise scale
     ramp:RULE     the batch grows in given stages, up to k
     follow:RULE   the batch doubles, up to k, as the measured noise scale allows
+    floor:RULE    a guard that lets the learning rate grow by at least sqrt(k); not in the library
 
-``guard2:RULE`` reads twice the noise scale, ``follow.5:RULE`` half of it; forms combine, as in
-``guard:ramp:invariant``. The arm ``order`` is the base with its examples in another order inside
-blocks of 128: how much order alone moves the loss.
+``follow.3:RULE`` lets the batch reach .3 of the noise scale in place of the library's own share,
+``floor.25:RULE`` has k^.25 for sqrt(k).
+Forms combine, as in ``guard:ramp:invariant``; without ``guard`` a rule is unguarded. The arm
+``order`` is the base with its examples in another order inside blocks of 128: how much order alone
+moves the loss.
+
+Several processes may share a file, each with its own ``--arms``: they trace and compile side by
+side. The command that is given last, with all arms, finds all runs done and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -48,6 +55,7 @@ from scipy import stats as scipy_stats
 import bs_jax
 from benchmarks import _measure
 from bs_jax import scaling
+from bs_jax.scaling import BatchRamp
 from examples import language_model as example
 
 CURVE_EXAMPLES = 128  # a point of the training curve is the mean over so many
@@ -100,8 +108,7 @@ class Measured(NamedTuple):
         return jnp.where(signal > 0, self.noise[metric] / jnp.where(signal > 0, signal, 1), jnp.inf)
 
 
-PLAIN, ADAM, ADAPTDL = 0, 1, 2
-POWERS = (0.0, 0.5, 1.0)
+PLAIN, ADAM, ADAPTDL = 0, 1, 2  # p = 0, 1/2, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +117,11 @@ class Arm:
 
     Attributes:
         name: as on the command line.
-        rule: of the library; what the optimizer is scaled by.
+        rule: of the library; what the optimizer is scaled by. It says whether it is guarded.
         gain: (phi, k) -> factor on the learning rate beside the rule's, phi the measured noise
             scale over the base batch size.
-        metric: of the noise scale that ``gain`` and ``follow`` read.
+        metric: of the noise scale that ``gain`` reads.
         decay: k -> decay of that measurement per update.
-        guard_share: the share of phi that ``gain`` is given.
         form: "fixed", "ramp" (given stages) or "follow" (the measured noise scale).
         follow_share: the share of the noise scale that a following batch may reach.
         optimizer: (problem, k) -> a transformation of its own instead of a rule.
@@ -125,18 +131,17 @@ class Arm:
     name: str
     rule: Any = "none"
     gain: Callable[[Any, Any], Any] | None = None
-    metric: int = ADAM
+    metric: int = PLAIN
     decay: Callable[[float], float] = lambda k: 0.98**k
-    guard_share: float = 1.0
     form: str = "fixed"
-    follow_share: float = 0.3
+    follow_share: float = BatchRamp.share
     optimizer: Callable[[Problem, float], Any] | None = None
     shuffled: bool = False
 
 
-def guard(phi: Any, k: Any) -> Any:
-    """Let a learning rate of k lr only be min(k, max(1, phi)) lr."""
-    return jnp.minimum(k, jnp.maximum(1.0, phi)) / k if k > 1 else jnp.ones(())
+def guard_with_floor(phi: Any, k: Any, power: float = 0.5) -> Any:
+    """Let a learning rate of k lr only be min(k, max(k^power, phi)) lr."""
+    return jnp.minimum(k, jnp.maximum(k**power, phi)) / k if k > 1 else jnp.ones(())
 
 
 def adascale_gain(phi: Any, k: Any) -> Any:
@@ -170,7 +175,7 @@ def _lr_alone(name: str, power: float) -> bs_jax.ScalingRule:
 
 
 _half_lives = dataclasses.replace(bs_jax.RULES["none"], name="marek", time_constants=True)
-RECIPES = {
+RECIPES: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("base"),
@@ -193,19 +198,24 @@ def find_arm(name: str) -> Arm:
     """Return the arm of this name, e.g. ``"sqrt"``, ``"guard:invariant"`` or ``"adascale"``."""
     if name in RECIPES:
         return RECIPES[name]
-    *forms, rule = name.split(":")
-    fields: dict[str, Any] = {}
+    *forms, last = name.split(":")
+    own = RECIPES[last].rule if last in RECIPES else last
+    rule, fields = scaling.resolve_rule(own), {}
     for form in forms:
-        match = re.fullmatch(r"(guard|ramp|follow)(\d*\.?\d*)", form)
-        if not match or (match[1] == "ramp" and match[2]):
+        match = re.fullmatch(r"guard|(ramp)|(follow|floor)(\d*\.?\d*)", form)
+        if not match:
             raise SystemExit(
-                f"arm {name!r}: {form!r} is no form; write guard:RULE, ramp:RULE or follow:RULE"
+                f"arm {name!r}: {form!r} is no form; write guard:, ramp:, follow: or floor:RULE"
             )
-        fields |= {"gain": guard} if match[1] == "guard" else {"form": match[1]}
-        if match[2]:
-            fields[f"{match[1]}_share"] = float(match[2])
-    own = RECIPES[rule].rule if rule in RECIPES else scaling.resolve_rule(rule)
-    return Arm(name, own, **fields)
+        if form == "guard" and not rule.measures:
+            raise SystemExit(f"arm {name!r}: {last} measures no noise scale that could guard it")
+        if match[2] == "floor":
+            power = float(match[3] or 0.5)
+            fields |= {"gain": functools.partial(guard_with_floor, power=power), "metric": ADAM}
+        elif form != "guard":
+            fields["form"] = match[1] or match[2]
+            fields |= {"follow_share": float(match[3])} if match[3] else {}
+    return Arm(name, rule.replace(guard="guard" in forms), **fields)
 
 
 def schedule(problem: Problem) -> optax.Schedule:
@@ -302,8 +312,7 @@ class Trainer:
             )
             gain = jnp.ones(())
             if arm.gain is not None:
-                phi = measured.noise_scale(arm.metric) / problem.base_batch_size
-                gain = arm.gain(arm.guard_share * phi, k)
+                gain = arm.gain(measured.noise_scale(arm.metric) / problem.base_batch_size, k)
             # AdamW's update is proportional to its learning rate, its weight decay included.
             updates = jax.tree.map(lambda u: gain * u, updates)
             params = optax.apply_updates(carry.params, updates)
@@ -314,7 +323,7 @@ class Trainer:
             updates = max(1, min(CURVE_EXAMPLES, problem.chunk_examples) // batch_size)
             points = loss.reshape(-1, updates).mean(axis=1)
             means = jax.tree.map(lambda x: x.mean(axis=0), (now, gain))
-            return carry, (points, *means, carry.measured.noise_scale(arm.metric))
+            return carry, (points, *means)
 
         return self.over_seeds(one)(carry, order)
 
@@ -354,7 +363,10 @@ def measure(second_moment: Any, stats: Any, batch_size: int, k: float) -> tuple[
         # As the library's invariant second moment: never below most of its noise part. Where v is
         # zero no gradient was seen yet, so that c and w are zero as well.
         v = jnp.maximum(jnp.maximum(v, 0.7 * wide), 1e-20)
-        return jnp.stack([(both * v[None] ** -p).reshape(2, -1).sum(axis=1) for p in POWERS])
+        inverse = jax.lax.rsqrt(v)[None]
+        return jnp.stack(
+            [x.reshape(2, -1).sum(axis=1) for x in (both, both * inverse, both * inverse**2)]
+        )
 
     signal, w = sum(jax.tree.leaves(jax.tree.map(sums, v, wide, both)), jnp.zeros((3, 2))).T
     return (v, wide), Measured(signal, b * w)
@@ -375,17 +387,13 @@ def batch_sizes(problem: Problem, job: Job) -> set[int]:
     return {problem.base_batch_size * 2**i for i in range(int(math.log2(job.scale)) + 1)}
 
 
-def batch_size_of(problem: Problem, job: Job, chunk: int, now: int, noise_scale: float) -> int:
-    """The batch size of a chunk, ``now`` and ``noise_scale`` those at the end of the last."""
+def batch_size_of(problem: Problem, job: Job, chunk: int) -> int:
+    """The batch size of a chunk that is known before training."""
     base, largest = problem.base_batch_size, round(job.scale * problem.base_batch_size)
     if job.arm.form == "fixed":
         return largest
-    if job.arm.form == "ramp":
-        reached = [size for share, size in STAGES if chunk >= round(share * problem.chunks)]
-        return min(largest, base * reached[-1])
-    if chunk and math.isfinite(noise_scale):  # infinite: no signal was seen, so nothing is known
-        return 2 * now if 2 * now <= min(largest, job.arm.follow_share * noise_scale) else now
-    return now if chunk else base
+    reached = [size for share, size in STAGES if chunk >= round(share * problem.chunks)]
+    return min(largest, base * reached[-1])
 
 
 class OutOfTime(Exception):
@@ -470,22 +478,28 @@ def train(trainer: Trainer, programs: Programs, job: Job) -> list[dict[str, Any]
     order = order.reshape(len(job.seeds), problem.chunks, problem.chunk_examples)
     programs.chunk(job, first)  # compiled before the clock starts
     start = time.perf_counter()
-    sizes, records, batch_size, noise_scale = [], [], first, math.inf
+    sizes, records, ramp = [], [], None
+    if job.arm.form == "follow":
+        largest = max(batch_sizes(problem, job))
+        share = job.arm.follow_share
+        # Asked once a chunk, which is many updates: one answer is enough.
+        ramp = BatchRamp(batch_size=first, largest=largest, share=share, patience=1)
     for chunk in range(problem.chunks):
-        batch_size = batch_size_of(problem, job, chunk, batch_size, noise_scale)
+        batch_size = ramp.batch_size if ramp else batch_size_of(problem, job, chunk)
         step = programs.chunk(job, batch_size)
         shape = (len(job.seeds), -1, batch_size)
         carry, record = step(carry, jnp.asarray(order[:, chunk].reshape(shape)))
         sizes.append(batch_size)
         records.append(record)
-        if job.arm.form == "follow":
-            noise_scale = float(record[-1][0])
+        if ramp:
+            state = jax.tree.map(lambda x: x[0], carry.opt_state)  # of a single run, see jobs_of
+            ramp.next_batch_size(bs_jax.noise_scale_estimate(state))
         if time.time() > programs.deadline:
             raise OutOfTime
     losses = np.asarray(programs.validate(job, carry.params))
     seconds = (time.perf_counter() - start) / len(job.seeds)
     records = jax.tree.map(lambda *xs: np.stack(xs, axis=1), *jax.device_get(records))
-    points, measured, gain, _ = records
+    points, measured, gain = records
     return [
         {
             "arm": job.arm.name,
@@ -513,7 +527,7 @@ def _short(x: np.ndarray) -> Any:
 
 DEFAULT_ARMS = (
     "base,order,none,linear,sqrt,noise_aware,invariant,guard:invariant,guard:noise_aware,"
-    "ramp:invariant,ramp:sqrt,follow:invariant,"
+    "ramp:invariant,ramp:sqrt,guard:follow:invariant,"
     "merrill,marek,marek_sqrt,adascale,adaptdl,malladi"
 )
 
@@ -532,12 +546,12 @@ def plan(arms: str, scales: str, problem: Problem) -> list[tuple[Arm, float]]:
     own_size = ("base", "order")
     pairs = [(arm, 1.0) for arm in found if arm.name in own_size]
     for k in sizes:
-        # Neither ramps nor the guard do anything to a smaller batch.
+        # Neither ramps nor guards do anything to a smaller batch.
         pairs += [
             (arm, k)
             for arm in found
             if arm.name not in own_size
-            and (k > 1 or (k < 1 and arm.form == "fixed" and arm.gain is not guard))
+            and (k > 1 or (k < 1 and arm.form == "fixed" and not re.match("guard|floor", arm.name)))
         ]
     return pairs
 
@@ -658,9 +672,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     done = {(row["arm"], row["k"], row["seed"]) for row in rows}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     jobs = jobs_of(pairs, seeds, done, flags.vmap_seeds)
-    if flags.out and not flags.out.exists():
+    if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError), flags.out.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(header) + "\n")
     print(
         f"{sum(len(job.seeds) for job in jobs)} runs to train, {len(rows)} done before", flush=True
     )

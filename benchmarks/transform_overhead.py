@@ -1,10 +1,12 @@
-"""What scale_by_batch costs: a ResNet-18 train step against the same step with plain optax.
+"""What scale_by_batch costs: a train step against the same step with plain optax.
 
 Command:  python -m benchmarks.transform_overhead --json=docs/results/transform_overhead.json
 Run time: four minutes on two CPU cores
 
-Every program is one AdamW step (forward, backward, update; state donated) on the same random
-images, and they take turns.
+Every program is one AdamW step (forward, backward, update; state donated) of a ResNet-18 on the
+same random images, and they take turns. --model=gpt: of the transformer of
+``examples/language_model.py`` on random tokens. --steps=20: so many steps in one program, for a
+card, where one step by itself would time the host that launches it.
 
     plain                  optax.adamw on the gradient of the whole batch
     static                 the same with scale_by_batch: constant batch size and hyperparameters
@@ -29,10 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import bs_jax
 from benchmarks import _measure
 from bs_jax import models
+from examples import language_model
 
 BASE_BATCH_SIZE = 16
 RECIPE = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99, "weight_decay": 0.1}
@@ -63,6 +67,10 @@ class Problem:
         self.batch_size = arguments.batch_size
         self.microbatches = arguments.microbatches
         self.devices = arguments.devices
+        self.steps = arguments.steps
+        if arguments.model == "gpt":
+            self._make_gpt()
+            return
         self.model = models.create(arguments.model, num_classes=10)
         draw = np.random.default_rng(0)
         shape = (arguments.batch_size, arguments.image_size, arguments.image_size, 3)
@@ -73,8 +81,19 @@ class Problem:
         init = jax.jit(functools.partial(self.model.init, train=False))
         self.variables = init(jax.random.key(0), self.batch["images"][:1])
 
+    def _make_gpt(self) -> None:
+        graph, params = nnx.split(language_model.GPT(rngs=nnx.Rngs(0)))
+        shape = (self.batch_size, language_model.CONTEXT + 1)
+        tokens = np.random.default_rng(0).integers(0, language_model.VOCABULARY, shape)
+        self.batch = {"tokens": jnp.asarray(tokens, jnp.int32)}
+        self.variables = {"params": params, "batch_stats": {}}
+        self.graph = graph
+
     def loss(self, params: Any, batch: Any, batch_stats: Any) -> tuple[jax.Array, Any]:
         """Mean cross entropy and the new running statistics."""
+        if "tokens" in batch:
+            model = nnx.merge(self.graph, params)
+            return language_model.mean_loss(model, batch["tokens"]), batch_stats
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
             batch["images"],
@@ -125,7 +144,7 @@ def make_optimizer(kind: str, batch_size: int) -> optax.GradientTransformationEx
 
 
 def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
-    """A compiled train step that goes on from its own last state each time it is called."""
+    """A compiled call that takes steps from its own last state each time it is called."""
     tx = make_optimizer(case.kind, problem.batch_size)
     gradient = problem.gradient(case)
 
@@ -138,16 +157,24 @@ def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
 
+    def steps(state: Any, batch: Any, batch_size: Any) -> Any:
+        def body(state: Any, _: Any) -> Any:
+            return step(state, batch, batch_size)
+
+        state, losses = jax.lax.scan(body, state, length=problem.steps)
+        return state, losses[-1]
+
+    call = step if problem.steps == 1 else steps
     params, batch_stats = problem.variables["params"], problem.variables["batch_stats"]
     state = jax.tree.map(jnp.copy, (params, batch_stats, tx.init(params)))
     batch, size = problem.batch, jnp.int32(problem.batch_size)
     if problem.devices > 1:
         batch = jax.tree.map(lambda x: x.reshape(problem.devices, -1, *x.shape[1:]), batch)
         compiled = jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
+            call, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
         )
     else:
-        compiled = jax.jit(step, donate_argnums=(0,))
+        compiled = jax.jit(call, donate_argnums=(0,))
 
     def run() -> Any:
         nonlocal state
@@ -174,11 +201,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file to write the result to")
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--model", default="resnet18", help="or gpt")
     parser.add_argument("--image_size", type=int, default=64, help="pixels")
     parser.add_argument("--batch_size", type=int, default=64, help="examples")
     parser.add_argument("--microbatches", type=int, default=2, help="on each device")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1, help="in one program")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     if arguments.devices > 1 and jax.config.values["jax_platforms"] == "cpu":

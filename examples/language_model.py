@@ -2,6 +2,7 @@
 
     python examples/language_model.py                    # the recipe, at its own batch size of 16
     python examples/language_model.py --batch_size=32    # twice the batch; everything else follows
+    python examples/language_model.py --batch_size=64 --ramp        # up to 64, as the noise allows
     python examples/language_model.py --batch_size=64 --rule=sqrt
 
 The text is the source code of Python's standard library, so nothing is downloaded. It differs a
@@ -26,6 +27,7 @@ import optax
 from flax import nnx
 
 import bs_jax
+from bs_jax.scaling import BatchRamp, resolve_rule
 
 CONTEXT, VOCABULARY = 64, 1024
 BASE_BATCH_SIZE, EXAMPLES = 16, 10_240  # sequences in an update, and in the whole training
@@ -148,40 +150,61 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--base_batch_size", type=int, default=BASE_BATCH_SIZE,
                         help="sequences in an update that the recipe was tuned at")  # fmt: skip
     parser.add_argument("--rule", default="invariant", help=f"one of {', '.join(bs_jax.RULES)}")
-    parser.add_argument("--microbatches", type=int, default=2, help="parts of a batch")
+    parser.add_argument("--guard", action=argparse.BooleanOptionalAction, default=True,
+                        help="let steps grow only up to the measured noise scale")  # fmt: skip
+    parser.add_argument("--ramp", action="store_true", help="start at the base batch size and"
+                        " grow up to --batch_size as the measured noise scale allows")  # fmt: skip
+    parser.add_argument("--microbatches", type=int, default=2, help="parts of a base-size batch")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order of examples")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="sequences to train on")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens; 256: bytes")
     flags = parser.parse_args(arguments)
 
     text = load_text(flags.vocabulary)
+    if flags.examples > len(text.train):
+        parser.error(f"--examples={flags.examples}: the text has {len(text.train)} sequences")
     order = np.random.default_rng(flags.seed).permutation(len(text.train))
     model = GPT(vocabulary=flags.vocabulary, rngs=nnx.Rngs(flags.seed))
     graph, params = nnx.split(model)
-    tx = make_optimizer(flags.batch_size, flags.base_batch_size, flags.rule, learning_rate())
+    ramp = None
+    if flags.ramp:
+        ramp = BatchRamp(
+            batch_size=flags.base_batch_size,
+            largest=flags.batch_size,
+            multiple_of=max(1, flags.base_batch_size // flags.microbatches),
+        )
+    size = ramp.batch_size if ramp else flags.batch_size
+    rule = resolve_rule(flags.rule).replace(guard=flags.guard)
+    tx = make_optimizer(size, flags.base_batch_size, rule, learning_rate())
     opt_state = tx.init(params)
-    loss_and_grad = bs_jax.value_grad_and_stats(
-        lambda params, batch: mean_loss(nnx.merge(graph, params), batch),
-        microbatches=flags.microbatches,
-    )
 
-    @jax.jit
+    @jax.jit  # one program for each size of a batch
     def update(params, opt_state, batch):
+        loss_and_grad = bs_jax.value_grad_and_stats(
+            lambda params, batch: mean_loss(nnx.merge(graph, params), batch),
+            microbatches=max(2, flags.microbatches * len(batch) // flags.base_batch_size),
+        )
         loss, grads, stats = loss_and_grad(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, microbatch=stats)
+        changed = {"batch_size": len(batch)} if ramp else {}
+        updates, opt_state = tx.update(grads, opt_state, params, microbatch=stats, **changed)
         return optax.apply_updates(params, updates), opt_state, loss
 
     print(f"text {text.digest}: {len(text.train)} sequences to train on, of {CONTEXT} tokens")
     start = time.perf_counter()
-    for done in range(0, flags.examples - flags.batch_size + 1, flags.batch_size):
-        batch = text.train[order[done : done + flags.batch_size]]
+    done = shown = updates = 0
+    while done + size <= flags.examples:
+        batch = text.train[order[done : done + size]]
         params, opt_state, loss = update(params, opt_state, batch)
-        if done // flags.batch_size % (1024 // flags.batch_size or 1) == 0:
+        done, updates = done + size, updates + 1
+        if ramp:
+            size = ramp.next_batch_size(bs_jax.noise_scale_estimate(opt_state))
+        if done >= shown:
+            shown += 1024
             seconds = time.perf_counter() - start
-            print(f"{done + flags.batch_size:6d} sequences  loss {loss:.3f}  {seconds:4.0f} s")
+            print(f"{done:6d} sequences, batch {len(batch)}: loss {loss:.3f}, {seconds:.0f} s")
     evaluate = jax.jit(lambda params, batch: mean_loss(nnx.merge(graph, params), batch))
     final = float(np.mean([evaluate(params, x) for x in np.split(text.validation[:512], 8)]))
-    print(f"validation loss {final:.4f} nats a token")
+    print(f"validation loss {final:.4f} nats a token after {updates} updates")
     return final
 
 

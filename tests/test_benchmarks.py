@@ -1,5 +1,6 @@
 """The benchmarks run, at a size where they measure nothing, and write what the docs read."""
 
+import argparse
 import gzip
 import json
 import time
@@ -21,6 +22,7 @@ from benchmarks import (
     scaling,
     sweep_config,
     train_step,
+    transform_overhead,
 )
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers
@@ -76,8 +78,8 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", gpu.RECIPE_FORMS.values(), ids=gpu.RECIPE_FORMS)
 def test_what_the_recipe_adds_is_a_recipe(change):
-    config = _programs.make_config("xresnet50", 128, 64, **change["overrides"])
-    assert config != _programs.make_config("xresnet50", 128, 64)
+    run = _programs.make_run("xresnet50", 128, 64, **change["overrides"])
+    assert run.run_id != _programs.make_run("xresnet50", 128, 64).run_id
 
 
 @pytest.mark.long
@@ -97,6 +99,17 @@ def test_runs_side_by_side_and_the_transform_are_measured_too(tmp_path, monkeypa
     assert set(row["images_per_second"]) == {"ours", "2 vmapped"}
     assert result["transform"][0]["results"]["against plain"]["static"]["ratio"] > 0
     assert "no_such_flag" in result["transform"][1]["not_measured"]
+
+
+@pytest.mark.long
+def test_the_transform_costs_the_same_updates_in_one_program_and_one_by_one():
+    settings = {"batch_size": 4, "microbatches": 2, "devices": 1, "model": "gpt"}
+    losses = []
+    for steps, calls in ((1, 3), (3, 1)):
+        problem = transform_overhead.Problem(argparse.Namespace(**settings, steps=steps))
+        run = transform_overhead.make_step(problem, transform_overhead.CASES["invariant"])
+        losses.append([float(run()) for _ in range(calls)][-1])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_what_does_not_compile_in_time_is_ended_and_named(tmp_path):
@@ -158,9 +171,9 @@ ENTRY %main {
 
 @pytest.mark.parametrize("name", ["adamw", "ranger"])
 def test_an_optimizer_over_vectors_is_the_optimizer(name):
-    config = _programs.make_config("resnet4_patch", 8, 4, **{"optimizer.name": name})
-    values = optimizers.traced_values(config)
-    plain = optimizers.make_optimizer(config, {n: jnp.float32(v) for n, v in values.items()})
+    run = _programs.make_run("resnet4_patch", 8, 4, **{"optimizer.name": name})
+    values = optimizers.traced_values(run)
+    plain = optimizers.make_optimizer(run, {n: jnp.float32(v) for n, v in values.items()})
     params = {
         "conv": {"kernel": jnp.arange(6.0).reshape(2, 3)},
         "norm": {"bias": jnp.ones(3), "scale": jnp.full(3, 2.0)},

@@ -37,8 +37,8 @@ def test_merged_tokens_decode_to_the_text(raw):
         assert not any((a, b) == pair for a, b in itertools.pairwise(merged))
 
 
-def test_the_language_model_learns_at_another_batch_size():
-    flags = ["--vocabulary=256", "--batch_size=32", "--examples=640"]
+def test_the_language_model_learns_while_its_batch_may_follow_the_noise():
+    flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
 
 
@@ -55,7 +55,7 @@ class TestStudy:
     def test_rows_are_kept_and_not_trained_again(self, tmp_path, capsys):
         out = tmp_path / "rows.jsonl"
         flags = ["--tiny", "--seeds=0", "--scales=2", f"--out={out}"]
-        flags += ["--arms=base,guard:ramp:invariant"]
+        flags += ["--arms=base,guard:follow1000:invariant"]
         base, ramp = study.main(flags)
         assert (base["arm"], base["k"], base["seed"], base["updates"]) == ("base", 1.0, 0, 32)
         assert ramp["batch_sizes"] == [8, 16, 16, 16]
@@ -90,6 +90,7 @@ class TestStudy:
             ("--scales=0.125", "which must be a whole number from 2"),
             ("--scales=32", "divides 64"),
             ("--arms=gard:sqrt", "'gard' is no form"),
+            ("--arms=guard:sqrt", "sqrt measures no noise scale"),
             ("--problem=depth=2", "no field 'depth'"),
         ],
     )
@@ -129,29 +130,30 @@ def test_signal_and_noise_are_unbiased_in_every_metric():
 
 def test_gains_are_right_at_both_ends():
     for k in (2.0, 8.0):
-        assert study.guard(0.0, k) * k == 1.0
-        assert study.guard(1.5, k) * k == pytest.approx(1.5)
-        assert study.guard(jnp.inf, k) == 1.0
         assert study.adascale_gain(0.0, k) == pytest.approx(1.0)
         assert study.adascale_gain(jnp.inf, k) == pytest.approx(k)
         assert study.adascale_gain(3.0, k) == pytest.approx((3.0 + 1) / (3.0 / k + 1))
         assert study.adaptdl_gain(3.0, k) == pytest.approx(study.adascale_gain(3.0, k) ** 0.5)
-    assert study.guard(0.1, 0.25) == 1.0
+
+    assert study.guard_with_floor(0.0, 4.0) * 4 == 2.0
+    assert study.guard_with_floor(3.0, 4.0) * 4 == 3.0
+    assert study.guard_with_floor(jnp.inf, 4.0) * 4 == 4.0
+    assert study.guard_with_floor(0.1, 0.25) == 1.0
 
 
-def test_a_following_batch_doubles_within_its_share_and_never_shrinks():
-    problem = study.Problem()
-    job = study.Job(study.find_arm("follow.5:invariant"), 4.0, (0,))
-    sizes, now = [], 0
-    for chunk, noise_scale in enumerate([math.inf, 10.0, math.inf, 64.0, 65.0, 1e9, 1.0, 1e9]):
-        now = study.batch_size_of(problem, job, chunk, now, noise_scale)
-        sizes.append(now)
-    assert sizes == [16, 16, 16, 32, 32, 64, 64, 64]
+def test_an_arm_says_whether_it_is_guarded():
+    assert not study.find_arm("invariant").rule.guard
+    assert study.find_arm("guard:invariant").rule.guard
+    arm = study.find_arm("guard:follow.25:noise_aware")
+    assert (arm.rule.guard, arm.form, arm.follow_share) == (True, "follow", 0.25)
+    floor = study.find_arm("floor.25:invariant")
+    assert floor.gain(0.0, 16.0) * 16.0 == 2.0
+    assert study.find_arm("ramp:merrill").rule.lr_power == 0.5
 
 
 def test_ramps_make_the_updates_that_their_stages_say():
     problem = study.Problem()
     for scale, updates in ((4.0, 328), (8.0, 308)):
         job = study.Job(study.find_arm("ramp:invariant"), scale, (0,))
-        sizes = [study.batch_size_of(problem, job, c, 0, 0.0) for c in range(problem.chunks)]
+        sizes = [study.batch_size_of(problem, job, c) for c in range(problem.chunks)]
         assert sum(problem.chunk_examples // size for size in sizes) == updates

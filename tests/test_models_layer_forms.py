@@ -8,7 +8,7 @@ import pytest
 
 from bs_jax import models
 from bs_jax.models import conv, initializers, layer_forms, pooling
-from bs_jax.models.activations import MISH
+from bs_jax.models.activations import MISH, RELU, Activation
 from bs_jax.models.normalization import BatchNorm, normalise
 
 ALL = layer_forms.LayerForms(True, True, True, True)
@@ -16,11 +16,14 @@ X = np.random.default_rng(0).standard_normal((4, 6, 6, 3)).astype(np.float32)
 
 
 class Norm(nn.Module):
-    """Ghost batches of two, behind them Mish."""
+    """Ghost batches of two, behind them an activation."""
+
+    activation: Activation
 
     @nn.compact
     def __call__(self, x):
-        return BatchNorm(ghost_batch_size=2, activation=MISH)(x, train=True, decay=0.5)
+        norm = BatchNorm(ghost_batch_size=2, activation=self.activation)
+        return norm(x, train=True, decay=0.5)
 
 
 class Pointwise(nn.Module):
@@ -53,7 +56,10 @@ def passes(module, chosen):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, X)
 
 
-@pytest.mark.parametrize("module", [Norm(), Pointwise(), Pool()], ids=["norm", "1x1", "pool"])
+MODULES = {"mish": Norm(MISH), "relu": Norm(RELU), "1x1": Pointwise(), "pool": Pool()}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_every_form_gives_the_plain_values_and_gradients(module):
     plain, other = passes(module, layer_forms.LayerForms()), passes(module, ALL)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), plain, other)

@@ -81,6 +81,24 @@ def test_accelerator_extras_want_the_same_jax():
         assert project["optional-dependencies"][name] == [core.replace("jax", f"jax[{name}]")]
 
 
+def test_every_extra_that_a_page_or_a_message_names_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [
+        path
+        for pattern in ("*.md", "*.toml", "Makefile", ".ci/run", "docs/**/*", "b*/**/*.py")
+        for path in ROOT.glob(pattern)
+        if path.is_file() and path.suffix not in (".png", ".csv", ".json")
+    ]
+    named = {
+        extra
+        for path in files
+        for extras in re.findall(r"""(?:bs_jax|["'][.])\[([a-z0-9,]+)\]""", path.read_text())
+        for extra in extras.split(",")
+    }
+    assert len(named) > 5
+    assert named <= project["optional-dependencies"].keys()
+
+
 def test_the_command_runs_from_any_folder(installed, tmp_path):
     code = f"""
 import sys, bs_jax

@@ -9,6 +9,7 @@ import pytest
 from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
+from bs_jax.recipe import Recipe
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.scaling import ScaleByBatchState
 from bs_jax.sweep.points import resolve
@@ -44,7 +45,7 @@ def test_on_another_number_of_devices(tmp_path):
 
 def other_run(tmp_path, recipe, source=None):
     source = interrupted(tmp_path / "source", **(source or {}))
-    return OtherRun(source.path, recipe)
+    return OtherRun(source.path, Recipe.parse(recipe))
 
 
 def state_at(recipe, other):
@@ -95,7 +96,9 @@ def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     with pytest.raises(Interrupted):
         trainer.train([parts], should_stop=lambda: True, other_run=other)
     shutil.rmtree(tmp_path / "source")
-    anew = OtherRun(tmp_path / "source", recipe)  # as the same command does when given again
+    anew = OtherRun(
+        tmp_path / "source", Recipe.parse(recipe)
+    )  # as the same command does when given again
     anew.check(parts.path)
     trainer.train([parts], other_run=anew)
     assert parts.summary().resumed_at_step == 4
@@ -122,10 +125,12 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path, overrides, source, mes
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no run with a readable config\.json"):
-        OtherRun(tmp_path, tiny_config()).check(tmp_path / "new")
+        OtherRun(tmp_path, Recipe.parse(tiny_config())).check(tmp_path / "new")
     train(tmp_path / "bare", {"checkpoint_every_examples": 0})
     with pytest.raises(UserError, match="no checkpoint that can be read"):
-        state_at(tiny_config(batch_size=32), OtherRun(tmp_path / "bare", tiny_config()))
+        state_at(
+            tiny_config(batch_size=32), OtherRun(tmp_path / "bare", Recipe.parse(tiny_config()))
+        )
 
 
 def test_a_changed_config_is_refused_with_what_changed_and_the_flag_that_permits_it(tmp_path):

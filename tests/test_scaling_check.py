@@ -32,7 +32,7 @@ def loss_fn(params, batch):
 def check(rule, factory=optax.adam, **recipe):
     def make_optimizer(batch_size, base_batch_size):
         scaled = scale_by_batch(
-            factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+            factory, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule, guard=False
         )
         return scaled(**recipe)
 

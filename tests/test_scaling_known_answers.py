@@ -34,7 +34,12 @@ NOISE = 0.003
 def adam(rule, **kwargs):
     def make(batch_size, base_batch_size):
         scaled = scale_by_batch(
-            optax.adam, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule, **kwargs
+            optax.adam,
+            batch_size=batch_size,
+            base_batch_size=base_batch_size,
+            rule=rule,
+            guard=False,
+            **kwargs,
         )
         return scaled(1e-3, b1=0.9, b2=0.99)
 

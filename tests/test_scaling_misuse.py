@@ -53,7 +53,7 @@ def loss(params, batch):
         (lambda: scale_by_batch(optax.adam(1e-3), **SIZES), "give its factory"),
         (lambda: scale_by_batch(None, **SIZES), "give its factory"),
         (lambda: scale_by_batch(optax.adam, **SIZES, roles=["b1"])(1e-3), "give a mapping"),
-        (lambda: scale_by_batch(optax.adam, batch_size=2**40, base_batch_size=8), "at most 2,147"),
+        (lambda: scale_by_batch(optax.adam, batch_size=2**40, base_batch_size=8), "at most 1,073"),
         (
             lambda: scale_by_batch(optax.adam, batch_size=1, base_batch_size=2**30)(1e-3),
             "which float32 rounds to 1",
@@ -119,6 +119,7 @@ def test_statistics_that_are_none(stats, message, rule):
         {"half": jnp.ones(3, jnp.float16)},
     ],
 )
+@pytest.mark.filterwarnings("ignore:eps = .* rounds to 0 in float16")
 def test_any_tree_of_parameters_will_do(params, rule):
     updates = update(rule, params, factory=optax.rmsprop, microbatch=stats_of(params))
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -132,9 +133,10 @@ def test_a_complex_parameter_is_two_real_ones_with_a_shared_magnitude(rule):
     """|z|^2 is the sum of the squares of its parts: the noise scale is that of the parts."""
     z = jnp.array([3.0 + 4.0j, 1.0 - 1.0j])
     stats = MicrobatchStats(jnp.abs(z) ** 2 + 1.0, 4, mean=z)
-    got = update(rule, z, microbatch=stats)
+    unguarded = RULES[rule].replace(guard=False)
+    got = update(unguarded, z, microbatch=stats)
     one_sided = jnp.abs(z)
-    expected = update(rule, one_sided, microbatch=MicrobatchStats(one_sided**2 + 1.0, 4))
+    expected = update(unguarded, one_sided, microbatch=MicrobatchStats(one_sided**2 + 1.0, 4))
     no_decay = -expected - 4e-3 * 1e-4 * one_sided  # weight decay turns with the parameter
     np.testing.assert_allclose(jnp.abs(got), jnp.abs(no_decay), rtol=2e-3)
     assert got.dtype == jnp.complex64

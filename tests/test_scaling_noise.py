@@ -9,6 +9,7 @@ import pytest
 from bs_jax.errors import UserError
 from bs_jax.scaling import (
     MicrobatchStats,
+    hyperparams,
     noise_scale_estimate,
     optimizers,
     scale_by_batch,
@@ -202,9 +203,9 @@ def reference_invariant_adam(parts, lr, b1, b2, eps):
 
 def test_it_equals_batch_size_invariant_adam_at_b_equal_b0():
     parts = jax.random.normal(jax.random.key(0), (200, 4, 50)) + 0.3
-    tx = scale_by_batch(optax.adam, batch_size=256, base_batch_size=64, rule="invariant")(
-        1e-2, b1=0.9, b2=0.99
-    )
+    tx = scale_by_batch(
+        optax.adam, batch_size=256, base_batch_size=64, rule="invariant", guard=False
+    )(1e-2, b1=0.9, b2=0.99)
 
     def step(carry, part):
         x, state = carry
@@ -325,16 +326,24 @@ def test_no_signal_reads_as_an_infinite_noise_scale():
     state = lib.update_noise_scale(
         lib.init_noise_scale(), jnp.zeros(4), stats, batch_size=64, decay=0.9
     )
+    assert not lib.estimate(state).is_known  # one update tells no spread
+    state = lib.update_noise_scale(state, jnp.zeros(4), stats, batch_size=64, decay=0.9)
     assert np.isinf(lib.estimate(state).noise_scale)
-    assert np.isinf(lib.estimate(lib.init_noise_scale()).noise_scale)
+    for nothing in (lib.init_noise_scale(), lib.init_noise_scale()._replace(weight=jnp.ones(()))):
+        found = lib.estimate(nothing)
+        assert np.isnan(found.noise_scale)
+        assert not found.is_known
+        assert (found.low, found.high) == (0, np.inf)
 
 
 def test_zero_gradients_give_finite_hyperparameters():
-    tx = scale_by_batch(optax.adam, batch_size=128, base_batch_size=64, rule="noise_aware")(1e-3)
+    tx = scale_by_batch(
+        optax.adam, batch_size=128, base_batch_size=64, rule="noise_aware", guard=False
+    )(1e-3)
     zeros = jnp.zeros(3)
     stats = MicrobatchStats(zeros, 2)
     updates, state = tx.update(zeros, tx.init(zeros), zeros, microbatch=stats)
-    assert float(state.hyperparams["learning_rate"]) == pytest.approx(1e-3 * 2**0.5)
+    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(1e-3 * 2**0.5)
     np.testing.assert_array_equal(updates, zeros)
 
 
@@ -346,8 +355,11 @@ def test_the_noise_scale_is_found_in_an_optimizer_state():
     params = jnp.ones(3)
     # Parts 1 +- 1: |g|^2 = 1 - 1 = 0 by the unbiased estimate from one update; so shift the mean.
     stats = MicrobatchStats(jnp.full(3, 5.0), 2)
-    _, state = tx.update(2 * params, tx.init(params), params, microbatch=stats)
-    found = noise_scale_estimate(state)
+    state = tx.init(params)
+    for known in (False, True):
+        _, state = tx.update(2 * params, state, params, microbatch=stats)
+        found = noise_scale_estimate(state)
+        assert bool(found.is_known) == known
     # c = (2 * 4 - 5)/1 = 3, w = 2 (5 - 4)/1 = 2, b = 64.
     assert float(found.noise_scale) == pytest.approx(64 * 2 / 3)
     assert noise_scale_estimate(optax.adam(1e-3).init(params)) is None

@@ -1,11 +1,13 @@
 """What a rule promises and cannot do for an optimizer is refused or warned of, never skipped."""
 
+import ast
 import dataclasses
 import functools
 import itertools
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +17,17 @@ import pytest
 from helpers.scaling import PARAMS, assert_close, functions_run, gradients, train
 from optax import contrib
 
+from bs_jax import scaling
 from bs_jax.errors import UserError
-from bs_jax.scaling import MicrobatchStats, ScalingWarning, hyperparams, ranger, scale_by_batch
+from bs_jax.scaling import (
+    MicrobatchStats,
+    ScalingWarning,
+    explain,
+    hyperparams,
+    ranger,
+    scale_by_batch,
+    scale_hyperparams,
+)
 
 SIZES = {"batch_size": 256, "base_batch_size": 64}
 ROLES = {"learning_rate": "learning_rate", "b1": "decay", "b2": "second_moment_decay"}
@@ -141,6 +152,9 @@ def layerwise(learning_rate, b2=0.9):
         (lambda: scale_by_batch(optax.adam, **SIZES, roles={"b2": "unchanged"})(0.1), "found none"),
         (lambda: scaled(own_adam(OptaxNames), "invariant", family="adam",
                         roles={**ROLES, "b1": "second_moment_decay"})(0.1), r"found 2 \(b1, b2\)"),
+        (lambda: explain(optax.adam, **SIZES, roles={"b2": "unchanged"}), "found none"),
+        (lambda: scale_hyperparams("adam", {"learning_rate": 0.1}, **SIZES, rule="invariant",
+                                   roles={"b2": "unchanged"}), "found none"),
         # What only optax's own can be served with.
         (lambda: scaled(own_adam(OptaxNames), "invariant", family="adafactor")(0.1),
          "factored second moment of optax.adafactor alone"),
@@ -298,6 +312,18 @@ print(sorted(roots - {"bs_jax"} - set(sys.stdlib_module_names) - brought), sorte
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[] ['bs_jax.errors']"
+
+
+def test_every_room_imports_only_from_those_that_the_docstring_lists_above_it():
+    folder = Path(scaling.__file__).parent
+    listed = [line.split()[0] for line in scaling.__doc__.splitlines() if line.startswith("    ")]
+    assert sorted(listed) == sorted(p.stem for p in folder.glob("*.py") if p.stem[0] != "_")
+    for place, room in enumerate(listed):
+        tree = ast.parse((folder / f"{room}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("bs_jax.scaling"):
+                inside = node.module.split(".")[2:] or [alias.name for alias in node.names]
+                assert all(listed.index(name) < place for name in inside), (room, inside)
 
 
 def test_one_update_is_a_short_walk_through_few_files():

@@ -104,7 +104,10 @@ def test_a_schedule_written_for_the_base_size_serves_unchanged(batch_size):
     _, _, updates = train(
         make(learning_rate=schedule), jax.tree.map(lambda p: jnp.ones((40, *p.shape)), PARAMS)
     )
-    expected = [-k * float(schedule(k * t)) for t in range(40)]
+    # An update stands for k base-size ones and reads the middle of them, between two by a line.
+    middles = [max(k * t + (k - 1) / 2, 0.0) for t in range(40)]
+    ends = [[float(schedule(int(m) + i)) for i in (0, 1)] for m in middles]
+    expected = [-k * (a + (b - a) * (m % 1)) for m, (a, b) in zip(middles, ends, strict=True)]
     np.testing.assert_allclose(updates["b"][:, 0], expected, rtol=1e-5, atol=1e-7)
 
 
@@ -120,7 +123,9 @@ def test_schedule_on_the_traced_path_and_what_hyperparams_shows():
     )
     assert_close(static, traced, rtol=1e-6)
     for state in (static_state, traced_state):
-        assert float(hyperparams(state)["learning_rate"]) == pytest.approx(0.2 / (1 + 18))
+        assert float(hyperparams(state)["learning_rate"]) == pytest.approx(
+            0.1 / (1 + 18) + 0.1 / (1 + 19)
+        )
 
 
 TRACED_RULES = ["none", "linear", "sqrt", "seed", "power(0.7)"]
@@ -246,6 +251,7 @@ def test_own_factory_with_roles():
         batch_size=128,
         base_batch_size=64,
         rule="noise_aware",
+        guard=False,
         family="linear",
         roles={**roles, "knob": "unchanged"},
     )(0.1, 0.9)
@@ -325,8 +331,9 @@ def test_a_role_for_what_the_factory_does_not_take_is_warned_of():
         make(1e-3)
 
 
-def test_noise_aware_needs_no_micro_batches_where_q_plays_no_part():
-    make = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="noise_aware")
+def test_noise_aware_needs_no_micro_batches_where_neither_q_nor_the_guard_plays_a_part():
+    sizes = {"batch_size": 128, "base_batch_size": 64}
+    make = scale_by_batch(optax.sgd, **sizes, rule="noise_aware", guard=False)
     grads = gradients(5)
     got = train(make(0.1, momentum=0.9), grads)[0]
     by_hand = optax.sgd(0.1 * (2 * ((1 - 0.9**2) / (1 - 0.9))), momentum=0.9**2)
@@ -342,8 +349,9 @@ def test_invariant_adamw_is_scale_by_batch():
     assert_equal(train(alias, grads, extra=extra)[0], train(make(**RECIPE), grads, extra=extra)[0])
 
 
-def test_the_example_clock_stops_instead_of_turning_negative():
+def test_the_count_of_base_updates_stops_instead_of_turning_negative():
     tx = scale_by_batch(optax.sgd, batch_size=128, base_batch_size=64, rule="linear")(0.1)
-    state = tx.init(PARAMS)._replace(examples=jnp.int32(2**31 - 100))
-    _, state = tx.update(PARAMS, state, PARAMS)
-    assert int(state.examples) == 2**31 - 1
+    state = tx.init(PARAMS)
+    late = state.clock._replace(base_updates=jnp.int32(2**31 - 2))
+    _, state = tx.update(PARAMS, state._replace(clock=late), PARAMS)
+    assert int(state.clock.base_updates) == 2**31 - 1

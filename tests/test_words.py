@@ -12,7 +12,7 @@ from bs_jax.records.run_files import Summary
 from bs_jax.report import words
 from bs_jax.statistics.analysis import analyse
 from bs_jax.statistics.curves import Deviation
-from bs_jax.statistics.price import price, share_inside
+from bs_jax.statistics.price import Inside, price, share_inside
 
 SPREAD = (-0.004, 0.0, 0.004)
 SEEN = np.arange(320, 12_801, 320)
@@ -24,7 +24,7 @@ def around(mean):
 
 def curves(lag=None):
     """Training curves with seed noise of .01; `lag` (arm, batch size) adds an early bump of .2."""
-    generator = np.random.default_rng(1)
+    generator = np.random.default_rng(2)
 
     def curve(arm, size, seed):
         age = SEEN - size / 2
@@ -99,6 +99,19 @@ def test_the_curve_is_set_beside_the_verdict_in_one_sentence(mean, lag, sentence
     assert text.count(". ") == 0
 
 
+def test_where_the_batch_lay_beyond_the_noise_scale_is_said():
+    (arm,) = analyse(made_up(GOOD)).arms
+    assert words.limit_sentence(arm) == ""
+    shares = (1.0, 0.4)
+    groups = tuple(
+        dataclasses.replace(group, inside=Inside(share, 0.2, 1.0, 0.0))
+        for group, share in zip(arm.groups, shares, strict=True)
+    )
+    assert words.limit_sentence(dataclasses.replace(arm, groups=groups)) == (
+        "Its batch lay inside the measured noise scale for only 40 % of the training at 128."
+    )
+
+
 def test_each_direction_is_said_where_it_is():
     gap = np.zeros(30)
     gap[:4] = 0.1
@@ -161,6 +174,15 @@ def test_a_price_is_the_median_run_and_a_resumed_one_counts_whole():
     assert found.examples_per_second == pytest.approx((6400 / 8 + 6400 / 12) / 2)
     assert math.isnan(price([]).seconds)
     assert math.isnan(price([run(step=0), run(resumed_at_step=100)]).updates)
+
+
+def test_the_updates_of_a_ramp_are_counted_at_the_batch_size_of_their_time():
+    seen, size = np.array([320, 640, 1280]), np.array([16.0, 32.0, 64.0])
+    run = Run("r", "done", {}, "", {}, {}, (), {"batch_size": Curve(seen, size)}, None)
+    found = price([run])
+    assert [found.updates_at(share) for share in (0.25, 0.5, 0.75, 1)] == [20, 30, 35, 40]
+    run.curves["batch_size"] = Curve(seen, np.full(3, 64.0))
+    assert price([run]).ramp is None
 
 
 def test_an_unknown_noise_scale_is_never_taken_for_a_large_one():

@@ -20,6 +20,7 @@ _MODES = {
     "report": "the report again, from the records in --workdir",
     "explain": "the hyperparameters before and after scaling",
     "noise_scale": "one run, and its gradient noise scale beside its batch size",
+    "critical_batch": "branches of one run: up to which batch size the loss follows",
 }
 # The command of a sweep with --mode=report behind it reports, that of a run explains: these modes
 # pass over the flags of those.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,16 +90,29 @@ def read(folder: Path, planned: ResolvedRun) -> NoiseScaleCurve:
     Raises:
         UserError: the records hold no noise.
     """
-    from bs_jax.statistics.noise_curve import from_metrics
-
     path = folder / "metrics.jsonl"
     with stores.disk_errors(path):
         rows = metrics_file.read_rows(path)
+    return curve_of(rows, planned, where=str(path))
+
+
+def curve_of(
+    rows: Sequence[Mapping[str, Any]], planned: ResolvedRun, where: str = "the records"
+) -> NoiseScaleCurve:
+    """The noise scale in rows of metrics; see `read`.
+
+    Args:
+        rows: of the run's metrics, from its beginning.
+        planned: of `plan`.
+        where: the rows come from, for the error.
+    """
+    from bs_jax.statistics.noise_curve import from_metrics
+
     return from_metrics(
         rows,
         batch_size=planned.batch_size,
         base_batch_size=planned.scaled.base_batch_size,
-        where=str(path),
+        where=where,
     )
 
 

@@ -88,3 +88,4 @@ def _mish_backward(x, dy):
 mish.defvjp(_mish_forward, _mish_backward)
 
 MISH = Activation(mish, _mish_value, _mish_slope)
+RELU = Activation(jax.nn.relu, jax.nn.relu, lambda x: (x > 0.0).astype(x.dtype))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bs_jax.models.activations import RELU
 from bs_jax.models.conv import conv
 from bs_jax.models.initializers import he_normal
 from bs_jax.models.normalization import BatchNorm
@@ -30,7 +31,7 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, normalise: Callable[..., jax.Array]) -> jax.Array:
         """Apply the block; `normalise(norm, x)` calls a norm in the current mode."""
         y = self.conv(self.features, 3, strides=self.strides)(x)
-        y = nn.relu(normalise(self.norm(), y))
+        y = normalise(self.norm(activation=RELU), y)
         y = self.conv(self.features, 3)(y)
         y = normalise(self.norm(scale_init=nn.initializers.zeros), y)
         return nn.relu(y + _shortcut(self, x, y.shape, normalise))
@@ -49,9 +50,9 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, normalise: Callable[..., jax.Array]) -> jax.Array:
         """Apply the block; `normalise(norm, x)` calls a norm in the current mode."""
-        y = nn.relu(normalise(self.norm(), self.conv(self.features, 1)(x)))
+        y = normalise(self.norm(activation=RELU), self.conv(self.features, 1)(x))
         y = self.conv(self.features, 3, strides=self.strides)(y)
-        y = nn.relu(normalise(self.norm(), y))
+        y = normalise(self.norm(activation=RELU), y)
         y = self.conv(self.features * self.expansion, 1)(y)
         y = normalise(self.norm(scale_init=nn.initializers.zeros), y)
         return nn.relu(y + _shortcut(self, x, y.shape, normalise))
@@ -125,7 +126,7 @@ class ResNet(nn.Module):
         else:
             patch = int(self.stem.removeprefix("patch"))
             x = convolve(self.widths[0], patch, strides=patch, padding=0, name="stem_conv")(x)
-        x = nn.relu(normalise(norm(name="stem_norm"), x))
+        x = normalise(norm(activation=RELU, name="stem_norm"), x)
         if self.stem == "imagenet":
             x = max_pool(x, 3, 2, padding=1)
 

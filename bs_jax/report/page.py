@@ -161,7 +161,8 @@ table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-num
 code{font:.95em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 th,td{padding:.38rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid var(--grid)}
 tbody tr:last-child td{border-bottom:0}
-th{color:var(--muted);font-weight:600;background:var(--soft)}
+th{color:var(--muted);font-weight:600;background:var(--soft);white-space:normal;
+vertical-align:bottom}
 .number{text-align:right}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);max-width:11rem;
 overflow:hidden;text-overflow:ellipsis}

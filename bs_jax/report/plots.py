@@ -77,7 +77,7 @@ def metric_figure(
             _end_labels(axes, ends)
         # A narrow figure has no room for the note; its caption says the same.
         if base is not None and base.values and arm is None and width > 5:
-            note = f"band: base ± {units.spread(margin)}   bars: 90 % interval of the difference"
+            note = f"band: base ± {units.spread(margin)} · bars: 90 % interval of the difference"
             axes.set_title(note, fontsize=8, fontweight="normal", color=style.MUTED)
     return figure
 
@@ -336,7 +336,7 @@ def noise_scale_figure(
         axes.set_xlabel("examples seen")
         axes.set_ylabel("examples")
         axes.set_title(
-            f"dots: single windows   line: running   band: ± {errors:g} standard errors",
+            f"dots: single windows · line: running · band: ± {errors:g} standard errors",
             fontsize=8,
             fontweight="normal",
             color=style.MUTED,

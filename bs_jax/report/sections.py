@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import numpy as np
+
 from bs_jax.records.results import DIVERGED, DONE, MISSING, Results
 from bs_jax.report import plots, style, words
 from bs_jax.report.numbers import (
@@ -106,8 +108,9 @@ def _scatter(analysis: Analysis, units: Units) -> str:
 
 
 def _second_witness(arm: ArmVerdict, analysis: Analysis) -> str:
-    sentence = words.curve_sentence(arm, analysis)
-    return tag("span", sentence, class_="note") if sentence else ""
+    sentences = [words.curve_sentence(arm, analysis), words.limit_sentence(arm)]
+    text = " ".join(sentence for sentence in sentences if sentence)
+    return tag("span", text, class_="note") if text else ""
 
 
 def _two_widths(figure: str, wide: "Figure", narrow: "Figure", prefix: str, caption: str) -> Html:
@@ -175,7 +178,9 @@ def arm_panels(results: Results, analysis: Analysis) -> Section | None:
             if figure is not None
         ]
         heading = tag("header", tag("h3", rule(arm.arm)), badge(arm.verdict))
-        meaning = tag("p", words.explanation(arm.arm, results))
+        ramps = [_batch_sizes(group) for group in arm.groups if group.price.ramp is not None]
+        grows = f" Its batch size changes while it trains: {ramps[-1]}." if ramps else ""
+        meaning = tag("p", words.explanation(arm.arm, results) + grows)
         cards.append(
             tag("article", heading, meaning, tag("div", *shown, class_="pair"), class_="arm")
         )
@@ -240,37 +245,39 @@ def price(analysis: Analysis) -> Section | None:
     groups = [group for group in everyone if group.offset == 1 and group.values]
     if not any(math.isfinite(group.price.updates) for group in groups):
         return None
-    sizes = sorted({group.batch_size for group in groups})
-    speeds = {size: _median_speed(groups, size) for size in sizes}
+    constant = [group for group in groups if group.price.ramp is None]
+    sizes = sorted({group.batch_size for group in constant})
+    speeds = {size: _median_speed(constant, size) for size in sizes}
     base_speed = speeds.get(analysis.sweep.base_batch_size, math.nan)
     by_size = [
         [
             str(size),
             fraction(size / analysis.sweep.base_batch_size),
-            whole(_median([g.price.updates for g in groups if g.batch_size == size])),
-            duration(_median([g.price.seconds for g in groups if g.batch_size == size])),
+            whole(_median([g.price.updates for g in constant if g.batch_size == size])),
+            duration(_median([g.price.seconds for g in constant if g.batch_size == size])),
             whole(speeds[size]),
             _times(speeds[size] / base_speed),
         ]
         for size in sizes
     ]
+    own = analysis.base.share_to_base_loss if analysis.base is not None else math.nan
     measured = any(group.inside is not None for group in groups)
     header = ["rule", "batch size", "examples to the base's loss, × the base's"]
     header += ["updates to it", "time to it"]
-    header += ["run inside the noise scale"] if measured else []
+    header += ["share of the run inside the noise scale", "not known"] if measured else []
     rows = []
     for group in groups[:_MAX_TABLE_ROWS]:
         is_base = group is analysis.base
-        ratio = 1.0 if is_base else group.examples_ratio
-        reached = LEVEL_AT * ratio if math.isfinite(ratio) else math.nan
+        reached = group.share_to_base_loss
+        finite = reached if math.isfinite(reached) else math.nan
         rows.append(
             [
                 "base" if is_base else rule(group.arm),
-                str(group.batch_size),
-                "not reached" if math.isinf(ratio) else _times(ratio),
-                whole(group.price.updates * reached),
-                duration(group.price.seconds * reached),
-                *([_inside(group)] if measured else []),
+                _batch_sizes(group),
+                "not reached" if math.isinf(reached) else _times(reached / own),
+                whole(group.price.updates_at(finite)),
+                duration(group.price.seconds * finite),
+                *(_inside(group) if measured else []),
             ]
         )
     notes = [
@@ -282,14 +289,14 @@ def price(analysis: Analysis) -> Section | None:
     ]
     if measured:
         notes.append(
-            "“Run inside the noise scale” is the share of the examples at which the batch was at "
-            "most the measured gradient noise scale; in brackets by the ends of its range. Inside, "
-            "a rule can follow the base; beyond, none is expected to."
+            "“Inside the noise scale”: the batch was at most the measured gradient noise scale; in "
+            "brackets by the ends of its range. The share is of the examples at which the noise "
+            "scale was known. Inside, a rule can follow the base; beyond, none is expected to."
         )
     return Section(
         "What the batch size costs and buys",
         table(["batch size", "k", "updates", "time a run", "images/s", "× the base's"], by_size),
-        table(header, rows) if measured or any(g.examples_ratio > 0 for g in groups) else "",
+        table(header, rows) if measured or any(g.share_to_base_loss > 0 for g in groups) else "",
         bullets(notes),
     )
 
@@ -303,13 +310,22 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(finite) if finite else math.nan
 
 
-def _inside(group: Group) -> Html:
+def _batch_sizes(group: Group) -> str:
+    """The batch size, or those that a ramp went through, "16 → 64"."""
+    if group.price.ramp is None:
+        return str(group.batch_size)
+    values = group.price.ramp.values
+    changes = [values[0], *values[1:][np.diff(values) != 0]]
+    shown = [f"{value:g}" for value in changes]
+    return " → ".join(shown if len(shown) <= 4 else [shown[0], "…", shown[-1]])
+
+
+def _inside(group: Group) -> list[str]:
     inside = group.inside
     if inside is None or not math.isfinite(inside.share):
-        return html("not known")
+        return ["–", "–"]
     ends = tag("small", f" [{share(inside.low)}, {share(inside.high)}]")
-    unknown = f"; {share(inside.unknown)} not known" if inside.unknown > 0 else ""
-    return html(share(inside.share), ends, unknown)
+    return [html(share(inside.share), ends), share(inside.unknown)]
 
 
 def numbers(analysis: Analysis) -> Section:
@@ -318,9 +334,9 @@ def numbers(analysis: Analysis) -> Section:
     units, loss = Units(sweep.accuracy_metric), Units(sweep.loss_metric)
     with_offset = any(group.offset != 1 for group in analysis.groups)
     header = ["rule", "batch size", "k", *(["offset"] if with_offset else [])]
-    header += [f"{units.name} ± sd", "difference [95 %]", "verdict", "seeds"]
+    header += [f"{units.name} ± sd", "difference [95 %]", "verdict", "seeds"]
     header += ["p (equivalent)", "p (different)"]
-    header += [f"{loss.name} difference [95 %]", "curve distance", "× seed noise", "p (chance)"]
+    header += [f"{loss.name} difference [95 %]", "curve distance", "× seed noise", "p (chance)"]
     header += ["runs, by seed"]
     groups = [*([analysis.base] if analysis.base else []), *analysis.groups]
     rows = []

@@ -56,7 +56,7 @@ def points(analysis: Analysis) -> list[dict[str, Any]]:
             **_comparison(group.comparison),
             "verdict": group.verdict,
             **_deviation(group.deviation),
-            "examples_to_base_loss": group.examples_ratio,
+            "share_to_base_loss": group.share_to_base_loss,
             "updates": group.price.updates,
             "seconds": group.price.seconds,
             "examples_per_second": group.price.examples_per_second,

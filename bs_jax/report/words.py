@@ -219,6 +219,18 @@ def curve_sentence(arm: ArmVerdict, analysis: Analysis) -> str:
     }[arm.verdict]
 
 
+def limit_sentence(arm: ArmVerdict) -> str:
+    """Where the batch lay beyond the measured noise scale for a part of training."""
+    beyond = [
+        f"{100 * group.inside.share:.0f} % of the training at {group.batch_size}"
+        for group in arm.groups
+        if group.inside is not None and group.inside.share < 0.995
+    ]
+    if not beyond:
+        return ""
+    return f"Its batch lay inside the measured noise scale for only {listed(beyond)}."
+
+
 def fall(analysis: Analysis) -> float:
     """How far the base's curve falls from its first window to its last."""
     if analysis.base is None or analysis.base.curve is None:

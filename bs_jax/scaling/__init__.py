@@ -4,7 +4,10 @@ The rooms, each importing from those above it only:
 
     rules            a rule is data, and so is a family of optimizers
     hyperparameters  what a hyperparameter means: its role's formula, bounds and words
-    noise            micro-batch statistics and the gradient noise scale
+    clock            examples seen, exact at any length, and schedules read by them
+    limit            the guard on the length of steps, and a batch that follows the noise
+    microbatch       the gradient of a batch in parts, and statistics of the parts
+    noise            the gradient noise scale
     clocked          optimizers that count their own updates, with that clock as a keyword
     optimizers       the table of optimizers, and a recipe: one call of a factory
     moments          what an optimizer's state holds
@@ -12,19 +15,22 @@ The rooms, each importing from those above it only:
     schedules        batch sizes over training
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
+    critical_batch   up to which batch size the loss follows, by branches of a run
     problems         the noisy quadratic, where the right answer is known
 """
 
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger
+from bs_jax.scaling.critical_batch import CriticalBatch, critical_batch_size
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.hyperparameters import ScalingWarning
-from bs_jax.scaling.noise import (
+from bs_jax.scaling.limit import BatchRamp
+from bs_jax.scaling.microbatch import (
+    GradientAccumulator,
     MicrobatchStats,
-    NoiseScale,
-    noise_scale_estimate,
     value_grad_and_stats,
 )
+from bs_jax.scaling.noise import NoiseScale
 from bs_jax.scaling.noise import sample as noise_sample
 from bs_jax.scaling.optimizers import scale_hyperparams
 from bs_jax.scaling.rules import FAMILIES, RULES, ScalingRule, power, resolve_rule
@@ -32,19 +38,24 @@ from bs_jax.scaling.transform import (
     ScaleByBatchState,
     hyperparams,
     invariant_adamw,
+    noise_scale_estimate,
     scale_by_batch,
 )
 
 __all__ = [
     "FAMILIES",
     "RULES",
+    "BatchRamp",
+    "CriticalBatch",
     "Explanation",
+    "GradientAccumulator",
     "InvarianceCheck",
     "MicrobatchStats",
     "NoiseScale",
     "ScaleByBatchState",
     "ScalingRule",
     "ScalingWarning",
+    "critical_batch_size",
     "explain",
     "hyperparams",
     "invariance_check",

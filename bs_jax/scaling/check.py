@@ -15,7 +15,7 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import check_batch_sizes
-from bs_jax.scaling.noise import value_grad_and_stats
+from bs_jax.scaling.microbatch import value_grad_and_stats
 
 
 @dataclasses.dataclass(frozen=True)

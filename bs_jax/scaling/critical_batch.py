@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.scipy.special
 import numpy as np
@@ -230,7 +230,7 @@ def _loss(value: Any, size: int) -> float:
 
 
 def _checked(batch_sizes: Sequence[int], tolerance: float, seeds: int) -> list[int]:
-    for size in batch_sizes:
+    for size in cast(Sequence[object], batch_sizes):
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise UserError(
                 f"batch size {size!r}; give positive whole numbers (examples an update)"

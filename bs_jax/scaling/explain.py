@@ -123,6 +123,7 @@ def explain(
     check_batch_sizes(batch_size, base_batch_size)
     rule = resolve_rule(rule)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
+    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)

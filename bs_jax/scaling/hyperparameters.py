@@ -19,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.errors import UserError
+from bs_jax.scaling.clock import rescaled
+from bs_jax.scaling.limit import step_share
 from bs_jax.scaling.rules import Family, Scalar, ScalingRule
 
-MAX_EXAMPLES = int(np.iinfo(np.int32).max)
+# Of one update: half of int32, so that the clock may add two of them.
+MAX_EXAMPLES = 1 << 30
 
 
 class ScalingWarning(UserWarning):
@@ -49,7 +52,7 @@ def check_batch_sizes(batch_size: object, base_batch_size: object) -> None:
         if not 1 <= value <= MAX_EXAMPLES:
             raise UserError(
                 f"{name} is {value}; give at least 1 example per update, and at most"
-                f" {MAX_EXAMPLES:,}, which the int32 clock of examples counts to"
+                f" {MAX_EXAMPLES:,}, which the int32 clock of examples adds up"
             )
 
 
@@ -106,7 +109,25 @@ class Noise:
 
     def q(self, k: Scalar) -> Scalar:
         """Return the change of a raw magnitude from the base batch size to k times it."""
-        return _sqrt((k * self.signal + self.noise) / (k * (self.signal + self.noise)))
+        signal, noise = self.signal, self.noise
+        if not (is_number(signal) and is_number(noise)):
+            # Gradients may be so small or large that sums of their squares leave float32's range:
+            # only the ratio matters, and where both have vanished all counts as noise.
+            largest = jnp.maximum(signal, noise)
+            known = (largest >= jnp.finfo(jnp.float32).tiny) & jnp.isfinite(largest)
+            unit = jnp.where(known, largest, 1.0)
+            signal = jnp.where(known, signal / unit, 0.0)
+            noise = jnp.where(known, noise / unit, 1.0)
+        return _sqrt((k * signal + noise) / (k * (signal + noise)))
+
+    @property
+    def scale(self) -> Scalar:
+        """phi: the noise scale over the base batch size; infinite without a signal."""
+        if is_number(self.signal) and is_number(self.noise):
+            return self.noise / self.signal if self.signal else math.inf
+        return jnp.where(
+            self.signal > 0, self.noise / jnp.where(self.signal > 0, self.signal, 1.0), jnp.inf
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +189,8 @@ class Scaled:
         rule: the scaling rule.
         k: batch size over base batch size.
         noise: the noise of the base batch's gradient; ``None`` where it is not known.
+        limit: the noise scale up to which steps may grow, over the base batch size; ``None``:
+            without limit.
         known: whether the optimizer stands in the table, so that its state is known as well.
     """
 
@@ -178,6 +201,7 @@ class Scaled:
     rule: ScalingRule
     k: Scalar
     noise: Noise | None = None
+    limit: Scalar | None = None
     known: bool = False
 
     @functools.cached_property
@@ -212,18 +236,17 @@ class Scaled:
         """Return the values in force of every hyperparameter."""
         return {name: self.value(name) for name in self.values}
 
+    def with_base(self, name: str, base: Any) -> Any:
+        """Return the value in force of one hyperparameter for another base value."""
+        return dataclasses.replace(self, values={**self.values, name: base}).value(name)
+
     def schedule_or_value(self, name: str) -> Any:
         """Return the value in force; a schedule of base-size updates as one of new updates."""
         schedule = self.values[name]
         if not callable(schedule):
             return self.value(name)
-        k = int(self.k) if is_number(self.k) and float(self.k).is_integer() else self.k
-
-        def scaled_schedule(step: Any) -> Any:
-            values = {**self.values, name: schedule(step * k)}
-            return dataclasses.replace(self, values=values).value(name)
-
-        return scaled_schedule
+        at_base = rescaled(schedule, self.k, middle=self.rule.reads_middle)
+        return lambda step: self.with_base(name, at_base(step))
 
     def with_role(self, role: str) -> list[str]:
         """Return the names of the hyperparameters of one role that have a value."""
@@ -289,13 +312,25 @@ class Scaled:
                 gain = gain * root * _sqrt((1 + old) / (1 + new))
         return gain
 
+    @functools.cached_property
+    def guard(self) -> Scalar:
+        """The share of k by which steps may grow: 1 up to the noise scale, phi/k beyond it."""
+        if self.limit is None or not self.rule.guard:
+            return 1.0
+        return step_share(self.k, self.limit)
+
+    def base_steps(self, k: Scalar) -> Scalar:
+        """Return the base-size updates whose movement one update may make up for."""
+        return k if is_number(self.guard) and self.guard == 1 else k * self.guard
+
     def lr_factor(self, k: Scalar) -> Scalar:
         """Return F: the change of the learning rate, momentum's gain apart."""
+        steps = self.base_steps(k)
         if self.rule.lr_power is not None:
-            return k**self.rule.lr_power
+            return steps**self.rule.lr_power
         if self.family is not None and self.family.normalized:
-            return k
-        return k * self.denominator_factor(k)
+            return steps
+        return steps * self.denominator_factor(k)
 
     def momentum_gain(self) -> Scalar:
         """Return (1 - d')/(1 - d) for momentum that sums gradients instead of averaging them."""
@@ -369,9 +404,10 @@ def _learning_rate_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
 
 
 def _divided_learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
+    steps = scaled.base_steps(k)
     if scaled.rule.lr_power is not None:
-        return base * k**scaled.rule.lr_power
-    return base * (k * scaled.denominator_factor(k))
+        return base * steps**scaled.rule.lr_power
+    return base * (steps * scaled.denominator_factor(k))
 
 
 def _decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
@@ -440,9 +476,11 @@ def _by_q(text: str) -> Callable[[Scaled], str]:
 
 
 def _weight_decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
+    # Where the guard holds the learning rate back, the decay that it multiplies is held back too.
+    steps = scaled.base_steps(k)
     if scaled.rule.weight_decay_power is not None:
-        return base * k**scaled.rule.weight_decay_power
-    return base * (k / scaled.lr_factor(k))
+        return base * steps**scaled.rule.weight_decay_power
+    return base * (steps / scaled.lr_factor(k))
 
 
 def _weight_decay_formula(scaled: Scaled) -> str:
@@ -465,12 +503,12 @@ def _weight_decay_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
 
 def _weight_decay_normalized(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     if scaled.rule.weight_decay_power is not None:
-        return base * k**scaled.rule.weight_decay_power
+        return base * scaled.base_steps(k) ** scaled.rule.weight_decay_power
     return base / scaled.denominator_factor(k)
 
 
 def _weight_decay_independent(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return 1 - (1 - base) ** k if scaled.rule.time_constants else base
+    return 1 - (1 - base) ** scaled.base_steps(k) if scaled.rule.time_constants else base
 
 
 def _gradient_norm(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
@@ -596,17 +634,28 @@ def is_narrow(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 32
 
 
-def decays_rounded_to_one(
-    roles: Mapping[str, Role], values: Mapping[str, Any], params: Any
-) -> list[str]:
-    """Return a sentence for each decay that is 1 in the dtype that the moments are kept in."""
+def rounded_away(roles: Mapping[str, Role], values: Mapping[str, Any], params: Any) -> list[str]:
+    """Return a sentence for each value that is lost in the dtype that the moments are kept in.
+
+    A decay may round to 1, and what is added beside a moment (eps) to 0.
+    """
     dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
     narrow = sorted((d for d in dtypes if is_narrow(d)), key=str)
-    return [
-        f"{name} = {value:.6g} rounds to 1 in {dtype}, the dtype of parameters and moments: the"
-        f" average never forgets; give {name} as a jnp.float32, or keep the parameters in float32"
-        for name, value in values.items()
-        if name in roles and roles[name].is_decay and is_number(value) and value < 1
-        for dtype in narrow
-        if np.asarray(value, dtype) == 1
-    ]
+    found: list[str] = []
+    for name, value in values.items():
+        if name not in roles or not is_number(value):
+            continue
+        for dtype in narrow:
+            rounded = float(np.asarray(value, dtype))
+            kept = f"give {name} as a jnp.float32, or keep the parameters in float32"
+            if roles[name].is_decay and value < 1 and rounded == 1:
+                found.append(
+                    f"{name} = {value:.6g} rounds to 1 in {dtype}, the dtype of parameters and"
+                    f" moments: the average never forgets; {kept}"
+                )
+            elif roles[name].name.startswith("eps") and value > 0 and rounded == 0:
+                found.append(
+                    f"{name} = {value:.6g} rounds to 0 in {dtype}, the dtype of parameters and"
+                    f" moments: nothing keeps the division from 0/0; {kept}, or use a larger {name}"
+                )
+    return found

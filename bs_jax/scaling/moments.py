@@ -20,7 +20,8 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number
-from bs_jax.scaling.noise import PyTree, abs_square, tree_map
+from bs_jax.scaling.microbatch import PyTree, abs_square
+from bs_jax.scaling.noise import tree_map
 from bs_jax.scaling.rules import Family, Scalar
 
 State: TypeAlias = Any

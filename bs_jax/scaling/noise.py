@@ -1,188 +1,22 @@
-"""The noise of the gradient: micro-batch statistics, the noise scale, the base batch's square."""
+"""The noise of the gradient: its scale, and the square that the base batch would have shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
 
 from bs_jax.errors import UserError
+from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
 from bs_jax.scaling.rules import Scalar
-
-PyTree: TypeAlias = Any
 
 DECAY = 0.99  # of the running noise scale, per base-size update
 ERRORS = 2.0  # standard errors to either side that the range of a noise scale spans
 SAMPLE = ("signal", "noise", "signal_square", "noise_square", "product")  # what `sample` returns
-
-
-class MicrobatchStats(NamedTuple):
-    """What n micro-batches of one update say about the noise of the gradient.
-
-    Attributes:
-        mean_square: mean over micro-batches of the elementwise squared gradient; a tree like the
-            gradients, float32.
-        count: n, the number of micro-batches (over all devices); at least 2.
-        mean: the mean gradient as it came from the loss. Only needed where something between the
-            loss and the optimizer rescales gradients (clipping); ``None``: the update's own.
-    """
-
-    mean_square: PyTree
-    count: Any
-    mean: PyTree = None
-
-
-def value_grad_and_stats(
-    loss_fn: Callable[..., Any],
-    *,
-    microbatches: int,
-    axis_name: str | None = None,
-    has_aux: bool = False,
-    method: Literal["scan", "vmap"] = "scan",
-    unroll: int = 1,
-    interleave: bool = False,
-) -> Callable[..., tuple[Any, PyTree, MicrobatchStats | None]]:
-    r"""Return a function that gives loss, gradient and micro-batch statistics of one batch.
-
-    The batch is split into ``microbatches`` equal parts whose gradients are averaged (gradient
-    accumulation); the mean of their squares is gathered beside it.
-
-    Args:
-        loss_fn: ``loss_fn(params, batch, *args) -> loss`` (or ``(loss, aux)``), a mean over the
-            examples of its batch.
-        microbatches: parts that this device's batch is split into.
-        axis_name: a mapped axis (``pmap``, ``shard_map``) to average over as well; each device
-            then counts as further micro-batches.
-        has_aux: whether ``loss_fn`` also returns auxiliary output, which is averaged too.
-        method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
-        unroll: of the scan.
-        interleave: whether part i holds examples i, i + n, i + 2 n, ... instead of the i-th n-th
-            of the batch. For a batch that ``jit`` shards over devices: each part then lies on all
-            of them, where one whole piece lies on few, and the scan has every device compute it.
-
-    Returns:
-        ``f(params, batch, *args, rng=None) -> (value, grads, stats)`` with value the loss or
-        ``(loss, aux)``. Every leaf of batch has a leading dimension divisible by ``microbatches``.
-        A given ``rng`` is folded with the index of the part (and the device) and passed to
-        ``loss_fn`` as ``rng=``. stats is ``None`` if there is one part and one device.
-
-    Raises:
-        UserError: if the batch cannot be split evenly.
-
-    Example:
-        >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
-        >>> f = value_grad_and_stats(loss, microbatches=2)
-        >>> value, grads, stats = f(jnp.ones(3), jnp.eye(3).repeat(2, axis=0))
-        >>> value.shape, grads.shape, stats.count
-        ((), (3,), 2)
-    """
-    whole = isinstance(cast(object, microbatches), int | np.integer) and not isinstance(
-        microbatches, bool
-    )
-    if not whole or microbatches < 1:
-        raise UserError(f"microbatches is {microbatches!r}; give a whole number of at least 1")
-    microbatches = int(microbatches)
-    if method not in ("scan", "vmap"):
-        raise UserError(f"method is {method!r}; choose 'scan' or 'vmap'")
-
-    def fn(params: PyTree, batch: PyTree, *args: Any, rng: Any = None) -> Any:
-        # Under shard_map the gradient of replicated parameters is already summed over the devices:
-        # of their own copies every device keeps its own gradient.
-        params = params if axis_name is None else _own_copy(params, axis_name)
-        index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * microbatches
-
-        def part(xs: tuple[Any, PyTree]) -> tuple[Any, PyTree, PyTree]:
-            i, piece = xs
-            kwargs = {} if rng is None else {"rng": jax.random.fold_in(rng, index + i)}
-            run = jax.value_and_grad(lambda p: loss_fn(p, piece, *args, **kwargs), has_aux=has_aux)
-            value, grads = run(params)
-            squares = jax.tree.map(abs_square, grads)
-            return value, grads, squares
-
-        pieces = _split(batch, microbatches, interleave)
-        if microbatches == 1:
-            sums = part((0, batch))
-        elif method == "vmap":
-            parts = jax.vmap(part)((jnp.arange(microbatches), pieces))
-            sums = jax.tree.map(lambda x: jnp.sum(_wide(x), axis=0), parts)
-        else:
-            sums = _scan_sum(part, (jnp.arange(microbatches), pieces), unroll, axis_name)
-        means = jax.tree.map(lambda x: x / microbatches, sums) if microbatches > 1 else sums
-        count = microbatches
-        if axis_name is not None:
-            means = jax.lax.pmean(means, axis_name)
-            count = microbatches * jax.lax.axis_size(axis_name)
-        value, wide, squares = means
-        # The statistics keep the mean as it was summed: rounded to bfloat16 its square would differ
-        # from the mean square by more than a small noise does. Where nothing is rounded, the two
-        # trees hold the same arrays, which tells the optimizer that nothing rescaled them.
-        grads = jax.tree.map(_as_dtype_of, wide, params)
-        stats = MicrobatchStats(squares, count, mean=wide) if count > 1 else None
-        return value, grads, stats
-
-    return fn
-
-
-def _as_dtype_of(gradient: jax.Array, param: Any) -> jax.Array:
-    dtype = jnp.result_type(param)
-    return gradient if gradient.dtype == dtype else gradient.astype(dtype)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    # Sums of bfloat16 lose the small terms, sums of integers their mean.
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _split(batch: PyTree, parts: int, interleave: bool) -> PyTree:
-    sizes = {x.shape[0] if jnp.ndim(x) else 0 for x in jax.tree.leaves(batch)}
-    if len(sizes) > 1:
-        found = " and ".join(str(size) if size else "no" for size in sorted(sizes))
-        raise UserError(
-            f"the batch's arrays hold {found} examples: each needs the same number in front; pass"
-            " what is no example as a further argument of the loss"
-        )
-    size = sizes.pop() if sizes else 0
-    if not size or size % parts:
-        raise UserError(
-            f"a batch of {size or 'no'} examples cannot be split into {parts} equal micro-batches;"
-            f" use a batch size divisible by {parts} or another number of micro-batches"
-        )
-    if interleave:
-        return jax.tree.map(
-            lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-    return jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
-
-
-def _own_copy(tree: PyTree, axis_name: str) -> PyTree:
-    """Let values that are the same on every device of a ``shard_map`` count as each device's."""
-
-    def own(x: Any) -> Any:
-        try:
-            return jax.lax.pcast(x, axis_name, to="varying")
-        except ValueError:  # they are so already, or the axis is a vmap's
-            return x
-
-    return jax.tree.map(own, tree)
-
-
-def _scan_sum(fn: Callable[[Any], Any], xs: Any, unroll: int, axis_name: str | None) -> Any:
-    shapes = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], xs))
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes
-    )
-    zeros = zeros if axis_name is None else _own_copy(zeros, axis_name)
-
-    def body(carry: Any, x: Any) -> tuple[Any, None]:
-        return jax.tree.map(lambda c, v: c + _wide(v), carry, fn(x)), None
-
-    total, _ = jax.lax.scan(body, zeros, xs, unroll=unroll)
-    return total
 
 
 def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, outputs: int = 1) -> Any:
@@ -238,13 +72,6 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
                 f"microbatch.{name} is no tree of the shapes of the gradients; give both as"
                 " bs_jax.value_grad_and_stats returned them"
             )
-
-
-def abs_square(x: jax.Array) -> jax.Array:
-    """Return the elementwise squared magnitude, float32; of complex numbers |x|^2."""
-    if jnp.iscomplexobj(x):
-        return abs_square(jnp.real(x)) + abs_square(jnp.imag(x))
-    return jnp.square(x.astype(jnp.float32))
 
 
 def signal_and_noise(square: Any, mean_square: Any, count: Any) -> tuple[Any, Any]:
@@ -333,15 +160,19 @@ class NoiseScale(NamedTuple):
 
     Attributes:
         noise_scale: tr(Sigma)/|g|^2 in examples: the batch size at which noise and signal of the
-            gradient are alike. Infinite where no signal can be told from zero.
+            gradient are alike. Infinite where no signal can be told from zero; NaN as long as
+            nothing is known (fewer than two updates).
         standard_error: of ``noise_scale``, by the delta method from the spread over updates;
-            infinite before the second update.
+            infinite as long as nothing is known.
         low: lower end of the range in which it lies: |g|^2/tr(Sigma) with ``ERRORS`` standard
             errors added, inverted. The signal is what is known worst, and may be zero, so this
-            range has no symmetric form.
+            range has no symmetric form. 0 as long as nothing is known: a batch that is to grow
+            with the noise scale should ask for this end.
         high: its upper end; infinite where the signal may be zero.
         signal: |g|^2.
         noise: tr(Sigma), per example.
+        preconditioned: the same in the metric that the optimizer moves in (see ``noise.sample``),
+            where the state keeps it: the guard's limit. ``None`` elsewhere, and in itself.
     """
 
     noise_scale: jax.Array
@@ -350,6 +181,12 @@ class NoiseScale(NamedTuple):
     high: jax.Array
     signal: jax.Array
     noise: jax.Array
+    preconditioned: NoiseScale | None = None
+
+    @property
+    def is_known(self) -> Any:
+        """Whether two updates or more have been measured."""
+        return ~jnp.isnan(self.noise_scale)
 
 
 def init_noise_scale() -> NoiseScaleState:
@@ -357,16 +194,23 @@ def init_noise_scale() -> NoiseScaleState:
     return NoiseScaleState(*(jnp.zeros((), jnp.float32) for _ in NoiseScaleState._fields))
 
 
-def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict[str, jax.Array]:
+def sample(
+    grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar, metric: str = "plain"
+) -> dict[str, jax.Array]:
     r"""Return one update's estimates of |g|^2 and tr(Sigma), and what their spread is made of.
 
-    ``|g|^2 ~ sum c``, ``tr(Sigma) ~ b sum w`` with b examples a micro-batch. Each is unbiased, so
-    means of them over updates are, too; their ratio is not, so it is taken last.
+    ``|g|^2 ~ sum p c``, ``tr(Sigma) ~ b sum p w`` with b examples a micro-batch and p by the
+    metric. Each is unbiased, so means of them over updates are, too; their ratio is not, so it is
+    taken last.
 
     Args:
         grads: mean gradient; of the statistics only the leaves that it has are used.
         stats: of this update; its own ``mean`` comes before ``grads``, which may be clipped.
         batch_size: examples in this update, over all micro-batches.
+        metric: ``"plain"``: p = 1, as SGD moves. ``"coordinate"``: p = 1/sqrt(s) with s the mean
+            square of the coordinate, as Adam moves. ``"layer"``: 1/sqrt(sum of s over the leaf), as
+            optimizers move that normalise each layer. Squares do not know the signs that make the
+            signal, so p does not bias it where there is none.
 
     Returns:
         ``signal`` and ``noise`` (per example), their squares and their product; float32 scalars.
@@ -379,10 +223,22 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     """
     check_microbatch(stats, grads)
     mean = grads if stats.mean is None else stats.mean
+
+    def sums(_: Any, mean: jax.Array, mean_square: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Without the barrier XLA takes these squares and the optimizer's for one array, as large
+        # as the parameters, and writes it to memory.
+        square = abs_square(jax.lax.optimization_barrier(mean))
+        mean_square = mean_square.astype(jnp.float32)
+        if metric == "coordinate":
+            inverse = _inverse_root(mean_square)
+            return jnp.sum(square * inverse), jnp.sum(mean_square * inverse)
+        square, mean_square = jnp.sum(square), jnp.sum(mean_square)
+        inverse = _inverse_root(mean_square) if metric == "layer" else 1.0
+        return square * inverse, mean_square * inverse
+
     # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
-    square = _tree_sum(tree_map(lambda _, m: _squared_norm(m), grads, mean))
-    mean_square = _tree_sum(tree_map(lambda _, s: s.astype(jnp.float32), grads, stats.mean_square))
-    signal, noise = signal_and_noise(square, mean_square, stats.count)
+    squares, mean_squares = tree_map(sums, grads, mean, stats.mean_square, outputs=2)
+    signal, noise = signal_and_noise(_tree_sum(squares), _tree_sum(mean_squares), stats.count)
     noise = noise * (batch_size / stats.count)
     return {
         "signal": signal,
@@ -393,10 +249,8 @@ def sample(grads: PyTree, stats: MicrobatchStats, *, batch_size: Scalar) -> dict
     }
 
 
-def _squared_norm(x: jax.Array) -> jax.Array:
-    # Without the barrier XLA takes these squares and the optimizer's for one array, as large as
-    # the parameters, and writes it to memory.
-    return jnp.sum(abs_square(jax.lax.optimization_barrier(x)))
+def _inverse_root(x: jax.Array) -> jax.Array:
+    return jnp.where(x > 0, jax.lax.rsqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def average(
@@ -427,6 +281,7 @@ def update_noise_scale(
     *,
     batch_size: Scalar,
     decay: Scalar = DECAY,
+    metric: str = "plain",
 ) -> NoiseScaleState:
     """Take one update's micro-batch statistics into the running estimate.
 
@@ -436,6 +291,7 @@ def update_noise_scale(
         stats: of this update.
         batch_size: examples in this update, over all micro-batches.
         decay: of the average, per update.
+        metric: as in ``sample``.
 
     Returns:
         The new estimate.
@@ -443,11 +299,17 @@ def update_noise_scale(
     Raises:
         UserError: if the statistics come from a single micro-batch.
     """
-    return average(state, sample(grads, stats, batch_size=batch_size), decay=decay)
+    found = sample(grads, stats, batch_size=batch_size, metric=metric)
+    return average(state, found, decay=decay)
 
 
-def estimate(state: NoiseScaleState) -> NoiseScale:
-    """Read the noise scale and its spread out of the running estimate."""
+def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
+    """Read the noise scale and its spread out of the running estimate.
+
+    Args:
+        state: the running estimate.
+        errors: standard errors to either side that ``low`` and ``high`` span.
+    """
     weight = jnp.where(state.weight > 0, state.weight, 1.0)
     signal, noise = state.signal / weight, state.noise / weight
     var_signal = jnp.maximum(state.signal_square / weight - signal**2, 0.0)
@@ -458,15 +320,18 @@ def estimate(state: NoiseScaleState) -> NoiseScale:
     share = state.weight_square / weight**2
     x = _ratio(signal, noise)
     spread = jnp.maximum(var_signal - 2 * x * covariance + x**2 * var_noise, 0.0)
-    few = (share > 1 - 1e-5) | (state.weight == 0)
+    few = (share > 1 - 1e-5) | (state.weight == 0) | ((signal == 0) & (noise == 0))
     error = jnp.sqrt(spread * share / jnp.where(few, 1.0, 1 - share))
+    # Squares of very large gradients overflow: then the spread is not known either.
+    few = few | ~jnp.isfinite(error)
     error = jnp.where(few, jnp.inf, _ratio(error, noise))
     scale = _ratio(noise, jnp.maximum(signal, 0.0))
+    one = jnp.ones(())
     return NoiseScale(
-        noise_scale=scale,
-        standard_error=jnp.where(jnp.isinf(scale), jnp.inf, error * scale**2),
-        low=_ratio(jnp.ones(()), jnp.maximum(x + ERRORS * error, 0.0)),
-        high=_ratio(jnp.ones(()), jnp.maximum(x - ERRORS * error, 0.0)),
+        noise_scale=jnp.where(few, jnp.nan, scale),
+        standard_error=jnp.where(few | jnp.isinf(scale), jnp.inf, error * scale**2),
+        low=jnp.where(few, 0.0, _ratio(one, jnp.maximum(x + errors * error, 0.0))),
+        high=jnp.where(few, jnp.inf, _ratio(one, jnp.maximum(x - errors * error, 0.0))),
         signal=signal,
         noise=noise,
     )
@@ -476,18 +341,3 @@ def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """A quotient that is infinite, never undefined, where its denominator is zero."""
     positive = denominator > 0
     return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), jnp.inf)
-
-
-def noise_scale_estimate(state: Any) -> NoiseScale | None:
-    """Return the noise scale held anywhere in an optimizer state; ``None`` if it keeps none.
-
-    Args:
-        state: the state of a ``scale_by_batch`` transformation or of a chain that holds one, or a
-            ``NoiseScaleState``.
-
-    Returns:
-        The estimate with its standard error.
-    """
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, NoiseScaleState))
-    found = [x for x in leaves if isinstance(x, NoiseScaleState)]
-    return estimate(found[0]) if found else None

@@ -325,6 +325,7 @@ class Recipe:
         k: Scalar,
         noise: Noise | None = None,
         values: Mapping[str, Any] | None = None,
+        limit: Scalar | None = None,
     ) -> Scaled:
         """Return the recipe under one rule at one k.
 
@@ -333,6 +334,7 @@ class Recipe:
             k: batch size over base batch size.
             noise: of the base batch's gradient, where it is known.
             values: base values in place of the recipe's own (schedules read, say).
+            limit: the noise scale up to which steps may grow, over the base batch size.
 
         Returns:
             Every hyperparameter in force.
@@ -345,6 +347,7 @@ class Recipe:
             rule=rule,
             k=k,
             noise=noise,
+            limit=limit,
             known=self.optimizer.known,
         )
 
@@ -375,6 +378,16 @@ class Recipe:
         if clock and self.optimizer.clocked is not None:
             return optax.with_extra_args_support(self.optimizer.clocked(**arguments, **clock))
         return optax.with_extra_args_support(self.optimizer.factory(**arguments))
+
+    def metric(self, rule: ScalingRule) -> str | None:
+        """Return the metric in which a rule's guard measures the noise scale; ``None``: unguarded.
+
+        What takes no steps of its own (a clip, a moving average) has none.
+        """
+        steps = self.family is not None and any(
+            role.name == "learning_rate" for role in self.roles.values()
+        )
+        return self.family.metric if rule.guard and self.family is not None and steps else None
 
     def needs_noise(self, rule: ScalingRule) -> bool:
         """Whether a rule needs the noise to scale this recipe."""
@@ -546,6 +559,7 @@ def scale_hyperparams(
     batch_size: int,
     base_batch_size: int,
     rule: str | ScalingRule = "sqrt",
+    guard: bool | None = None,
     noise_scale: float | None = None,
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
@@ -562,7 +576,9 @@ def scale_hyperparams(
         batch_size: examples per update to scale to.
         base_batch_size: examples per update that the values were tuned at.
         rule: a name, ``"power(a)"``, or a ``ScalingRule``.
-        noise_scale: gradient noise scale in examples, for ``"noise_aware"``.
+        guard: whether steps grow with the batch only up to a given noise scale; ``None``: as the
+            rule says.
+        noise_scale: gradient noise scale in examples: for ``"noise_aware"``, and for the guard.
         roles: further names -> role, e.g. ``{"bn_decay": "decay"}``: BatchNorm's decay or a weight
             average then follow the same rule.
         family: of a user's own factory.
@@ -583,10 +599,12 @@ def scale_hyperparams(
         Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022.
     """
     check_batch_sizes(batch_size, base_batch_size)
-    rule = resolve_rule(rule)
+    rule = resolve_rule(rule).replace(guard=guard)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
+    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    scaled = recipe.at(rule, batch_size / base_batch_size, noise)
+    limit = None if noise is None or recipe.metric(rule) is None else noise.scale
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)
     try:
         return {
             name: scaled.schedule_or_value(name) if name in recipe.values else value

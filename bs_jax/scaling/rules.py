@@ -46,6 +46,8 @@ class ScalingRule:
             scaled, decays included.
         offset: multiplies k for every hyperparameter.
         overrides: pairs (hyperparameter, factor on its k), or (hyperparameter, None): left alone.
+        guard: whether steps grow with the batch only up to the noise scale (see ``limit``): the
+            measured one for rules that measure, a given ``noise_scale=`` for every rule.
         origin: where the rule comes from.
 
     Example:
@@ -64,6 +66,7 @@ class ScalingRule:
     k_power: float = 1.0
     offset: float = 1.0
     overrides: tuple[tuple[str, float | None], ...] = ()
+    guard: bool = True
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -75,11 +78,18 @@ class ScalingRule:
                     " k, so use a positive number (1.0: as the rule says), or None to switch off"
                 )
 
-    def replace(self, *, offset: float | None = None, **overrides: float | None) -> ScalingRule:
+    def replace(
+        self,
+        *,
+        offset: float | None = None,
+        guard: bool | None = None,
+        **overrides: float | None,
+    ) -> ScalingRule:
         """Return the rule with hyperparameters switched off (``None``) or offset (a factor on k).
 
         Args:
             offset: factor on k for every hyperparameter.
+            guard: whether steps grow with the batch only up to the noise scale.
             **overrides: by hyperparameter name.
 
         Returns:
@@ -91,20 +101,37 @@ class ScalingRule:
         merged = dict(self.overrides) | overrides
         merged = {name: value for name, value in sorted(merged.items()) if value != 1.0}
         total = self.offset if offset is None else offset
+        guarded = self.guard if guard is None else bool(guard)
         marks = [f"k=x{total:g}"] if total != 1.0 else []
-        marks += [f"{n}=off" if v is None else f"{n}=x{_short(v)}" for n, v in merged.items()]
         base = self.name.split("[")[0]
+        if guarded != (RULES[base].guard if base in RULES else True):
+            marks.append(f"guard={'on' if guarded else 'off'}")
+        marks += [f"{n}=off" if v is None else f"{n}=x{_short(v)}" for n, v in merged.items()]
         return dataclasses.replace(
             self,
             name=f"{base}[{','.join(marks)}]" if marks else base,
             offset=total,
             overrides=tuple(merged.items()),
+            guard=guarded,
         )
 
     @property
     def measures_noise(self) -> bool:
         """Whether q follows the measured noise scale."""
         return self.q_power is None
+
+    @property
+    def reads_middle(self) -> bool:
+        """Whether an update reads schedules at the middle of the base-size ones it stands for.
+
+        Rules that change plain numbers alone leave schedules as a user by hand would have them.
+        """
+        return self.time_constants and self.own_clocks
+
+    @property
+    def measures(self) -> bool:
+        """Whether the rule reads micro-batch statistics: for q, the second moment or the guard."""
+        return self.lr_power is None
 
 
 def _short(value: object) -> str:
@@ -168,6 +195,7 @@ _RULES = (
         weight_decay_power=1.0,
         q_power=0.0,
         own_clocks=False,
+        guard=False,
         origin="learning rate and weight decay x k: decay per epoch grows with k",
     ),
     ScalingRule(
@@ -177,11 +205,13 @@ _RULES = (
         q_power=0.0,
         own_clocks=False,
         k_power=0.5,
+        guard=False,
         origin="as seed, with sqrt(k) in place of k everywhere",
     ),
 )
 
 RULES: dict[str, ScalingRule] = {rule.name: rule for rule in _RULES}
+"""The rules by name."""
 
 
 def resolve_rule(rule: str | ScalingRule) -> ScalingRule:
@@ -233,6 +263,8 @@ class Family:
             leaf), ``"factored"``; these can be made invariant; ``"max"``, ``"centered"``,
             ``"centered_raw"`` or ``"none"`` cannot.
         trace_after_lr: whether momentum is taken after the learning rate.
+        metric: in which the noise scale that limits its steps is measured: ``"plain"``,
+            ``"coordinate"`` or ``"layer"`` (see ``noise.sample``); ``None``: it takes no steps.
         label: ``"exact"`` or ``"approximate"``, as the noisy quadratic shows.
         note: what a user should know.
         can_be_invariant: whether the second moment can be made that of the base batch size.
@@ -243,6 +275,7 @@ class Family:
     normalized: bool = False
     second_moment: str = "none"
     trace_after_lr: bool = False
+    metric: str | None = "coordinate"
     label: str = "exact"
     note: str = ""
     can_be_invariant: bool = dataclasses.field(init=False)
@@ -271,7 +304,7 @@ class Family:
 
 
 _FAMILIES = (
-    Family("linear", note="linear in the gradient"),
+    Family("linear", metric="plain", note="linear in the gradient"),
     Family("adam", "raw", second_moment="ema", note="filtered gradient / root of second moment"),
     Family("rmsprop", "raw", second_moment="ema", trace_after_lr=True),
     Family(
@@ -313,13 +346,15 @@ _FAMILIES = (
         "raw",
         normalized=True,
         second_moment="ema",
+        metric="layer",
         label="approximate",
         note="Nesterov's raw share of the gradient is no time constant",
     ),
-    Family("lars", "raw", trace_after_lr=True),
+    Family("lars", "raw", trace_after_lr=True, metric="layer"),
     Family("adagrad", "sum", second_moment="sum"),
     Family("adafactor", "raw", second_moment="factored", trace_after_lr=True),
-    Family("novograd", "raw", second_moment="layer"),
-    Family("wrapper", note="has no learning rate of its own"),
+    Family("novograd", "raw", second_moment="layer", metric="layer"),
+    Family("wrapper", metric=None, note="has no learning rate of its own"),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}
+"""The families of optimizers by name: how their update answers to the gradient's size."""

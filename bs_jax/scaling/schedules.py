@@ -148,15 +148,17 @@ def ramp_within_noise(
         growth: factor of one rise.
 
     Returns:
-        ``next_batch_size(current, noise_scale) -> int``, to be asked now and then, outside jit.
+        ``next_batch_size(current, noise_scale) -> int``, to be asked now and then, outside jit. A
+        noise scale that is NaN or infinite is not known yet: the batch stays. ``BatchRamp`` also
+        asks for the lower end of the measured range, waits for answers that agree, and saves.
 
     Raises:
         UserError: for sizes, a share or a growth that make no ramp.
 
     Example:
         >>> next_batch_size = ramp_within_noise(batch_size=64, largest_batch_size=512)
-        >>> next_batch_size(64, 200.0), next_batch_size(64, 300.0), next_batch_size(512, 1e9)
-        (64, 128, 512)
+        >>> next_batch_size(64, 200.0), next_batch_size(64, 300.0), next_batch_size(64, math.inf)
+        (64, 128, 64)
     """
     if not 1 <= batch_size <= largest_batch_size:
         raise UserError(
@@ -168,6 +170,7 @@ def ramp_within_noise(
 
     def next_batch_size(current: int, noise_scale: float) -> int:
         wanted = min(round(current * growth), largest_batch_size)
-        return wanted if wanted <= share * noise_scale else current
+        allowed = math.isfinite(noise_scale) and wanted <= share * noise_scale
+        return wanted if allowed else current
 
     return next_batch_size

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, cast
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,43 +15,84 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import moments, noise
+from bs_jax.scaling.clock import ExampleClock
 from bs_jax.scaling.clocked import SMALLEST_DECAY, adafactor_decay
 from bs_jax.scaling.hyperparameters import (
-    MAX_EXAMPLES,
     Noise,
+    Scaled,
     ScalingWarning,
     check_batch_sizes,
     check_decays,
-    decays_rounded_to_one,
+    is_narrow,
     is_number,
     is_numeric,
+    rounded_away,
 )
-from bs_jax.scaling.noise import MicrobatchStats, NoiseScaleState, PyTree
+from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
+from bs_jax.scaling.microbatch import MicrobatchStats, PyTree
+from bs_jax.scaling.noise import NoiseScale, NoiseScaleState
 from bs_jax.scaling.optimizers import Recipe, missing_noise, resolve_factory
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule
 
 P = ParamSpec("P")
+# A noise scale that the user gives: as noise, or as a schedule of examples.
+Known: TypeAlias = Noise | Callable[[Any], Any] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InForce:
+    """The hyperparameters of one update: float32 scalars, their names apart.
+
+    The names are no keys of the state: optax's ``tree_get(state, "learning_rate")`` finds what a
+    user may set, and a value that is computed at every update may not be set.
+
+    Attributes:
+        values: in the order of ``names``.
+        names: of the factory's arguments; then ``"guard"`` and ``"noise_scale"`` under a guard.
+    """
+
+    values: tuple[jax.Array, ...]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> InForce:
+        """Return the values as float32 scalars."""
+        return cls(tuple(jnp.asarray(v, jnp.float32) for v in values.values()), tuple(values))
+
+    def to_dict(self) -> dict[str, jax.Array]:
+        """Return name -> value."""
+        return dict(zip(self.names, self.values, strict=True))
 
 
 class ScaleByBatchState(NamedTuple):
     """State of a ``scale_by_batch`` transformation; one structure for every kind of update.
 
     Attributes:
-        examples: examples seen; int32 scalar, stops at its largest value.
+        clock: examples seen, in base-size updates.
         batch_size: examples in the last update; int32 scalar.
-        hyperparams: values in force in the last update; float32 scalars.
-        noise: running noise scale, or ``()`` where the rule needs none.
+        in_force: the hyperparameters of the last update; read them by ``hyperparams``.
+        noise: running noise scale of the gradient, as the rule averages it; ``()`` for what takes
+            no steps and needs none.
+        limit: running noise scale in the metric that the optimizer moves in, for the guard; ``()``
+            for what takes no steps.
         variance: averaged noise part of each second moment, or ``()`` where it is not made
             invariant.
         inner_state: the optimizer's own state.
     """
 
-    examples: jax.Array
+    clock: ExampleClock
     batch_size: jax.Array
-    hyperparams: dict[str, jax.Array]
+    in_force: InForce
     noise: NoiseScaleState | tuple[()]
+    limit: NoiseScaleState | tuple[()]
     variance: tuple[PyTree, ...]
     inner_state: Any
+
+    @property
+    def examples(self) -> Any:
+        """Examples seen: exact int64 outside jit; a rounded float32 inside."""
+        return self.clock.examples
 
 
 def scale_by_batch(
@@ -60,8 +103,9 @@ def scale_by_batch(
     rule: str | ScalingRule = "invariant",
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
-    noise_scale: float | None = None,
-    noise_decay: float = noise.DECAY,
+    guard: bool | None = None,
+    noise_scale: float | Callable[[Any], Any] | None = None,
+    noise_decay: float | None = None,
     variance_floor: float = moments.VARIANCE_FLOOR,
 ) -> Callable[P, optax.GradientTransformationExtraArgs]:
     r"""Wrap an optax factory: hyperparameters tuned at one batch size, training at another.
@@ -69,19 +113,27 @@ def scale_by_batch(
     Every hyperparameter becomes what the rule says at ``k = batch_size / base_batch_size``; for
     Adam under ``"invariant"``: ``lr k``, ``b1^k``, ``b2^k``, and the second moment estimated as
     the base batch size would have shown it. A schedule written in updates of the base batch size
-    serves unchanged: it is read at ``examples seen / base_batch_size``, under every rule.
+    serves unchanged: an update reads it at the middle of the base-size updates that it stands for.
+
+    Beyond the gradient noise scale no rule that keeps the movement per example can be right. So a
+    rule that measures is guarded: at k > 1 the learning rate grows by ``min(k, max(1, phi))``
+    instead of k, with phi the noise scale over the base batch size, measured while training in the
+    metric that the optimizer moves in. Up to the noise scale it is the rule unguarded.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
-        batch_size: examples in one update, over all devices. The clock of examples is an int32:
-            count sequences rather than tokens where a run would see more than 2,147,483,647.
+        batch_size: examples in one update, over all devices; sequences or tokens, as long as all
+            sizes count the same.
         base_batch_size: examples per update that the hyperparameters were tuned at.
         rule: a name in ``RULES``, ``"power(a)"``, or a ``ScalingRule``.
         roles: hyperparameter -> role, for your own factory; what has no role is left alone.
         family: of your own factory, needed by rules that follow the noise.
-        noise_scale: gradient noise scale in examples, where it is known; a number, or a scalar
-            array, which may be traced.
-        noise_decay: decay per base-size update of the running noise scale.
+        guard: whether steps grow with the batch only up to the noise scale; ``None``: as the rule
+            says (``"invariant"`` and ``"noise_aware"``: yes).
+        noise_scale: gradient noise scale in examples, where it is known: a number, a scalar array,
+            which may be traced, or a schedule in base-size updates. It then guards every rule.
+        noise_decay: decay per base-size update of the running noise scale that ``"noise_aware"``
+            reads; ``None``: that of the second moment it stands for, else 0.99.
         variance_floor: smallest share of the averaged noise variance that an invariant second
             moment may fall to.
 
@@ -105,17 +157,21 @@ def scale_by_batch(
         Malladi et al. 2022 (square-root rule); Wang & Aitchison 2024 (invariant Adam).
     """
     check_batch_sizes(batch_size, base_batch_size)
-    if not is_number(noise_decay) or not 0 <= noise_decay < 1:
+    if noise_decay is not None and (not is_number(noise_decay) or not 0 <= noise_decay < 1):
         raise UserError(f"noise_decay is {noise_decay!r}; give a decay below 1, e.g. 0.99")
     if not is_number(variance_floor) or not 0 < variance_floor <= 1:
         raise UserError(f"variance_floor is {variance_floor!r}; give a share in (0, 1], e.g. 0.7")
-    known = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    resolved, rule = resolve_factory(factory), resolve_rule(rule)
+    if guard is not None and not isinstance(cast(object, guard), bool):
+        raise UserError(f"guard is {guard!r}; give True, False, or None: as the rule says")
+    resolved, rule = resolve_factory(factory), resolve_rule(rule).replace(guard=guard)
+    known: Known = noise_scale if callable(noise_scale) else None
+    if noise_scale is not None and known is None:
+        known = Noise.from_scale(noise_scale, base_batch_size)
 
     @functools.wraps(resolved)
     def scaled_factory(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
         recipe = Recipe.of(resolved, args, kwargs, roles=roles, family=family, whole_call=True)
-        check_decays(recipe.at(rule, batch_size / base_batch_size, known))
+        check_decays(recipe.at(rule, batch_size / base_batch_size, _at_start(known)))
         for caution in recipe.cautions(rule):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         return _transformation(
@@ -137,8 +193,8 @@ def _transformation(
     *,
     batch_size: int,
     base_batch_size: int,
-    known_noise: Noise | None,
-    noise_decay: float,
+    known_noise: Known,
+    noise_decay: float | None,
     floor: float,
 ) -> optax.GradientTransformationExtraArgs:
     """Return a recipe's transformation: updates are static where all numbers are known before.
@@ -147,57 +203,135 @@ def _transformation(
     training: a batch size that is given, values that are arrays, noise that is measured.
     """
     k = batch_size / base_batch_size
-    at_k = recipe.at(rule, k, known_noise)
+    start = _at_start(known_noise)
+    at_k = recipe.at(rule, k, start, limit=None if start is None else start.scale)
     second_moment = recipe.family.second_moment if recipe.family is not None else "none"
     kind = recipe.invariant_moment(rule)
     decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
+    metric = recipe.metric(rule)
     measures = known_noise is None and recipe.needs_noise(rule)
+    guarded = metric is not None and (known_noise is not None or rule.measures)
+    guards = guarded and known_noise is None
     constant = all(is_number(v) or n in recipe.schedules for n, v in recipe.values.items())
-    constant = constant and (known_noise is None or is_number(known_noise.noise))
-    static = constant and (at_k.is_identity or not (measures or kind))
+    constant = constant and (start is None or is_number(start.noise)) and not callable(known_noise)
+    static = constant and (at_k.is_identity or not (measures or kind or (guards and k > 1)))
     fixed = {name: at_k.schedule_or_value(name) for name in recipe.values} if static else {}
     plain = recipe.build(fixed, recipe.clock(at_k)) if static else None
+    # Plain optax's with Python numbers, whose dtypes ours follow.
+    stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
+    base_optimizer = recipe.build(
+        {n: stand_ins[n] for n, v in recipe.values.items() if not is_number(v)}
+    )
 
-    def base_values(examples: jax.Array, changing: bool = False) -> dict[str, Any]:
+    def read(clock: ExampleClock, schedule: Callable[[Any], Any], size: Any) -> Any:
+        return clock.read(schedule, size, base_batch_size, middle=rule.reads_middle)
+
+    def base_values(clock: ExampleClock, size: Any) -> dict[str, Any]:
         """Return base values now: schedules are read on the clock of base-size updates."""
-        if not changing and batch_size % base_batch_size == 0:
-            steps = examples // base_batch_size
-        else:
-            steps = examples / base_batch_size
-        return {n: v(steps) if callable(v) else v for n, v in recipe.values.items()}
+        return {n: read(clock, v, size) if callable(v) else v for n, v in recipe.values.items()}
+
+    def noise_at(clock: ExampleClock, size: Any, state: ScaleByBatchState | None) -> Any:
+        """Return the noise that the rule reads, and the limit of the guard, as they are now."""
+        found = known_noise
+        if callable(found):
+            found = Noise.from_scale(read(clock, found, size), base_batch_size)
+        if found is not None:
+            return found, found.scale if guarded else None
+        if state is None:
+            return None, None
+        measured = _measured(state.noise, base_batch_size) if measures else None
+        limit = None
+        if guards:
+            limit = (
+                noise.estimate(cast(NoiseScaleState, state.limit), GUARD_ERRORS).low
+                / base_batch_size
+            )
+        return measured, limit
+
+    def shown(scaled: Scaled, values: Mapping[str, Any]) -> InForce:
+        """Return what is in force, the limit included."""
+        if not guarded:
+            return InForce.of(values)
+        limit = 0.0 if scaled.limit is None else scaled.limit
+        return InForce.of({**values, "guard": scaled.guard, "noise_scale": limit * base_batch_size})
 
     def init(params: PyTree) -> ScaleByBatchState:
-        for caution in decays_rounded_to_one(recipe.roles, fixed, params):
+        for caution in rounded_away(recipe.roles, fixed, params):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
-        examples = jnp.zeros((), jnp.int32)
-        online = noise.init_noise_scale() if measures else ()
-        noise_now = _measured(online, base_batch_size) if online else known_noise
-        scaled = recipe.at(rule, k, noise_now, base_values(examples))
+        clock = ExampleClock.at(0, base_batch_size)
+        steps = any(role.name == "learning_rate" for role in recipe.roles.values())
+        running = noise.init_noise_scale()
+        state = ScaleByBatchState(
+            clock=clock,
+            batch_size=jnp.asarray(batch_size, jnp.int32),
+            in_force=InForce((), ()),
+            noise=running if steps or measures else (),
+            limit=running if steps else (),
+            variance=(),
+            inner_state=(),
+        )
+        noise_now, limit = noise_at(clock, batch_size, state)
+        scaled = recipe.at(rule, k, noise_now, base_values(clock, batch_size), limit)
         values = scaled.all()
         inner_state = (plain or recipe.build(values, recipe.clock(scaled))).init(params)
-        return ScaleByBatchState(
-            examples=examples,
-            batch_size=jnp.asarray(batch_size, jnp.int32),
-            hyperparams=_as_float32(values),
-            noise=online,
+        return state._replace(
+            in_force=shown(scaled, values),
             variance=moments.init_variance(inner_state, scaled) if kind else (),
             inner_state=inner_state,
         )
+
+    def running_noise(
+        state: ScaleByBatchState, updates: PyTree, size: Any, microbatch: MicrobatchStats | None
+    ) -> ScaleByBatchState:
+        """Return the state with this update's statistics taken into the noise scales."""
+        k = size / base_batch_size
+        if microbatch is None:
+            small = is_number(k) and k <= 1
+            if (measures and not recipe.at(rule, k).is_identity) or (guards and not small):
+                raise missing_noise(recipe, rule, by_coordinate=kind is not None)
+            return state
+        noise.check_microbatch(microbatch, updates)
+        new_noise, limit = state.noise, state.limit
+        if isinstance(new_noise, NoiseScaleState):
+            decay = _noise_decay(noise_decay, recipe) ** k
+            if second_moment == "sum":
+                # What the optimizer sums without end is compared with a noise averaged likewise.
+                done = state.clock.updates(k, base_batch_size)
+                decay = done / (done + 1)
+            new_noise = noise.update_noise_scale(
+                new_noise, updates, microbatch, batch_size=size, decay=decay
+            )
+        if isinstance(limit, NoiseScaleState):
+            limit = noise.update_noise_scale(
+                limit,
+                updates,
+                microbatch,
+                batch_size=size,
+                decay=guard_decay(k),
+                metric=metric or (recipe.family.metric if recipe.family else None) or "plain",
+            )
+        return state._replace(noise=new_noise, limit=limit)
 
     def static_update(
         plain: optax.GradientTransformationExtraArgs,
         updates: PyTree,
         state: ScaleByBatchState,
         params: PyTree,
+        microbatch: MicrobatchStats | None,
         extra_args: dict[str, Any],
     ) -> tuple[PyTree, ScaleByBatchState]:
         # Not the state's: a checkpoint of another batch size holds what was in force there.
-        done = state.examples // batch_size
-        values = {n: v(done) if callable(v) else v for n, v in fixed.items()}
+        values = {
+            n: at_k.with_base(n, read(state.clock, recipe.values[n], batch_size))
+            if callable(v)
+            else v
+            for n, v in fixed.items()
+        }
+        state = running_noise(state, updates, batch_size, microbatch)
         updates, inner_state = plain.update(updates, state.inner_state, params, **extra_args)
         return updates, state._replace(
-            examples=_add_examples(state.examples, batch_size),
-            hyperparams=_as_float32(values),
+            clock=state.clock.advance(batch_size, base_batch_size),
+            in_force=shown(at_k, values),
             inner_state=inner_state,
         )
 
@@ -214,31 +348,32 @@ def _transformation(
             size = given_size
             if is_number(size) or not is_numeric(size):
                 check_batch_sizes(size, base_batch_size)
-        if microbatch is not None:
-            noise.check_microbatch(microbatch, updates)
         k = size / base_batch_size
-        online, noise_now = state.noise, known_noise
-        if isinstance(online, NoiseScaleState):
-            online = measured(online, updates, state.examples, k, size, microbatch)
-            noise_now = _measured(online, base_batch_size)
-        base = base_values(state.examples, changing)
-        scaled = recipe.at(rule, k, noise_now, base)
+        state = running_noise(state, updates, size, microbatch)
+        noise_now, limit = noise_at(state.clock, size, state)
+        base = base_values(state.clock, size)
+        scaled = recipe.at(rule, k, noise_now, base, limit)
         values, clock = scaled.all(), recipe.clock(scaled)
         inner_state, count = state.inner_state, None
         if changing:
-            old = recipe.at(rule, state.batch_size / base_batch_size, noise_now, base)
+            old = recipe.at(rule, state.batch_size / base_batch_size, noise_now, base, limit)
             inner_state = moments.carry(inner_state, old, scaled)
             if rule.time_constants and second_moment != "layer":
-                count = state.examples / size
+                count = state.clock.updates(k, base_batch_size)
         # At the base size the optimizer's own square serves, unless its count is a fraction.
         at_base = scaled.is_identity and microbatch is None and count is None
         replaces, used = kind is not None and not at_base, values
         if replaces and decay_name:
             used = {**values, decay_name: _usable_decay(values[decay_name])}
         optimizer = recipe.build(used, clock)
+        seen = updates
+        if scaled.with_role("gradient_norm"):
+            # optax's clips select between what is clipped and a product with the threshold, which
+            # is float32 here where a Python float would have taken the gradient's type.
+            seen = _widened(updates)
 
         def own_step(inner_state: Any) -> tuple[PyTree, Any]:
-            return optimizer.update(updates, inner_state, params, **extra_args)
+            return optimizer.update(seen, inner_state, params, **extra_args)
 
         step = own_step if count is None else moments.at_count(own_step, count, known=scaled.known)
         if replaces:
@@ -259,35 +394,22 @@ def _transformation(
         else:
             (new_updates, inner_state), variance = step(inner_state), state.variance
         new_state = ScaleByBatchState(
-            examples=_add_examples(state.examples, size),
+            clock=state.clock.advance(size, base_batch_size),
             batch_size=jnp.asarray(size, jnp.int32),
-            hyperparams=_as_float32(values),
-            noise=online,
+            in_force=shown(scaled, values),
+            noise=state.noise,
+            limit=state.limit,
             variance=variance,
             inner_state=inner_state,
         )
         # Float32 hyperparameters would otherwise widen a bfloat16 state or update.
-        return _cast_like((new_updates, new_state), (updates, state))
-
-    def measured(
-        online: NoiseScaleState,
-        updates: PyTree,
-        examples: jax.Array,
-        k: Scalar,
-        size: Scalar,
-        microbatch: MicrobatchStats | None,
-    ) -> NoiseScaleState:
-        """Return the running noise scale with this update's statistics taken in."""
-        if microbatch is None:
-            if not recipe.at(rule, k).is_identity:
-                raise missing_noise(recipe, rule)
-            return online
-        decay = noise_decay**k
-        if second_moment == "sum":
-            # What the optimizer sums without end is compared with a noise averaged likewise.
-            done = examples / size
-            decay = done / (done + 1)
-        return noise.update_noise_scale(online, updates, microbatch, batch_size=size, decay=decay)
+        as_optax = jax.eval_shape(
+            lambda u, s, p: base_optimizer.update(u, s, p, **extra_args)[0],
+            updates,
+            state.inner_state,
+            params,
+        )
+        return _cast_like((new_updates, new_state), (as_optax, state))
 
     def update(
         updates: PyTree,
@@ -299,13 +421,36 @@ def _transformation(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchState]:
         if plain is not None and batch_size is None:
-            return static_update(plain, updates, state, params, extra_args)
+            return static_update(plain, updates, state, params, microbatch, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
-    return optax.GradientTransformationExtraArgs(init, cast(Any, update))
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _measured(online: NoiseScaleState, base_batch_size: int) -> Noise:
+def _at_start(known: Known) -> Noise | None:
+    """Return the noise that is known before training; of a schedule, one that stands for it."""
+    return Noise(1.0, 1.0) if callable(known) else known
+
+
+def _noise_decay(given: float | None, recipe: Recipe) -> Scalar:
+    """Return the decay per base-size update of the noise that q is made of.
+
+    It stands beside the second moment, so it averages over as many examples.
+    """
+    if given is not None:
+        return given
+    decays = [n for n, role in recipe.roles.items() if role.name == "second_moment_decay"]
+    found = [recipe.values[n] for n in decays if n in recipe.values]
+    return found[0] if found else noise.DECAY
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """Return a tree with float32 in place of narrower types."""
+    wide = lambda x: x.astype(jnp.float32) if is_narrow(x.dtype) else x  # noqa: E731
+    return jax.tree.map(wide, tree)
+
+
+def _measured(online: Any, base_batch_size: int) -> Noise:
     # Only the ratio matters, so neither is divided by the weight; nothing known yet reads as all
     # noise, the more cautious end for a larger batch.
     signal = jnp.maximum(online.signal, 0.0)
@@ -330,38 +475,76 @@ def _growing_decay(
     return lambda done: adafactor_decay(done if count is None else count, rate, offset, k)
 
 
-def _add_examples(examples: jax.Array, batch_size: Any) -> jax.Array:
-    more = jnp.asarray(batch_size, jnp.int32)
-    return jnp.where(examples > MAX_EXAMPLES - more, MAX_EXAMPLES, examples + more)
-
-
-def _as_float32(values: Mapping[str, Any]) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-
-
 def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
 
 
-def hyperparams(state: Any) -> dict[str, jax.Array]:
+def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     """Return the hyperparameters in force in the last update.
 
+    Under a guard ``"guard"`` is the share of k by which steps may grow (1 inside the noise scale),
+    and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is known.
+
     Args:
-        state: the state of a ``scale_by_batch`` transformation, or of anything that holds one.
+        state: the state of a ``scale_by_batch`` transformation, or of anything that holds one: a
+            chain's, a ``TrainState``, an ``nnx.Optimizer``.
+        as_floats: whether to return Python floats, for logging, instead of float32 scalars.
 
     Returns:
-        name -> float32 scalar; prefixed ``"0/"``, ``"1/"``, ... if the state holds several.
+        name -> value; prefixed ``"0/"``, ``"1/"``, ... if the state holds several.
 
     Raises:
         UserError: if the state holds none.
     """
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBatchState))
-    found = [x.hyperparams for x in leaves if isinstance(x, ScaleByBatchState)]
+    found = [_plain_arrays(x.in_force).to_dict() for x in _states_in(state)]
     if not found:
         raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
+    if as_floats:
+        found = [{name: float(value) for name, value in values.items()} for values in found]
     if len(found) == 1:
-        return dict(found[0])
+        return found[0]
     return {f"{i}/{name}": v for i, values in enumerate(found) for name, v in values.items()}
+
+
+def noise_scale_estimate(state: Any) -> NoiseScale | None:
+    """Return the noise scale held anywhere in an optimizer state; ``None`` if it keeps none.
+
+    Args:
+        state: the state of a ``scale_by_batch`` transformation or of anything that holds one (a
+            chain's, a ``TrainState``, an ``nnx.Optimizer``), or a ``NoiseScaleState``.
+
+    Returns:
+        The estimate with its range, NaN where nothing is known yet; ``preconditioned`` is the same
+        in the metric that the optimizer moves in.
+    """
+    if isinstance(state, NoiseScaleState):
+        return noise.estimate(_plain_arrays(state))
+    found = [x for x in _states_in(state) if isinstance(x.noise, NoiseScaleState)]
+    # What takes steps comes first: a clip beside it keeps only what its threshold needs.
+    found.sort(key=lambda x: not isinstance(x.limit, NoiseScaleState))
+    if not found:
+        return None
+    running = _plain_arrays((found[0].noise, found[0].limit))
+    limit = noise.estimate(running[1]) if isinstance(running[1], NoiseScaleState) else None
+    return noise.estimate(running[0])._replace(preconditioned=limit)
+
+
+def _states_in(state: Any) -> list[ScaleByBatchState]:
+    """Return the states of ``scale_by_batch`` transformations inside a state."""
+    # flax's nnx.Optimizer is no pytree of its optimizer's state.
+    state = getattr(state, "opt_state", state)
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBatchState))
+    return [x for x in leaves if isinstance(x, ScaleByBatchState)]
+
+
+def _plain_arrays(tree: Any) -> Any:
+    """Return a tree with nnx's variables read."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    read = lambda x: x.get_value() if is_variable(x) else x  # noqa: E731
+    return jax.tree.map(read, tree, is_leaf=is_variable)
 
 
 def invariant_adamw(

@@ -23,7 +23,7 @@ from bs_jax.statistics.groups import (
     is_near,
     members_of,
 )
-from bs_jax.statistics.price import examples_to_base_loss
+from bs_jax.statistics.price import share_to_base_loss
 from bs_jax.statistics.seed_noise import ALPHA, SeedNoise, estimate_noise
 from bs_jax.statistics.verdicts import ArmVerdict, arm_verdict, judge
 
@@ -97,18 +97,16 @@ def analyse(results: Results) -> Analysis:
             comparison = compare_with_base(group.by_seed, base.by_seed, sweep.margin, noise, pooled)
             loss_comparison = compare_with_base(losses, base_entry[1], math.nan, loss_noise, pooled)
             deviation = curves.curve_deviation(rows, base_entry[2], scatter, paired=paired)
-            ratio = math.nan
-            if group.curve is not None and base.curve is not None:
-                ratio = examples_to_base_loss(group.curve, base.curve)
             groups.append(
                 replace(
                     group,
-                    examples_ratio=ratio,
+                    share_to_base_loss=_share_to_base_loss(group, base),
                     comparison=comparison,
                     loss_comparison=loss_comparison,
                     deviation=deviation,
                 )
             )
+        base = replace(base, share_to_base_loss=_share_to_base_loss(base, base))
     arms = list(dict.fromkeys(row.arm for row in results.rows))
     judged = {arm: judge([group for group in groups if group.arm == arm], base) for arm in arms}
     return Analysis(
@@ -122,6 +120,12 @@ def analyse(results: Results) -> Analysis:
         loss_noise=loss_noise,
         edges=edges,
     )
+
+
+def _share_to_base_loss(group: Group, base: Group) -> float:
+    if group.curve is None or base.curve is None:
+        return math.nan
+    return share_to_base_loss(group.curve, base.curve)
 
 
 def widest_pass(groups: Sequence[Group], noise: SeedNoise | None, margin: float) -> float:

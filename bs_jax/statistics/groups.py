@@ -35,7 +35,7 @@ class Group:
       price: what the finished runs took.
       inside: for how much of training the batch lay inside the noise scale; None if not measured.
       deviation: how far that curve lies from the base's; None if either has no curve.
-      examples_ratio: of `examples_to_base_loss`; NaN if it cannot be told.
+      share_to_base_loss: of training, until the base's loss after three quarters of its own.
       verdict: of this point; None for the base and for other offsets than 1.
     """
 
@@ -58,7 +58,7 @@ class Group:
     comparison: Comparison | None = None
     loss_comparison: Comparison | None = None
     deviation: curves.Deviation | None = None
-    examples_ratio: float = math.nan
+    share_to_base_loss: float = math.nan
     verdict: Verdict | None = None
 
 

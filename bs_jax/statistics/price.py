@@ -37,11 +37,21 @@ class Price:
       updates: of the whole run (median over runs, as all here).
       seconds: of wall time, beside whatever else ran on the machine.
       examples_per_second: trained on, with all that a run does beside training.
+      ramp: the batch size in use over examples seen, of the first run; None where it never changed.
     """
 
     updates: float
     seconds: float
     examples_per_second: float
+    ramp: Curve | None = None
+
+    def updates_at(self, share: float) -> float:
+        """Updates done once a share of the run's examples has been seen."""
+        if self.ramp is None:
+            return self.updates * share
+        ends = np.concatenate([[0], self.ramp.examples])
+        updates = np.concatenate([[0], np.cumsum(np.diff(ends) / self.ramp.values)])
+        return float(np.interp(share * ends[-1], ends, updates))
 
 
 def price(runs: Sequence[Run]) -> Price:
@@ -64,7 +74,10 @@ def price(runs: Sequence[Run]) -> Price:
         seconds.append(summary.wall_time_seconds * summary.step / trained)
         if seconds[-1] > 0:
             speeds.append(summary.examples / seconds[-1])
-    return Price(_median(updates), _median(seconds), _median(speeds))
+    sizes = [run.curves["batch_size"] for run in runs if "batch_size" in run.curves]
+    ramps = [c for c in sizes if np.all(c.values > 0) and len(np.unique(c.values)) > 1]
+    ramp = ramps[0] if ramps else None
+    return Price(_median(updates), _median(seconds), _median(speeds), ramp)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -144,8 +157,8 @@ def _at(curve: Curve, examples: np.ndarray) -> np.ndarray:
     return curve.values[np.minimum(rows, len(curve.values) - 1)]
 
 
-def examples_to_base_loss(curve: np.ndarray, base: np.ndarray) -> float:
-    """Examples to the loss that the base has after three quarters of its training, over the base's.
+def share_to_base_loss(curve: np.ndarray, base: np.ndarray) -> float:
+    """The share of training until a curve has the loss that the base has after three quarters.
 
     Both curves are made to fall steadily first, halfway between the lowest value so far and the
     highest still to come, so that one lucky window decides nothing.
@@ -155,37 +168,32 @@ def examples_to_base_loss(curve: np.ndarray, base: np.ndarray) -> float:
       base: the base's, in the same windows.
 
     Returns:
-      The ratio, 1 for a curve that follows; infinite if the loss is not reached; NaN if it cannot
-      be told.
+      The share; infinite if the loss is not reached; NaN if it cannot be told.
 
-    >>> base = 2.0 - np.linspace(0, 1, 101)
-    >>> examples_to_base_loss(base, base)
-    1.0
-    >>> round(examples_to_base_loss(base + 0.15, base), 2)
-    1.2
-    >>> examples_to_base_loss(base + 0.3, base)
+    >>> base = 2.0 - np.linspace(0, 1, 100)
+    >>> share_to_base_loss(base, base)
+    0.75
+    >>> round(share_to_base_loss(base + 0.15, base), 2)
+    0.9
+    >>> share_to_base_loss(base + 0.3, base)
     inf
     """
     seen = np.isfinite(curve) & np.isfinite(base)
     if seen.sum() < 4:
         return math.nan
-    age = np.arange(1, len(curve) + 1, dtype=float)[seen]
+    age = np.arange(1, len(curve) + 1, dtype=float)[seen] / len(curve)
     ours, theirs = _steady(curve[seen]), _steady(base[seen])
-    level = float(np.interp(LEVEL_AT * age[-1], age, theirs))
-    if not theirs[0] > level or not ours[0] > level:
+    level = float(np.interp(LEVEL_AT, age, theirs))
+    if not ours[0] > level:
         return math.nan
     if ours[-1] > level:
         return math.inf
-    return float(_first_at(age, ours, level) / _first_at(age, theirs, level))
+    row = int(np.argmax(ours <= level))
+    part = (ours[row - 1] - level) / (ours[row - 1] - ours[row])
+    return float(age[row - 1] + part * (age[row] - age[row - 1]))
 
 
 def _steady(curve: np.ndarray) -> np.ndarray:
     lowest = np.minimum.accumulate(curve)
     highest = np.maximum.accumulate(curve[::-1])[::-1]
     return (lowest + highest) / 2
-
-
-def _first_at(age: np.ndarray, falling: np.ndarray, level: float) -> float:
-    row = int(np.argmax(falling <= level))
-    share = (falling[row - 1] - level) / (falling[row - 1] - falling[row])
-    return float(age[row - 1] + share * (age[row] - age[row - 1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,7 @@ class CohortTrainer:
         on_event: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
         other_run: Any = None,
+        until_examples: float = math.inf,
     ) -> None:
         """Train runs of one cohort to their ends.
 
@@ -143,6 +145,7 @@ class CohortTrainer:
                 have to be made.
             should_stop: see `train.Trainer.train`.
             other_run: see `train.Trainer.train`.
+            until_examples: see `train.Trainer.train`.
 
         Raises:
             Interrupted: `should_stop` said so; the states are saved.
@@ -175,4 +178,5 @@ class CohortTrainer:
                 lambda event: on_event({**event, "compile_seconds": watch.seconds}),
                 should_stop,
                 other_run,
+                until_examples,
             )

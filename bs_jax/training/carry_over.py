@@ -14,6 +14,7 @@ from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe, ResolvedRun
 from bs_jax.records import metrics_file, run_files, stores
 from bs_jax.scaling import ScaleByBatchState, moments
+from bs_jax.scaling.clock import ExampleClock
 from bs_jax.scaling.hyperparameters import Noise, NoiseScaleNeeded, Scaled
 from bs_jax.training import optimizers, step
 from bs_jax.training.checkpoint import Checkpoints
@@ -137,9 +138,16 @@ class OtherRun:
         )
         if not isinstance(new, ScaleByBatchState):
             return inner
-        kept: dict[str, Any] = {"examples": np.asarray(examples, np.int32), "inner_state": inner}
+        kept: dict[str, Any] = {
+            "clock": ExampleClock.at(examples, self._recipe.base_batch_size),
+            "inner_state": inner,
+        }
         if isinstance(old, ScaleByBatchState):
-            for field in ("noise", "variance"):  # both are told in terms of the base batch size
+            for field in (
+                "noise",
+                "limit",
+                "variance",
+            ):  # all are told in terms of the base batch size
                 if jax.tree.structure(getattr(old, field)) == jax.tree.structure(
                     getattr(new, field)
                 ):

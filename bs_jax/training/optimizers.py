@@ -48,7 +48,7 @@ def names() -> tuple[str, ...]:
 
 def rule_of(settings: Scaling) -> scaling.ScalingRule:
     """The scaling rule of a recipe, with its switches and offsets."""
-    overrides: dict[str, float | None] = {name: float(factor) for name, factor in settings.offsets}
+    overrides: dict[str, Any] = {name: float(factor) for name, factor in settings.offsets}
     overrides |= dict.fromkeys(settings.off)
     return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 

@@ -77,6 +77,7 @@ class Trainer:
         on_event: Callable[[Event], None] = lambda event: None,
         should_stop: Callable[[], bool] = lambda: False,
         other_run: OtherRun | None = None,
+        until_examples: float = math.inf,
     ) -> list[Summary]:
         """Train every run to its end, going on from its checkpoint if it has one.
 
@@ -86,6 +87,8 @@ class Trainer:
             on_event: called with ``{"event": "progress" | "run_finished", "run_id": ..., ...}``.
             should_stop: asked between chunks; where it says so, all state is saved.
             other_run: a run without checkpoints of its own begins with the state of that one.
+            until_examples: leave a run at the end of the chunk that has seen so many, with its
+                state saved and its summary "interrupted".
 
         Returns:
             The summaries, in the order of `folders`.
@@ -106,7 +109,7 @@ class Trainer:
                 part = sessions[at : at + size]
                 group = [session for session in part if session is not None]
                 if group:
-                    self._train_group(group, len(part), should_stop)
+                    self._train_group(group, len(part), should_stop, until_examples)
         finally:
             for session in sessions:
                 if session:
@@ -118,7 +121,11 @@ class Trainer:
         return [Summary.parse(content) for content in found]
 
     def _train_group(
-        self, group: list[Session], lanes: int, should_stop: Callable[[], bool]
+        self,
+        group: list[Session],
+        lanes: int,
+        should_stop: Callable[[], bool],
+        until_examples: float,
     ) -> None:
         """Train runs that advance together; a program of more lanes has its last run repeated."""
         # Begin: all at the newest step that each of them has, their records cut back to it.
@@ -135,7 +142,11 @@ class Trainer:
         def now() -> TrainState:
             return state
 
+        status = "done"
         for chunk, batches, inputs in self._chunks(members, now):
+            if chunk.examples >= until_examples:
+                status = "interrupted"
+                break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
             state, metrics = self._programs.train_chunk(state, inputs, train_data, batches)
             sums = None
@@ -146,7 +157,7 @@ class Trainer:
                 late()
             late = functools.partial(self._record, group, chunk, metrics, sums)
             stopping = distributed.any_process(should_stop())
-            if chunk.checkpoint or stopping:
+            if chunk.checkpoint or stopping or chunk.end_examples >= until_examples:
                 late()
                 late = None
                 found = self._lanes.split(jax.device_get(state), len(group))
@@ -163,7 +174,7 @@ class Trainer:
         if late is not None:
             late()
         for session in group:
-            session.finish("done")
+            session.finish(status)
 
     def _chunks(
         self, members: list[Session], state: Callable[[], TrainState]

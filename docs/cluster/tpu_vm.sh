@@ -5,6 +5,6 @@ set -euo pipefail
 gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command='
   set -e
   cd bs_jax
-  .venv/bin/pip install -q -e ".[tpu,gcs]"
+  .venv/bin/pip install -q -e ".[gcs,tpu]"
   exec .venv/bin/python main.py --mode=train --config.batch_size=1024 --workdir='"$WORKDIR"'
 '
