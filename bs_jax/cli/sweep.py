@@ -19,6 +19,8 @@ from bs_jax.recipe import Recipe, ResolvedRun, choose
 from bs_jax.records import stores
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bs_jax.sweep.cohorts import Schedule
     from bs_jax.sweep.plan import Sweep
     from bs_jax.sweep.points import Point
@@ -125,6 +127,8 @@ def given_seeds() -> list[int]:
 
 
 def _sweep() -> int:
+    from rich.console import Console
+
     from bs_jax.sweep import budget, plan, progress
     from bs_jax.sweep.stopping import Stopped
     from bs_jax.training import compilation, distributed
@@ -133,7 +137,11 @@ def _sweep() -> int:
     planned = _plan(recipe)
     wanted = _wanted(planned)
     if FLAGS.dry_run:
-        print(plan.listing(planned))
+        console = Console()
+        if console.is_terminal:
+            _show(planned, console)
+        else:  # for other programs: every point on a line, with the name of its run
+            print(plan.listing(planned))
         return 0
     distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
     folder = workdir()
@@ -206,6 +214,35 @@ def _reject_overridden(points: Sequence[Point]) -> None:
                 "field itself; leave the flag out, or use "
                 + ("--seeds=0,1,2" if field == "seed" else "--mode=train")
             )
+
+
+def _show(planned: Sweep, console: Console) -> None:
+    """Print the points as a table that fits the terminal, those that differ in the seed as one."""
+    from bs_jax.cli.tables import table
+    from bs_jax.sweep import plan
+
+    columns, same = plan.columns_of(planned)
+    names = [name for name in columns if name not in ("seed", "run")]
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for at, seed in enumerate(columns["seed"]):
+        seeds.setdefault(tuple(columns[name][at] for name in names), []).append(seed)
+    rows = [[*map(_short, cells), ",".join(found)] for cells, found in seeds.items()]
+    shown, names = list(zip(*rows, strict=True)), [*names, "seeds"]
+    for name, cells in list(zip(names, shown, strict=True)):
+        if len(set(cells)) == 1 and name in ("offset", "seeds"):
+            same = {**same, name: cells[0]}
+            names.remove(name)
+            shown.remove(cells)
+    console.print(table(names, list(zip(*shown, strict=True))))
+    console.print("\n".join(plan.notes(planned, same)), markup=False, highlight=False)
+
+
+def _short(cell: str) -> str:
+    """A number to four digits; whatever else as it is."""
+    try:
+        return f"{float(cell):.4g}" if "." in cell or "e-" in cell else cell
+    except ValueError:
+        return cell
 
 
 def _wanted(planned: Sweep) -> list[ResolvedRun]:
