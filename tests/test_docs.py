@@ -1,0 +1,284 @@
+"""The pages keep their word: names, code, flags, links, and the lists that code has too."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bs_jax.scaling import FAMILIES, RULES, __main__, optimizers
+from bs_jax.scaling.hyperparameters import ROLES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def text_of(name):
+    return (ROOT / name).read_text()
+
+
+def blocks(text, *languages):
+    return [
+        code
+        for language, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+        if language in languages
+    ]
+
+
+def prose(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+
+
+def shell_commands(text):
+    """Commands in shell blocks, and those given as inline code."""
+    inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose(text))]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(blocks(text, "sh"))).splitlines()
+    return [re.split(r"\s+#\s", line)[0] for line in [*lines, *inline]]
+
+
+def commands(program, text):
+    """Arguments of every call of a program."""
+    called = re.compile(rf"(?:^|[\s`]){re.escape(program)}(?=\s|$)([^|;&]*)")
+    return [
+        shlex.split(found[1])
+        for command in shell_commands(text)
+        if (found := called.search(command))
+    ]
+
+
+# --- names
+
+IN_A_FRESH_PROCESS = """
+import importlib, json, sys
+failed = {}
+for name in json.loads(sys.stdin.read()):
+    for module in [m for m in sys.modules if m.split(".")[0] == "bs_jax"]:
+        del sys.modules[module]
+    import bs_jax
+    try:
+        eval(name)
+    except Exception as error:
+        failed[name] = repr(error)
+print(json.dumps(failed))
+"""
+
+
+def test_every_name_works_as_the_first_use_of_a_fresh_process():
+    text = "\n".join(map(text_of, NAMES))
+    found = set(re.findall(r"(?<![\w./-])bs_jax(?:\.[A-Za-z_]\w*)+(?![\w/-])", text))
+    files = {name for name in found if re.search(r"\.(py|egg|toml)$", name)}
+    assert len(found - files) > 30
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS],
+        input=json.dumps(sorted(found - files)), capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}
+
+
+def test_names_of_files_exist():
+    missing = set()
+    for name in NAMES:
+        for path in re.findall(
+            r"`((?:bs_jax|configs|tests|benchmarks|examples|docs)/[\w./-]+)", text_of(name)
+        ):
+            if not (ROOT / path).exists():
+                missing.add(f"{name}: {path}")
+    assert not missing
+
+
+# --- code
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if blocks(text_of(n), "python")])
+def test_python_blocks_run_in_order(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for number, code in enumerate(blocks(text_of(name), "python")):
+        exec(compile(code, f"{name}, block {number + 1}", "exec"), namespace)
+
+
+def test_shell_commands_of_the_library_run(capsys):
+    asked = [argv for name in NAMES for argv in commands("python -m bs_jax.scaling", text_of(name))]
+    asked = [argv for argv in asked if argv]
+    assert len(asked) >= 3
+    for argv in asked:
+        assert __main__.main(argv) == 0, capsys.readouterr().err
+
+
+def test_modules_that_are_run_exist():
+    for name in NAMES:
+        for command in shell_commands(text_of(name)):
+            for module in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*)", command):
+                path = ROOT / module.replace(".", "/")
+                assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+            for path in re.findall(r"python ((?:benchmarks|examples)/\S+\.py)", command):
+                assert (ROOT / path).is_file(), path
+
+
+FLAGS_AND_FIELDS = """
+import importlib.util, json, sys
+from absl import flags
+from bs_jax.cli import dispatch
+dispatch.define_flags()
+known = {n: getattr(flags.FLAGS[n].parser, "enum_values", None) for n in flags.FLAGS}
+recipes = {}
+for name in ("fashion_mnist", "imagenette"):
+    spec = importlib.util.spec_from_file_location(name, f"configs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    def fields(config, path=""):
+        for key, value in config.items():
+            yield path + key
+            if hasattr(value, "items"):
+                yield from fields(value, f"{path}{key}.")
+    recipes[name] = {
+        "fields": list(fields(module.get_config())),
+        "sweeps": [n.removeprefix("sweep_") for n in vars(module) if n.startswith("sweep_")],
+    }
+print(json.dumps([known, recipes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def command_line():
+    done = subprocess.run(
+        [sys.executable, "-c", FLAGS_AND_FIELDS], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def mistakes(argv, command_line):
+    """What of a call of main.py does not exist: flags, their choices, fields, sweeps."""
+    flags, recipes = command_line
+    given = {}
+    for word in argv:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            given[name.removeprefix("no")] = given[name] = value
+    recipe = recipes["imagenette" if "imagenette" in given.get("config", "") else "fashion_mnist"]
+    for name in (word.removeprefix("--").split("=")[0] for word in argv if word.startswith("--")):
+        if name in ("help", "helpshort", "config_help", "version"):
+            continue
+        if name.startswith("config."):
+            if name.removeprefix("config.") not in recipe["fields"]:
+                yield f"no field {name}"
+        elif name not in flags and name.removeprefix("no") not in flags:
+            yield f"no flag --{name}"
+        elif flags.get(name) and given[name].isidentifier() and given[name] not in flags[name]:
+            yield f"--{name} takes {flags[name]}"
+        elif name == "sweep" and given[name].islower() and given[name] not in recipe["sweeps"]:
+            yield f"no sweep {given[name]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_and_fields_exist(name, command_line):
+    text = text_of(name)
+    called = [argv for call in ("main.py", "bs-jax") for argv in commands(f"python {call}", text)]
+    called += commands("bs-jax", text)
+    inline = [code for code in re.findall(r"`(--[^`]+)`", prose(text)) if "\n" not in code]
+    # Flags of other programs, whose commands stand beside them.
+    others = " ".join(c for c in shell_commands(text) if "python -m" in c or "ray start" in c)
+    known_elsewhere = set(re.findall(r"--[\w-]+", others))
+    called += [
+        words
+        for code in inline
+        if not known_elsewhere & {(words := shlex.split(code))[0].split("=")[0]}
+        and name not in ("docs/performance.md", "docs/notes/cpu-convolutions.md")
+    ]
+    found = [
+        f"{' '.join(argv)}: {wrong}" for argv in called for wrong in mistakes(argv, command_line)
+    ]
+    assert not found
+
+
+def test_a_wrong_flag_is_found(command_line):
+    assert list(mistakes(["--mode=trian"], command_line))
+    assert list(mistakes(["--sweap=rules"], command_line))
+    assert list(mistakes(["--config.batchsize=2"], command_line))
+    assert list(mistakes(["--sweep=rule"], command_line))
+    assert not list(mistakes(["--mode=train", "--config.batch_size=2"], command_line))
+
+
+# --- links
+
+
+def anchors(text):
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_relative_links_exist(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text_of(name))):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if anchor:
+            assert anchor in anchors(found.read_text()), target
+
+
+def test_every_page_stands_in_the_index():
+    index = text_of("docs/README.md")
+    for page in (ROOT / "docs").rglob("*.md"):
+        if page.name != "README.md":
+            assert f"]({page.relative_to(ROOT / 'docs')})" in index, page
+
+
+# --- lists that the code has too
+
+
+def test_the_page_of_optimizers_has_every_one_and_every_role():
+    text = text_of("docs/optimizers.md")
+    rows = {row.split("|")[1].split(",")[0].strip() for row in re.findall(r"^\|.*$", text, re.M)}
+    listed = {name.strip() for row in rows for name in re.split(r"[ ]+", row.replace(",", " "))}
+    names = {re.sub(r"'.*", "", name) for name in listed}
+    assert set(optimizers.registered()) <= names
+    section = text[text.index("### Roles") :]
+    told = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`[^|]*)\|", section, re.M)))
+    assert sorted(told) == sorted(ROLES)
+
+
+def test_the_table_of_rules_is_the_codes():
+    text = text_of("docs/choosing-a-rule.md")
+    rows = re.findall(r"^\| `(\w+)(?:\(a\))?` \|(.*)\|$", text, re.M)
+    rows = {
+        name: [c.strip() for c in cells.split("|")]
+        for name, cells in rows
+        if name in {*RULES, "power"}
+    }
+    assert set(rows) == {*RULES, "power"}
+    for name, rule in RULES.items():
+        assert rows[name][4] == ("yes" if rule.measures else "no")
+    assert len(text.split()) < 1000
+
+
+def test_labels_of_families_are_the_pages():
+    text = text_of("docs/optimizers.md")
+    for name, label in (("amsgrad", "amsgrad"), ("adamax", "adamax"), ("lamb", "normalized_adam")):
+        row = re.search(rf"^\| {name} \|.*\| (\w+) \|$", text, re.M)
+        assert row[1] == FAMILIES[label].label
+
+
+def test_prose_is_plain():
+    """Sentences of the pages for users average at most twenty words."""
+    for name in (
+        "README.md",
+        "docs/choosing-a-rule.md",
+        "docs/training-loop.md",
+        "docs/limit.md",
+        "docs/trainer.md",
+        "docs/coming-from.md",
+    ):
+        text = re.sub(r"^(\||#|    |- \[|!\[).*$", "", prose(text_of(name)), flags=re.M)
+        sentences = [s.split() for s in re.split(r"[.:?!]\s+|\n\n", text)]
+        lengths = [len(words) for words in sentences if len(words) > 2]
+        assert sum(lengths) / len(lengths) < 16, name
