@@ -31,7 +31,8 @@ def over_vectors(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if extra.get("microbatch") is not None:
             stats = extra["microbatch"]
-            extra["microbatch"] = stats._replace(mean_square=_join(stats.mean_square))
+            mean = None if stats.mean is None else _join(stats.mean)
+            extra["microbatch"] = stats._replace(mean_square=_join(stats.mean_square), mean=mean)
         joined = None if params is None else _join(params)
         flat, state = optimizer.update(_join(updates), state, joined, **extra)
         return _split(flat, updates), state

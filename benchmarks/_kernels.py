@@ -91,6 +91,16 @@ def _group(opcode: str, line: str) -> str:
     return f"activation, shortcut and pools, {way}"
 
 
+def _library_group(kernel: str) -> str:
+    """What a kernel does that the program's text does not name, by its name."""
+    name = kernel.lower()
+    if any(part in name for part in ("conv", "fprop", "dgrad", "wgrad", "cudnn")):
+        return "convolution, unnamed"
+    if any(part in name for part in ("gemm", "cutlass", "nvjet", "cublas")):
+        return "matrix product"
+    return "copies and fills" if name.startswith("mem") else "not in the program's text"
+
+
 def by_group(folder: Path, program: str, steps: int) -> dict[str, Any]:
     """Time, kernels and bytes of each group in one update.
 
@@ -106,10 +116,12 @@ def by_group(folder: Path, program: str, steps: int) -> dict[str, Any]:
         a part.
     """
     known = instructions(program)
+    # A kernel that a graph launched carries its own name alone: its instruction's, rewritten.
+    known |= {re.sub(r"\W", "_", name): one for name, one in known.items()}
     rows: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     longest: collections.Counter[str] = collections.Counter()
     for name, seconds in _events(folder):
-        one = known.get(name, Instruction("not in the program's text", 0))
+        one = known.get(name) or Instruction(_library_group(name), 0)
         rows[one.group].update(seconds=seconds / steps, kernels=1 / steps, bytes=one.bytes / steps)  # pyright: ignore[reportCallIssue]
         longest[name] += seconds / steps  # pyright: ignore[reportArgumentType]
     ordered = sorted(rows.items(), key=lambda item: -item[1]["seconds"])
@@ -154,6 +166,8 @@ def _events(folder: Path) -> list[tuple[str, float]]:
         if streams and (event.get("pid"), event.get("tid")) not in streams:
             continue
         name = event.get("args", {}).get("hlo_op")
+        if name is None and streams and event.get("ph") == "X":
+            name = event["name"]
         # A loop's time is that of the kernels within it.
         if name is not None and not str(name).startswith(("while", "call", "conditional")):
             found.append((str(name), event.get("dur", 0) * 1e-6))

@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -312,7 +313,7 @@ class Bench:
             for name, change in changes.items():
                 specs[f"{name}, {batch_size}"] = self._ours(batch_size, **change)
         found = self.result["forms"] = []
-        for row in self._measured("forms", specs, self._size.batch_sizes, rounds=5):
+        for row in self._measured("forms", specs, self._size.batch_sizes, most_rounds=5):
             print(f"\n{self._size.model} in other forms, batch {row['batch_size']}")
             _tell(row)
             found.append(row)
@@ -378,7 +379,7 @@ class Bench:
         specs: Mapping[str, Mapping[str, Any]],
         groups: Iterable[int],
         *,
-        rounds: int = 1000,
+        most_rounds: int = 1000,
         describe: bool = False,
         by_step: bool = True,
     ) -> Iterable[dict[str, Any]]:
@@ -401,7 +402,7 @@ class Bench:
                 crew.wait(last, until)
                 for group in wave:
                     able = [name for name in crew.able if _group(name) == group]
-                    times = crew.turns(min(rounds, self._size.rounds), self._end, able)
+                    times = crew.turns(min(most_rounds, self._size.rounds), self._end, able)
                     if by_step:
                         times = {
                             n: [t / chosen[n]["steps"] for t in row] for n, row in times.items()
@@ -491,4 +492,5 @@ def _tell(row: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the workers too
     main()

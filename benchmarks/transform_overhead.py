@@ -13,9 +13,11 @@ card, where one step by itself would time the host that launches it.
     dynamic                the same with the batch size a traced argument of update
     plain, accumulated     optax.adamw on a gradient summed over n micro-batches in a scan
     noise_aware            the same n micro-batches, whose statistics give the noise scale
-    invariant              the same, whose statistics give the second moment
+    invariant              the same, whose statistics give the second moment and hold the steps
+                           back above the noise scale (its guard)
+    invariant, unguarded   the same without the guard
 
-The first three are compared with the first, the last three with the fourth (and with the first).
+The first three are compared with the first, the others with the fourth (and with the first).
 With --devices=2 a batch is spread over devices by pmap, which are the micro-batches: the baseline
 averages gradients over them, the others the squares as well.
 """
@@ -44,10 +46,11 @@ AXIS = "devices"
 
 
 class Case(NamedTuple):
-    """One program: the optimizer's kind, and whether the batch is split into micro-batches."""
+    """One program: the optimizer's kind, whether the batch is split, and whether guarded."""
 
     kind: str
     split: bool
+    guard: bool | None = None
 
 
 CASES = {
@@ -57,6 +60,7 @@ CASES = {
     "plain, accumulated": Case("plain", True),
     "noise_aware": Case("noise_aware", True),
     "invariant": Case("invariant", True),
+    "invariant, unguarded": Case("invariant", True, guard=False),
 }
 
 
@@ -134,18 +138,18 @@ class Problem:
         return accumulated
 
 
-def make_optimizer(kind: str, batch_size: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(case: Case, batch_size: int) -> optax.GradientTransformationExtraArgs:
     sizes = {"batch_size": batch_size, "base_batch_size": BASE_BATCH_SIZE}
-    if kind == "plain":
+    if case.kind == "plain":
         by_hand = bs_jax.scale_hyperparams("adamw", RECIPE, **sizes, rule="linear")
         return optax.with_extra_args_support(optax.adamw(**by_hand))
-    rule = "linear" if kind in ("static", "dynamic") else kind
-    return bs_jax.scale_by_batch(optax.adamw, **sizes, rule=rule)(**RECIPE)
+    rule = "linear" if case.kind in ("static", "dynamic") else case.kind
+    return bs_jax.scale_by_batch(optax.adamw, **sizes, rule=rule, guard=case.guard)(**RECIPE)
 
 
 def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
     """A compiled call that takes steps from its own last state each time it is called."""
-    tx = make_optimizer(case.kind, problem.batch_size)
+    tx = make_optimizer(case, problem.batch_size)
     gradient = problem.gradient(case)
 
     def step(state: Any, batch: Any, batch_size: Any) -> Any:

@@ -261,6 +261,8 @@ class Scaling(Section):
         off: hyperparameters that the rule leaves as they are.
         offsets: pairs (hyperparameter, factor on its k).
         noise_scale: gradient noise scale in examples; 0: estimated while training.
+        guard: steps grow with the batch only up to the noise scale, measured or given. A record
+            that does not say so is of a run without.
     """
 
     rule: Text
@@ -268,6 +270,7 @@ class Scaling(Section):
     off: Annotated[tuple[str, ...], _list("a list of names", _is_text)]
     offsets: Annotated[tuple[tuple[str, float], ...], _Kind(_PAIRS.holds, _named_pairs)]
     noise_scale: Number
+    guard: Flag = False
 
     def check(self, scalable: Iterable[str]) -> None:
         """Raise a UserError for a factor that cannot be, or a hyperparameter that is not there.
@@ -614,6 +617,9 @@ class Recipe(Training):
             if name not in config:
                 raise UserError(f"config.{name} is missing; it holds {_NUMBER.holds}")
             lengths[name] = _NUMBER.read(f"config.{name}", config[name])
+        config = {**config}
+        if isinstance(config.get("scaling"), Mapping):  # recipes older than the guard have it too
+            config["scaling"] = {"guard": True, **config["scaling"]}
         values = _values(cls, config, skip=(*lengths,))
         length = _length(
             **lengths,
@@ -684,9 +690,12 @@ class FixedValues(Optimizer):
         hyperparams: scaled to the batch size in use.
         clock: further arguments of optimizers that count updates internally (RAdam, Adafactor), so
             that the count stays in updates of the base batch size.
+        schedule_ahead: examples by which an update reads its schedule ahead of its start: in the
+            middle of the base-size updates that it stands for.
     """
 
     clock: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    schedule_ahead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -778,9 +787,11 @@ class ResolvedRun(Training):
                 "to 0 or False"
             )
         if ghost and micro % ghost:
+            fits = all(size % ghost == 0 for size in self.batch_sizes) and batch > ghost
+            fix = f"set config.micro_batch_size to {ghost}, or " if fits else ""
             raise UserError(
                 f"ghost_batch_size {ghost} does not divide the micro-batch of {micro} examples "
-                f"(batch_size {batch}); use a divisor of {micro}, or 0"
+                f"(batch_size {batch}); {fix}use a divisor of {micro}, or 0"
             )
 
     def check_two_micro_batches(self, what: str) -> None:
@@ -812,8 +823,9 @@ class ResolvedRun(Training):
         content["train_epochs"] = 0.0  # the length is in examples
         content["optimizer"] = _written(optimizer, Optimizer)
         if isinstance(optimizer, FixedValues):
-            clock = {"clock": dict(optimizer.clock)} if optimizer.clock else {}
-            content["scaling"] = {"rule": _FIXED, **clock}
+            own = {"clock": dict(optimizer.clock), "schedule_ahead": optimizer.schedule_ahead}
+            own = {name: value for name, value in own.items() if value}
+            content["scaling"] = {"rule": _FIXED, **own}
             content["base_batch_size"] = self.batch_size
         else:
             content["scaling"] = _written(optimizer.scaling)
@@ -873,7 +885,11 @@ class ResolvedRun(Training):
         optimizer = _values(Optimizer, sections["optimizer"], "config.optimizer")
         scaling = dict(sections["scaling"])
         if scaling.get("rule") == _FIXED:
-            values["optimizer"] = FixedValues(**optimizer, clock=scaling.get("clock", {}))
+            values["optimizer"] = FixedValues(
+                **optimizer,
+                clock=scaling.get("clock", {}),
+                schedule_ahead=scaling.get("schedule_ahead", 0.0),
+            )
         else:
             read = Scaling(**_values(Scaling, scaling, "config.scaling"))
             values["optimizer"] = ScaledWhileTraining(

@@ -55,6 +55,8 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.scaling.offsets = ()  # pairs (hyperparameter, factor on its k), e.g. (("eps", 2.0),)
     # Gradient noise scale in examples, where it is known; 0: estimated while training.
     config.scaling.noise_scale = 0.0
+    # Steps grow with the batch only up to the noise scale, where that is measured or given.
+    config.scaling.guard = True
     # Examples per gradient sample, for the rules that compare gradients (and for accumulation);
     # 0: the base batch size or half the batch, whichever is smaller.
     config.micro_batch_size = 0

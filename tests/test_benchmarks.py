@@ -152,16 +152,19 @@ ENTRY %main {
         *[kernel("loop.1", 3, 1, 7), kernel("loop.1", 5, 1, 7), kernel("conv.2", 20, 1, 7)],
         *[kernel("add.3", 2, 1, 7), kernel("while.4", 99, 1, 7), kernel("back.5", 4, 1, 7)],
         *[kernel("loop.1", 99, 1, 8), kernel("loop.1", 99, 2, 1)],
+        {"ph": "X", "pid": 1, "tid": 7, "dur": 6, "name": "add_3"},  # launched by a graph
+        {"ph": "X", "pid": 1, "tid": 7, "dur": 1, "name": "sm90_xmma_wgrad_f32"},
     ]
     content = json.dumps({"traceEvents": events}).encode()
     (tmp_path / "perfetto_trace.json.gz").write_bytes(gzip.compress(content))
     found = _kernels.by_group(tmp_path, program, steps=2)
-    assert found["seconds"] == pytest.approx(17e-6)
+    assert found["seconds"] == pytest.approx(20.5e-6)
     assert list(found["groups"]) == [
         "convolution, kernels' gradient",
         "normalisation, forward",
-        "normalisation, backward",
         "optimizer, augmentation and the rest",
+        "normalisation, backward",
+        "convolution, unnamed",
     ]
     norm = found["groups"]["normalisation, forward"]
     assert (norm["seconds"], norm["kernels"]) == pytest.approx((4e-6, 1))

@@ -68,6 +68,7 @@ def test_hyperparameters_follow_the_size_in_force(tmp_path):
         assert float(own["ema_decay"]) == pytest.approx(0.9 ** (size / 16))
 
 
+@pytest.mark.long
 def test_a_ramp_of_one_size_trains_as_that_size_does(tmp_path):
     """The numbers come another way, from the rule in each update: equal up to rounding."""
     constant = {"batch_size": 32, "scaling.rule": "sqrt"}
@@ -86,7 +87,8 @@ def test_the_batch_follows_the_noise_and_the_record_says_why(tmp_path):
     assert found[0]["batch_size"] == 16
     assert found[-1]["batch_size"] == 64
     for before, after in itertools.pairwise(found):
-        assert before["noise_scale_low"] <= before["noise_scale"] <= before["noise_scale_high"]
+        high = before["noise_scale_high"]  # null: infinite
+        assert before["noise_scale_low"] <= before["noise_scale"] <= (high or math.inf)
         grown = after["batch_size"] > before["batch_size"]
         low = before["noise_scale_low"]
         assert grown == (before["batch_size"] < 64 and 2 * before["batch_size"] <= 50 * low)
@@ -114,7 +116,7 @@ def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, overrides):
             trainer.train([folder], should_stop=stop_after(1))
         except Interrupted:
             interruptions += 1
-    assert interruptions >= 3
+    assert interruptions >= 2
     assert rows(folder.path) == rows(whole.path)
 
 
@@ -155,6 +157,7 @@ def test_two_devices_agree_on_the_size_and_train_like_one(tmp_path, overrides):
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
 
 
+@pytest.mark.long
 def test_checkpoints_and_streaming_do_not_move_a_change(tmp_path):
     pytest.importorskip("grain")
     plain = train(tmp_path / "plain", NOISE | {"checkpoint_every_examples": 0})

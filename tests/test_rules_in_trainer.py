@@ -92,8 +92,9 @@ def test_the_trainer_updates_as_scale_by_batch_does(optimizer, rule, batch_size)
         learning_rate=lambda count: peak * shape(count * BASE), **arguments
     )
     want = train_by(by_hand, grads)[2]
-    # Float32 numbers in place of constants in double precision.
-    assert_close(trainers_updates(config, grads), want, rtol=1e-3, atol=1e-7)
+    # Float32 numbers in place of constants in double precision; and between two base-size updates
+    # the library interpolates the schedule, which the trainer reads at the examples themselves.
+    assert_close(trainers_updates(config, grads), want, rtol=1e-3, atol=3e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["radam", "ranger"])
@@ -126,9 +127,9 @@ def test_rules_share_a_program_and_points_with_the_same_numbers_a_run():
     key = optimizers.cohort_key
     assert key(run("sqrt")) == key(run("linear")) != key(run("seed"))
     assert len({run(rule, BASE).run_id for rule in ("none", "sqrt", "linear", "seed")}) == 1
-    # An offset that undoes k leaves nothing to follow, nor does b2 switched off its own clock.
+    # An offset that undoes k leaves nothing to scale, nor does b2 switched off its own clock.
     undone = resolve(config_of("ranger", "linear", BASE // 4, **{"scaling.offset": 4.0}))
-    assert undone.run_id == run("none", BASE // 4).run_id
+    assert undone.optimizer.hyperparams == run("none", BASE // 4).optimizer.hyperparams
     off = resolve(config_of("ranger", "linear", 4 * BASE, **{"scaling.off": ("b2",)}))
     assert isinstance(off.optimizer, FixedValues)
     assert not off.optimizer.clock

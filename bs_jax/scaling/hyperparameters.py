@@ -317,7 +317,7 @@ class Scaled:
         """The share of k by which steps may grow: 1 up to the noise scale, phi/k beyond it."""
         if self.limit is None or not self.rule.guard:
             return 1.0
-        return step_share(self.k, self.limit)
+        return step_share(self.k, self.limit, self.rule.guard_power)
 
     def base_steps(self, k: Scalar) -> Scalar:
         """Return the base-size updates whose movement one update may make up for."""

@@ -20,7 +20,7 @@ SMALLEST_GUARD_DECAY = 0.8
 GUARD_ERRORS = 1.0
 
 
-def step_share(k: Scalar, phi: Scalar) -> Scalar:
+def step_share(k: Scalar, phi: Scalar, least_power: float = 0.0) -> Scalar:
     r"""Return the guard: the share of k by which a step may grow.
 
     A batch of k base sizes replaces k steps by one. Where noise dominates (k below phi, the noise
@@ -28,7 +28,7 @@ def step_share(k: Scalar, phi: Scalar) -> Scalar:
     step k times as long ends where they do. Where the signal dominates they would have followed
     the curvature on their way, and a step k times as long overshoots. So::
 
-        learning rate = base learning rate * k * share,   k share = min(k, max(1, phi))
+        learning rate = base learning rate * k * share,   k share = min(k, max(k^a, phi))
 
     and 1 for k <= 1.
 
@@ -36,6 +36,7 @@ def step_share(k: Scalar, phi: Scalar) -> Scalar:
         k: batch size over base batch size.
         phi: noise scale over base batch size, in the metric that the optimizer moves in; 0 where
             it is not known.
+        least_power: a, in [0, 1]: beyond the noise scale steps grow by k^a at least.
 
     Returns:
         share, in (0, 1].
@@ -51,8 +52,8 @@ def step_share(k: Scalar, phi: Scalar) -> Scalar:
     if isinstance(k, (int, float)) and k <= 1:
         return 1.0
     if isinstance(k, (int, float)) and isinstance(phi, (int, float)):
-        return min(1.0, max(1.0, phi) / k)
-    return jnp.minimum(1.0, jnp.maximum(1.0, phi) / k)
+        return min(1.0, max(k**least_power, phi) / k)
+    return jnp.minimum(1.0, jnp.maximum(k**least_power, phi) / k)
 
 
 def guard_decay(k: Scalar) -> Scalar:

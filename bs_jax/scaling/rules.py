@@ -48,6 +48,7 @@ class ScalingRule:
         overrides: pairs (hyperparameter, factor on its k), or (hyperparameter, None): left alone.
         guard: whether steps grow with the batch only up to the noise scale (see ``limit``): the
             measured one for rules that measure, a given ``noise_scale=`` for every rule.
+        guard_power: beyond the noise scale steps still grow by k to this power.
         origin: where the rule comes from.
 
     Example:
@@ -67,6 +68,7 @@ class ScalingRule:
     offset: float = 1.0
     overrides: tuple[tuple[str, float | None], ...] = ()
     guard: bool = True
+    guard_power: float = 0.0
     origin: str = ""
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ def rule_of(settings: Scaling) -> scaling.ScalingRule:
     """The scaling rule of a recipe, with its switches and offsets."""
     overrides: dict[str, Any] = {name: float(factor) for name, factor in settings.offsets}
     overrides |= dict.fromkeys(settings.off)
+    overrides["guard"] = None if settings.guard else False  # None: as the rule says
     return scaling.resolve_rule(settings.rule).replace(offset=float(settings.offset), **overrides)
 
 
@@ -67,6 +68,8 @@ def traced_values(run: ResolvedRun, batch_size: int | None = None) -> Mapping[st
     """
     values = {n: v for n, v in run.optimizer.hyperparams.items() if not isinstance(v, bool)}
     clock = {f"clock.{name}": value for name, value in _clock_of(run).items()}
+    if isinstance(run.optimizer, FixedValues):
+        clock["schedule_ahead"] = run.optimizer.schedule_ahead
     decays = {"bn_decay": run.bn_decay, "ema_decay": run.ema_decay}
     if run.ramps:
         decays = _decays_at(run, batch_size or run.batch_size, decays)
@@ -107,6 +110,7 @@ def cohort_key(run: ResolvedRun) -> str:
     }
     if _clock_of(run):
         content["scaling"]["clock"] = "traced"
+    content["scaling"].pop("schedule_ahead", None)
     return json.dumps(content, sort_keys=True)
 
 
@@ -131,12 +135,14 @@ def make_optimizer(
     }
     if optimizer.decay_mask == "kernels":
         kwargs["mask"] = _kernels
-    # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch.
+    # Schedules count updates: of the batch size in use, or of the base's under scale_by_batch,
+    # which itself reads them in the middle of an update.
     fixed = isinstance(optimizer, FixedValues)
     size = run.batch_size if fixed else optimizer.base_batch_size
+    ahead = hyperparams["schedule_ahead"] if fixed else 0
     for name, role in call_of(optimizer).roles.items():
         if name in kwargs and role.name in ("learning_rate", "divided_learning_rate"):
-            kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size)
+            kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size + ahead)
     if isinstance(optimizer, FixedValues):
         clock = {name: hyperparams[f"clock.{name}"] for name in optimizer.clock}
         return library.Recipe.of(optimizer.name, kwargs=kwargs).build({}, clock)
@@ -184,7 +190,7 @@ def schedule_shape(schedule: Schedule, train_examples: int) -> Callable[[Any], j
     start = max(schedule.flat_fraction * train_examples, warmup)
 
     def shape(examples: Any) -> jax.Array:
-        seen = jnp.asarray(examples, jnp.float32)
+        seen = jnp.maximum(jnp.asarray(examples, jnp.float32), 0.0)
         progress = jnp.clip((seen - start) / max(train_examples - start, 1), 0.0, 1.0)
         if schedule.name == "constant":
             left = jnp.ones(())
@@ -211,7 +217,8 @@ def metrics(
     """
     if isinstance(run.optimizer, FixedValues):
         shape = schedule_shape(run.schedule, run.train_examples)
-        return {"optim/learning_rate": hyperparams["learning_rate"] * shape(state.examples)}
+        read_at = state.examples + hyperparams["schedule_ahead"]
+        return {"optim/learning_rate": hyperparams["learning_rate"] * shape(read_at)}
     in_force = scaling.hyperparams(opt_state)
     found = {f"optim/{name}": jnp.asarray(value, jnp.float32) for name, value in in_force.items()}
     noise = noise_scale(opt_state)

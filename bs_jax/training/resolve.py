@@ -57,7 +57,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         else common
     )
     if ramp.kind != "off":  # the rule scales them with the batch size
-        values = values | {"bn_decay": recipe.bn_decay, "ema_decay": recipe.ema_decay}
+        values = values | {name: base[name] for name in ("bn_decay", "ema_decay") if name in base}
     scaled = Scaled(
         rule=recipe.scaling.rule,
         batch_size=recipe.batch_size,
@@ -169,7 +169,9 @@ def _optimizer(
         if name not in recipe.base_values and row["new"] != row["base"]
     }
     hyperparams = {name: values[name] for name in own.hyperparams} | unnamed
-    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe))
+    middle = optimizers.rule_of(recipe.scaling).reads_middle
+    ahead = (recipe.batch_size - recipe.base_batch_size) / 2 if middle else 0.0
+    return FixedValues(own.name, own.decay_mask, hyperparams, _clock(recipe), ahead)
 
 
 def _measures(recipe: Recipe, rows: Mapping[str, Mapping[str, Any]]) -> bool:
