@@ -1,5 +1,7 @@
 """The pages keep their word: names, code, flags, links, and the lists that code has too."""
 
+import builtins
+import dis
 import json
 import re
 import shlex
@@ -104,12 +106,28 @@ def test_names_of_files_exist():
 # --- code
 
 
+def global_names(code):
+    """Names that a code object and the functions in it look up outside themselves."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = [c for c in code.co_consts if hasattr(c, "co_code")]
+    own -= {i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME"}
+    return own.union(*map(global_names, inner))
+
+
+def test_a_name_that_nothing_defines_is_found():
+    code = compile("def f(x):\n    return x + missing", "page", "exec")
+    assert global_names(code) == {"missing"}
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if blocks(text_of(n), "python")])
 def test_python_blocks_run_in_order(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
-    for number, code in enumerate(blocks(text_of(name), "python")):
-        exec(compile(code, f"{name}, block {number + 1}", "exec"), namespace)
+    for number, block in enumerate(blocks(text_of(name), "python")):
+        code = compile(block, f"{name}, block {number + 1}", "exec")
+        exec(code, namespace)
+        # In functions that nothing calls, too.
+        assert not global_names(code) - namespace.keys() - vars(builtins).keys()
 
 
 def test_shell_commands_of_the_library_run(capsys):
