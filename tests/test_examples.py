@@ -4,6 +4,8 @@ import importlib
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from scipy import stats
 import bs_jax
 from benchmarks import language_model as study
 from examples import language_model as example
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,19 @@ def test_the_table_for_pytorch_has_every_number(capsys):
     assert new["learning_rate"] == pytest.approx(1e-3 * 4)
     assert new["b2"] == pytest.approx(0.999**16)
     assert f"betas=({new['b1']:.6g}, {new['b2']:.6g})" in capsys.readouterr().out
+
+
+def test_the_notebook_prints_what_it_shows(capsys):
+    notebook = json.loads((ROOT / "examples" / "first_ten_minutes.ipynb").read_text())
+    space, number = {"__name__": "__main__"}, re.compile(r"[-+]?\d+\.?\d*(?:e-?\d+)?")
+    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+        exec("".join(cell["source"]), space)
+        told = capsys.readouterr().out
+        shown = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert number.sub("", told) == number.sub("", shown)
+        for found, wanted in zip(number.findall(told), number.findall(shown), strict=True):
+            # Other processors round otherwise, which a noise scale shows most.
+            assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
 
 
 class TestStudy:
