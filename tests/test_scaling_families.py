@@ -49,7 +49,7 @@ BASE = {
     name: np.array(row.split(), float).reshape(3, 4) / 1000 for name, row in _THOUSANDTHS.items()
 }
 CHECKS = problems.checks()
-# These stray further than EXACT_WITHIN under both rules (docs/optimizers.md).
+# What the check showed (docs/optimizers.md): these stray beyond EXACT_WITHIN under both rules.
 APPROXIMATE = {"amsgrad", "adamax", "adamaxw", "rmsprop, centered", "muon"}
 # How far those stray at k = 8, at most.
 STRAY = {"amsgrad": 0.04, "adamax": 0.22, "adamaxw": 0.17, "rmsprop, centered": 0.09, "muon": 0.03}
