@@ -71,7 +71,8 @@ def test_hyperparameters_follow_the_size_in_force(tmp_path):
 @pytest.mark.long
 def test_a_ramp_of_one_size_trains_as_that_size_does(tmp_path):
     """The numbers come another way, from the rule in each update: equal up to rounding."""
-    constant = {"batch_size": 32, "scaling.rule": "sqrt"}
+    # Of a schedule that bends, the library reads the line between two base-size updates.
+    constant = {"batch_size": 32, "scaling.rule": "sqrt", "schedule.name": "linear"}
     one = {"batch_ramp.kind": "stages", "batch_ramp.stages": ((0, 32),)}
     wanted, found = train(tmp_path / "a", constant), train(tmp_path / "b", constant | one)
     for name in ("train/loss", "eval/loss", "optim/learning_rate"):
