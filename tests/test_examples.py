@@ -1,5 +1,6 @@
 """The examples run in a short form, and the study that is built on one counts right."""
 
+import importlib
 import itertools
 import json
 import math
@@ -40,6 +41,29 @@ def test_merged_tokens_decode_to_the_text(raw):
 def test_the_language_model_learns_while_its_batch_may_follow_the_noise():
     flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("plain_optax", ["--examples=4096"]),
+        ("nnx_batchnorm_dropout", ["--updates=12"]),
+        ("train_state", ["--updates=12"]),
+        ("accumulate_from_loader", ["--updates=12"]),
+        ("several_devices", ["--updates=24"]),
+    ],
+)
+def test_short_examples_learn(name, flags):
+    losses = importlib.import_module(f"examples.{name}").main(flags)
+    ends = max(1, len(losses) // 4)
+    assert np.mean(losses[-ends:]) < 0.95 * np.mean(losses[:ends])
+
+
+def test_the_table_for_pytorch_has_every_number(capsys):
+    new = importlib.import_module("examples.pytorch_numbers").main(["--batch_size=1024"])
+    assert new["learning_rate"] == pytest.approx(1e-3 * 4)
+    assert new["b2"] == pytest.approx(0.999**16)
+    assert f"betas=({new['b1']:.6g}, {new['b2']:.6g})" in capsys.readouterr().out
 
 
 class TestStudy:

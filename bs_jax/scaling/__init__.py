@@ -3,15 +3,16 @@
 The rooms, each importing from those above it only:
 
     rules            a rule is data, and so is a family of optimizers
-    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
     clock            examples seen, exact at any length, and schedules read by them
     limit            the guard on the length of steps, and a batch that follows the noise
+    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
     microbatch       the gradient of a batch in parts, and statistics of the parts
     noise            the gradient noise scale
     clocked          optimizers that count their own updates, with that clock as a keyword
     optimizers       the table of optimizers, and a recipe: one call of a factory
     moments          what an optimizer's state holds
     transform        scale_by_batch
+    upgrade          optimizer states that an earlier version saved
     schedules        batch sizes over training
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
@@ -19,6 +20,7 @@ The rooms, each importing from those above it only:
     problems         the noisy quadratic, where the right answer is known
 """
 
+from bs_jax.scaling import schedules as schedules  # its functions are used as schedules.NAME
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.critical_batch import CriticalBatch, critical_batch_size
@@ -41,6 +43,7 @@ from bs_jax.scaling.transform import (
     noise_scale_estimate,
     scale_by_batch,
 )
+from bs_jax.scaling.upgrade import upgrade_state
 
 __all__ = [
     "FAMILIES",
@@ -67,5 +70,6 @@ __all__ = [
     "resolve_rule",
     "scale_by_batch",
     "scale_hyperparams",
+    "upgrade_state",
     "value_grad_and_stats",
 ]
