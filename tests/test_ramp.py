@@ -211,6 +211,7 @@ def test_a_ramp_is_part_of_a_runs_name_only_where_it_is_on():
     on = resolve(tiny_config(**STAGES))
     assert on.run_id != resolve(tiny_config(**STAGES | {"batch_ramp.kind": "off"})).run_id
     assert isinstance(on.optimizer, ScaledWhileTraining)
+    assert (on.bn_decay, on.scaled.values["bn_decay"]) == (0.9, pytest.approx(0.9**2))
     assert type(on).from_json(json.loads(json.dumps(on.to_json()))) == on
     without = tiny_config()
     del without["batch_ramp"]  # recipes of the first build have none

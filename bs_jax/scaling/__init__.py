@@ -12,6 +12,7 @@ The rooms, each importing from those above it only:
     optimizers       the table of optimizers, and a recipe: one call of a factory
     moments          what an optimizer's state holds
     transform        scale_by_batch
+    upgrade          optimizer states that an earlier version saved
     schedules        batch sizes over training
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
@@ -42,6 +43,7 @@ from bs_jax.scaling.transform import (
     noise_scale_estimate,
     scale_by_batch,
 )
+from bs_jax.scaling.upgrade import upgrade_state
 
 __all__ = [
     "FAMILIES",
@@ -68,5 +70,6 @@ __all__ = [
     "resolve_rule",
     "scale_by_batch",
     "scale_hyperparams",
+    "upgrade_state",
     "value_grad_and_stats",
 ]

@@ -12,6 +12,8 @@ from jax.core import Tracer
 
 from bs_jax.scaling.rules import Scalar
 
+_LARGEST = np.iinfo(np.int32).max
+
 
 class ExampleClock(NamedTuple):
     """Examples seen, exact in two words, for batches counted in tokens and for very long runs.
@@ -30,7 +32,8 @@ class ExampleClock(NamedTuple):
     @classmethod
     def at(cls, examples: int, base_batch_size: int) -> ExampleClock:
         """Return the clock after so many examples; 0 before any update."""
-        words = (*divmod(examples, base_batch_size), base_batch_size)
+        updates, rest = divmod(examples, base_batch_size)
+        words = (min(updates, _LARGEST), rest, base_batch_size)
         return cls(*(jnp.asarray(word, jnp.int32) for word in words))
 
     @property
@@ -50,8 +53,8 @@ class ExampleClock(NamedTuple):
         else:
             total = self.remainder + jnp.asarray(batch_size, jnp.int32)
             more, rest = total // base_batch_size, total % base_batch_size
-        largest = np.iinfo(np.int32).max
-        updates = jnp.where(self.base_updates > largest - more, largest, self.base_updates + more)
+        full = self.base_updates > _LARGEST - more
+        updates = jnp.where(full, _LARGEST, self.base_updates + more)
         return self._replace(base_updates=updates, remainder=rest)
 
     def updates(self, k: Scalar, base_batch_size: int) -> jax.Array:
