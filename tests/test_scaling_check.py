@@ -105,3 +105,62 @@ def test_a_loss_that_is_not_finite_is_not_called_fast():
     ).to_text()
     assert "not finite" in lines
     assert "faster" not in lines
+
+
+def simple_check(loss, params, make, sizes=(128,), noise=1.0, **kwargs):
+    data = noise * jax.random.normal(jax.random.key(3), (4096, 2))
+    settings = {"batch_sizes": sizes, "base_batch_size": 16, "train_examples": 2048, "seeds": 3}
+    return invariance_check(loss, params, data, make, **(settings | kwargs))
+
+
+def test_curves_are_compared_at_equal_age_of_the_weights():
+    """A loss that falls by 1e-3 an example whatever the batch: only the noise is left."""
+
+    def loss(w, x):
+        return w + 1e-3 * jnp.mean(x)
+
+    found = simple_check(loss, 5.0, lambda b, b0: optax.sgd(1e-3 * b), sizes=(4, 64, 128))
+    assert found.ok, found.to_text()
+    assert found.examples[-1] == 2048 - 128  # the age of the largest batch's last weights
+    ages = (np.arange(8) + 0.5) * found.examples[-1] / 8
+    for curve in found.curves.values():
+        np.testing.assert_allclose(curve.mean(axis=0), 5 - 1e-3 * ages, atol=2e-3)
+    # Over examples seen, 128 would lag 56 examples behind, hundreds of times the seed noise.
+    assert max(abs(drift) for drift in found.drifts.values()) < 1e-3 * 56 / 20
+
+
+def steep(w, x):
+    return jnp.mean(jnp.square(w[None] + x)) / 2
+
+
+def test_a_step_too_long_is_told_from_one_too_short():
+    start = jnp.full(2, 3.0)
+    long = simple_check(steep, start, lambda b, b0: optax.sgd(0.7 * b / b0), noise=0.1)
+    assert not long.ok
+    assert "its loss jumps from" in long.to_text()
+    assert "steps are too long" in long.to_text()
+    assert long.jumps[128].after > 2 * long.jumps[128].before
+    short = simple_check(steep, start, lambda b, b0: optax.sgd(0.01), noise=0.1)
+    assert not short.jumps
+    assert "grows too little" in short.to_text()
+    assert "never jumps" in short.to_text()
+
+
+def test_a_loss_that_breaks_says_when():
+    far = simple_check(
+        steep, jnp.full(2, 3.0), lambda b, b0: optax.sgd(0.3 * (b / b0) ** 4), noise=0.1
+    )
+    assert "to inf after" in far.to_text() or "to nan after" in far.to_text()
+    assert "too long" in far.to_text()
+
+
+def test_it_says_how_often_the_guard_held_steps_back():
+    def make(b, b0):
+        return scale_by_batch(optax.sgd, batch_size=b, base_batch_size=b0)(0.1)
+
+    found = simple_check(steep, jnp.full(2, 30.0), make, sizes=(4, 128), noise=0.1)
+    assert found.held_back[4] == 0
+    assert found.held_back[128] == 1
+    (large,) = (line for line in found.to_text().splitlines() if "size 128" in line)
+    assert "the guard held 100% of its steps back" in large
+    assert "past the noise scale, where no batch size follows" in large

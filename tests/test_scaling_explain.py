@@ -23,6 +23,7 @@ def rows(table):
     return {row["hyperparameter"]: row for row in table.rows}
 
 
+@pytest.mark.filterwarnings("ignore:these numbers alone")
 def test_rows_agree_with_what_is_computed():
     sizes = {"batch_size": 512, "base_batch_size": 64}
     for rule in [r for r in RULES if r != "noise_aware"]:
@@ -49,10 +50,13 @@ def test_measured_values_are_left_open():
     table = rows(explain("adamw", batch_size=512, base_batch_size=64, rule="noise_aware", **RECIPE))
     assert table["learning_rate"]["new"] is None
     assert table["b1"]["new"] == pytest.approx(0.9**8)
-    known = explain(
-        "adamw", batch_size=512, base_batch_size=64, rule="noise_aware", noise_scale=64.0, **RECIPE
-    )
-    assert rows(known)["learning_rate"]["new"] == pytest.approx(6e-3)
+    # q = 3/4; under the guard k = 8 counts as 1, the noise scale over the base batch size.
+    for guard, new in ((False, 6e-3), (True, 6e-3 / 8)):
+        known = explain(
+            "adamw", batch_size=512, base_batch_size=64, noise_scale=64.0,
+            rule=RULES["noise_aware"].replace(guard=guard), **RECIPE,
+        )  # fmt: skip
+        assert rows(known)["learning_rate"]["new"] == pytest.approx(new)
 
 
 def test_schedules_switches_and_other_hyperparameters():

@@ -3,9 +3,9 @@
 The rooms, each importing from those above it only:
 
     rules            a rule is data, and so is a family of optimizers
-    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
     clock            examples seen, exact at any length, and schedules read by them
     limit            the guard on the length of steps, and a batch that follows the noise
+    hyperparameters  what a hyperparameter means: its role's formula, bounds and words
     microbatch       the gradient of a batch in parts, and statistics of the parts
     noise            the gradient noise scale
     clocked          optimizers that count their own updates, with that clock as a keyword

@@ -9,7 +9,7 @@ from typing import Any
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.explain import explain
-from bs_jax.scaling.optimizers import registered
+from bs_jax.scaling.optimizers import Recipe, registered
 from bs_jax.scaling.rules import RULES
 
 
@@ -23,13 +23,29 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--optimizer", required=True, help=f"one of {', '.join(registered())}")
     parser.add_argument("--batch_size", type=int, required=True, help="examples per update")
     parser.add_argument("--base_batch_size", type=int, required=True, help="tuned at")
-    parser.add_argument("--rule", default="invariant", help=f"{', '.join(RULES)}, power(a)")
+    parser.add_argument(
+        "--rule",
+        help=f"{', '.join(RULES)}, power(a); by default the one whose numbers alone"
+        " are right in a plain optimizer: sqrt, or linear for SGD, Lion and the like",
+    )
     parser.add_argument("--noise_scale", type=float, help="gradient noise scale in examples")
     parser.add_argument("--train_examples", type=int, help="length of training in examples")
     parser.add_argument("--roles", default="", help="e.g. bn_decay=decay,ema_decay=decay")
     parser.add_argument("--format", default="text", choices=("text", "markdown", "json"))
     known, rest = parser.parse_known_args(argv)
     return known, dict(_hyperparameter(argument) for argument in rest)
+
+
+def plain_rule(optimizer: str) -> str:
+    """Return the rule whose numbers alone are right, in a plain optimizer, where noise dominates.
+
+    Example:
+        >>> plain_rule("adamw"), plain_rule("sgd")
+        ('sqrt', 'linear')
+    """
+    family = Recipe.of(optimizer).family
+    low, high = (0.5, 0.5) if family is None else family.lr_powers
+    return "sqrt" if low <= 0.5 <= high else "linear"
 
 
 def _hyperparameter(argument: str) -> tuple[str, Any]:
@@ -61,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             flags.optimizer,
             batch_size=flags.batch_size,
             base_batch_size=flags.base_batch_size,
-            rule=flags.rule,
+            rule=flags.rule or plain_rule(flags.optimizer),
             noise_scale=flags.noise_scale,
             roles=_roles(flags.roles),
             train_examples=flags.train_examples,

@@ -40,14 +40,16 @@ class Explanation:
         rows: one dict per hyperparameter with the keys in ``COLUMNS``. ``new`` is ``None`` where
             the value follows a noise scale measured while training.
         warnings: sentences; each gives the reason and the largest batch size that avoids it.
+        notes: sentences on what is known before training, and what is not.
     """
 
     title: str
     rows: list[dict[str, Any]]
     warnings: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list[str])
 
     def to_json(self) -> str:
-        """Return title, rows and warnings as JSON."""
+        """Return title, rows, warnings and notes as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def to_text(self) -> str:
@@ -59,15 +61,23 @@ class Explanation:
             for row in cells
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self.title, "", *lines, *(f"warning: {w}" for w in self.warnings)])
+        below = [f"{label}: {x}" for label, found in self._sentences() for x in found]
+        return "\n".join([self.title, "", *lines, *below])
 
     def to_markdown(self) -> str:
         """Return a Markdown table."""
         cells = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         lines.insert(1, "|" + " --- |" * len(COLUMNS))
-        warned = ["", *(f"- **Warning:** {w}" for w in self.warnings)] if self.warnings else []
-        return "\n".join([self.title, "", *lines, *warned])
+        warned, noted = (
+            [f"- **{label.capitalize()}:** {x}" for x in found]
+            for label, found in self._sentences()
+        )
+        below = [*warned, *noted]
+        return "\n".join([self.title, "", *lines, *(["", *below] if below else [])])
+
+    def _sentences(self) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
+        return ("warning", self.warnings), ("note", self.notes)
 
     def _cells(self) -> list[list[str]]:
         body = [[_text(row[column]) for column in COLUMNS] for row in self.rows]
@@ -105,11 +115,12 @@ def explain(
         family: of a user's own factory.
         train_examples: length of training in examples, to warn of too few updates.
         numbers_alone: whether the values may be used by themselves, in another program say:
-            warns of what only ``scale_by_batch`` and the trainer keep.
+            warns of what only ``scale_by_batch`` and the trainer do beside them.
         **hyperparams: values at the base batch size; the rest are the factory's defaults.
 
     Returns:
-        The explanation: ``rows``, ``warnings``, ``to_text()``, ``to_markdown()``, ``to_json()``.
+        The explanation: ``rows``, ``warnings``, ``notes``, and ``to_text()``, ``to_markdown()``,
+        ``to_json()``. With a ``noise_scale`` the values are guarded, as ``scale_by_batch`` would.
 
     Raises:
         UserError: for invalid values or names.
@@ -127,7 +138,8 @@ def explain(
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    scaled = recipe.at(rule, batch_size / base_batch_size, noise)
+    limit = None if noise is None or recipe.metric(rule) is None else noise.scale
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)
     rows = [_row(scaled, name, base_batch_size) for name in recipe.values]
     label = ""
     if recipe.family is None:
@@ -140,6 +152,7 @@ def explain(
         f" (k = {scaled.k:g}), rule {rule.name}"
     )
     warnings = _find_warnings(
+        recipe,
         scaled,
         batch_size=batch_size,
         base_batch_size=base_batch_size,
@@ -147,7 +160,7 @@ def explain(
         train_examples=train_examples,
         numbers_alone=numbers_alone,
     )
-    return Explanation(title, rows, warnings)
+    return Explanation(title, rows, warnings, _notes(recipe, scaled, noise_scale, base_batch_size))
 
 
 def _row(scaled: Scaled, name: str, base_batch_size: int) -> dict[str, Any]:
@@ -176,6 +189,7 @@ def _row(scaled: Scaled, name: str, base_batch_size: int) -> dict[str, Any]:
 
 
 def _find_warnings(
+    recipe: Recipe,
     scaled: Scaled,
     *,
     batch_size: int,
@@ -187,13 +201,14 @@ def _find_warnings(
     """Return what to look at before training, each with the largest batch size that is safe.
 
     Args:
-        scaled: rule, optimizer, base values and k.
+        recipe: optimizer and base values.
+        scaled: the recipe under the rule at k.
         batch_size: examples per update.
         base_batch_size: examples per update that the values were tuned at.
         noise_scale: gradient noise scale in examples, where known.
         train_examples: length of training, where known.
         numbers_alone: whether the values may be used by themselves, outside ``scale_by_batch`` and
-            the trainer, which also keep an optimizer's own clock.
+            the trainer, which do more than set them.
 
     Returns:
         Sentences; empty if nothing is wrong.
@@ -208,6 +223,64 @@ def _find_warnings(
         *_updates(batch_size, train_examples),
         *_families(scaled),
         *_powers(scaled),
+        *(_numbers_alone(recipe, scaled) if numbers_alone else []),
+    ]
+
+
+def _numbers_alone(recipe: Recipe, scaled: Scaled) -> list[str]:
+    """Warn of what a rule promises and its numbers alone, in a plain optimizer, do not do."""
+    rule, name = scaled.rule, scaled.optimizer
+    rate = "learning_rate" in scaled.values and scaled.k_of("learning_rate") is not None
+    found: list[str] = []
+    if rate and recipe.invariant_moment(rule) is not None:
+        found.append(
+            f"these numbers alone do not do what rule {rule.name!r} promises: it needs the second"
+            " moment as the base batch size would have shown it, which scale_by_batch and the"
+            f" trainer estimate from micro-batches; for a plain {name} use rule 'sqrt'"
+        )
+    elif rate and scaled.noise is not None and recipe.needs_noise(rule):
+        found.append(
+            "these numbers hold at this noise scale alone, which grows while a model trains;"
+            " scale_by_batch and the trainer measure it"
+        )
+    if rate and rule.measures and recipe.metric(rule) and scaled.limit is None and scaled.k > 1:
+        found.append(
+            "these numbers alone have no guard: beyond the noise scale their steps are too long;"
+            " give noise_scale= where it is known"
+        )
+    if name not in ("radam", "ranger") and recipe.clock(scaled):
+        found.append(
+            f"{name} counts or sums over updates by itself, which these numbers do not reach:"
+            " scale_by_batch and the trainer keep it on the clock of base-size updates"
+        )
+    if any(callable(value) for value in scaled.values.values()) and rule.time_constants:
+        found.append(
+            "a schedule is in updates of the base batch size: by hand divide its lengths by"
+            f" k = {scaled.k:g}"
+        )
+    return found
+
+
+def _notes(
+    recipe: Recipe, scaled: Scaled, noise_scale: float | None, base_batch_size: int
+) -> list[str]:
+    """Say how far steps may grow: with a known noise scale, or what is not known before."""
+    k, rule = scaled.k, scaled.rule
+    if k <= 1 or recipe.metric(rule) is None or not (rule.measures or noise_scale is not None):
+        return []
+    if noise_scale is not None:
+        if scaled.guard == 1:
+            return [f"guard: a noise scale of {noise_scale:,.0f} examples leaves k = {k:g} free"]
+        return [
+            f"guard: a noise scale of {noise_scale:,.0f} examples lets steps grow to"
+            f" x{k * scaled.guard:.3g} of the base's instead of x{k:g}; the values above hold it"
+        ]
+    example = round(base_batch_size * k / 2)
+    share = dataclasses.replace(scaled, limit=example / base_batch_size).guard
+    return [
+        "not known before training: the noise scale. It is measured while training, and the guard"
+        f" lets steps grow only up to it: with noise_scale={example} to x{k * share:.3g}; the"
+        f" values above are those within, x{k:g}"
     ]
 
 

@@ -64,14 +64,20 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
         if tree is None:
             continue
         try:
-            same = tree_map(lambda g, s: jnp.shape(g) == jnp.shape(s), grads, tree)
+            same = tree_map(lambda g, s: _shape(g) == _shape(s), grads, tree)
         except (ValueError, TypeError):
             same = False
         if not all(jax.tree.leaves(same)):
             raise UserError(
                 f"microbatch.{name} is no tree of the shapes of the gradients; give both as"
-                " bs_jax.value_grad_and_stats returned them"
+                " bs_jax.value_grad_and_stats returned them (optax.flatten changes the shapes of"
+                " gradients alone, so it cannot wrap what reads statistics)"
             )
+
+
+def _shape(x: Any) -> Any:
+    """Return the shape of an array or number; a tree has none."""
+    return None if isinstance(x, (dict, list, tuple)) else getattr(x, "shape", ())
 
 
 def signal_and_noise(square: Any, mean_square: Any, count: Any) -> tuple[Any, Any]:

@@ -6,7 +6,9 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from bs_jax.scaling.hyperparameters import (
     NoiseScaleNeeded,
     Role,
     Scaled,
+    ScalingWarning,
     check_batch_sizes,
     is_narrow,
     is_number,
@@ -246,6 +249,7 @@ class Recipe:
         roles: hyperparameter -> role, for the names in ``arguments``.
         arguments: name -> value of the whole call, defaults filled in.
         idle: names that ``roles=`` gave a role and that the factory does not take.
+        declared: names in ``arguments`` that ``roles=`` gave their role.
     """
 
     optimizer: Optimizer
@@ -253,6 +257,7 @@ class Recipe:
     roles: Mapping[str, Role]
     arguments: Mapping[str, Any]
     idle: tuple[str, ...] = ()
+    declared: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -299,12 +304,15 @@ class Recipe:
         meant = {n: ROLES[named[n]] for n in arguments if n in named}
         for name, role in meant.items():
             role.check(name, arguments[name])
+            if name in declared:
+                _check_is_decay(name, role, arguments[name])
         return cls(
             optimizer=optimizer,
             family=FAMILIES[chosen] if chosen else None,
             roles=meant,
             arguments=arguments,
             idle=tuple(name for name in declared if name not in arguments),
+            declared=tuple(name for name in declared if name in arguments),
         )
 
     @functools.cached_property
@@ -420,6 +428,7 @@ class Recipe:
         """Return what of this recipe a rule does not reach, or may not reach as meant."""
         return [
             *self._without_role(),
+            *self._no_decays(),
             *self._misspelt(rule),
             *self._idle(),
             *self._without_rate(),
@@ -434,12 +443,31 @@ class Recipe:
         ]
         if not unknown:
             return []
-        # AdamW's roles serve as an example: most optimizers name the same things alike.
-        example = {name: _ADAMW.get(name, "decay") for name in unknown[:2]}
+        told = {name: role for name in unknown if (role := role_of_name(name))}
+        rest = [name for name in unknown if name not in told]
         all_of_it = "" if self.roles else " and so the same at every batch size"
+        advice = [f"pass roles={told}" if told else ""]
+        if rest:
+            advice.append(
+                f"{'say in roles= what' if told else 'pass roles= to say what'}"
+                f" {', '.join(rest)} {'is' if len(rest) == 1 else 'are'}: one of"
+                f" {', '.join(ROLES)}"
+            )
         return [
             f"{self.optimizer.name}: no role is known for {', '.join(unknown)}: left as given"
-            f"{all_of_it}; pass roles={example} (or 'unchanged') to say what each is"
+            f"{all_of_it}; {'; '.join(filter(None, advice))}"
+        ]
+
+    def _no_decays(self) -> list[str]:
+        """Warn of a decay so low that a user probably means something else."""
+        return [
+            f"{name} = {self.values[name]:g} as {self.roles[name].name} halves what is averaged in"
+            f" {math.log(0.5) / math.log(self.values[name]):.2g} updates of the base batch size: is"
+            f" it no decay? {_role_advice(name)}"
+            for name in self.declared
+            if self.roles[name].is_decay
+            and is_number(self.values.get(name))
+            and 0 < self.values[name] < 0.5
         ]
 
     def _misspelt(self, rule: ScalingRule) -> list[str]:
@@ -485,6 +513,53 @@ class Recipe:
             f"{', '.join(narrow)}, which rounds decays near 1 to 1: give float32"
             " (optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32))"
         ]
+
+
+# What the name of a hyperparameter tells, where it tells one thing alone: a "decay" may be a moving
+# average's or the weights', a "scale" anything.
+_NAMES = {
+    "learning_rate": "learning_rate lr rate step_size",
+    "eps": "eps epsilon",
+    "eps_root": "eps_root",
+    "gradient_norm": "clip max_norm clip_norm grad_clip max_grad_norm gradient_clip clip_grad_norm",
+    "weight_decay": "weight_decay wd",
+    "undamped_momentum": "momentum",
+    "decay": "b1 beta1 beta_1 beta ema ema_decay bn_decay",
+    "second_moment_decay": "b2 beta2 beta_2",
+    "period": "sync_period warmup_steps",
+}
+_ROLE_OF_NAME = {name: role for role, names in _NAMES.items() for name in names.split()}
+# A decay below it, at the base batch size, averages nothing.
+_SMALLEST_DECAY = 0.1
+
+
+def role_of_name(name: str) -> str | None:
+    """Return the role that a hyperparameter's name alone tells; ``None`` where it tells none.
+
+    Example:
+        >>> role_of_name("lr"), role_of_name("max_norm"), role_of_name("rank")
+        ('learning_rate', 'gradient_norm', None)
+    """
+    return _ROLE_OF_NAME.get(name)
+
+
+def _role_advice(name: str) -> str:
+    told = role_of_name(name)
+    if told is not None and not ROLES[told].is_decay:
+        return f"its name says roles={{{name!r}: {told!r}}}"
+    return (
+        "a learning rate is 'learning_rate', a weight decay 'weight_decay'; what torch calls"
+        " BatchNorm's momentum is 1 - decay"
+    )
+
+
+def _check_is_decay(name: str, role: Role, value: object) -> None:
+    """Raise a ``UserError`` where a user's role says decay and the value can be none."""
+    if role.is_decay and is_number(value) and 0 < value <= _SMALLEST_DECAY:
+        raise UserError(
+            f"{name} is {value:g}, but as {role.name} it would keep {value:g} of an average at each"
+            f" update of the base batch size, which averages nothing: {_role_advice(name)}"
+        )
 
 
 # What a schedule is called, where only a name tells it from other functions (masks, say).
@@ -548,7 +623,8 @@ def missing_noise(recipe: Recipe, rule: ScalingRule, *, by_coordinate: bool = Fa
         f"rule {rule.name!r} with {recipe.optimizer.name} needs the gradient noise: give {scale}"
         "update(..., microbatch=) from bs_jax.value_grad_and_stats with 2 or more micro-batches."
         " What lies in between must hand it on: flax's TrainState.apply_gradients and optax's"
-        " MultiSteps(...).gradient_transformation() do not"
+        " MultiSteps(...).gradient_transformation(), lookahead and"
+        " contrib.split_real_and_imaginary do not"
     )
 
 
@@ -601,7 +677,16 @@ def scale_hyperparams(
     check_batch_sizes(batch_size, base_batch_size)
     rule = resolve_rule(rule).replace(guard=guard)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
-    recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
+    # Raises where the rule promises what it cannot do.
+    invariant = recipe.invariant_moment(rule) is not None and batch_size != base_batch_size
+    if invariant and "learning_rate" in hyperparams:
+        warnings.warn(
+            f"these numbers alone do not do what rule {rule.name!r} promises: it needs the second"
+            " moment as the base batch size would have shown it, which scale_by_batch estimates;"
+            f" for a plain {recipe.optimizer.name} use rule='sqrt'",
+            ScalingWarning,
+            stacklevel=2,
+        )
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
     limit = None if noise is None or recipe.metric(rule) is None else noise.scale
     scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)

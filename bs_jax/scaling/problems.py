@@ -1,4 +1,4 @@
-"""The noisy quadratic: a problem where the right answer at any batch size is known."""
+"""Noisy quadratics: problems where the right answer at any batch size is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optax import contrib
 
 from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.microbatch import MicrobatchStats
-from bs_jax.scaling.rules import RULES
+from bs_jax.scaling.rules import RULES, ScalingRule
 from bs_jax.scaling.transform import scale_by_batch
 
 BASE_BATCH_SIZE = 64
@@ -91,6 +91,55 @@ def checks() -> dict[str, Check]:
     }
 
 
+# Curvatures of a problem whose steepest direction limits the step: SGD with momentum m diverges
+# above a learning rate of 2 (1 + m).
+SPREAD = np.logspace(-2, 0, 256)
+
+
+def spread_quadratic(
+    rule: ScalingRule | str,
+    k: float,
+    *,
+    sigma: float = 0.1,
+    base_updates: int = 1000,
+    **kwargs: Any,
+) -> np.ndarray:
+    r"""Train SGD with momentum on curvatures spread over ``SPREAD``: a problem with a limit.
+
+    At ``sigma`` 0.1 the signal dominates at first. Unguarded at k = 8 the learning rate becomes
+    4.6 and momentum 0.43, beyond the limit of 2.9: it diverges.
+
+    Args:
+        rule: the scaling rule.
+        k: batch size over base batch size.
+        sigma: deviation of the base batch's noise, over the root of the curvature.
+        base_updates: length, in updates of the base batch size; cosine decay to 0.
+        **kwargs: further arguments of ``scale_by_batch``.
+
+    Returns:
+        Mean of h x^2 / 2 after each quarter, shape (4,).
+    """
+    schedule = optax.cosine_decay_schedule(0.1, base_updates)
+
+    def make(batch_size: int, base_batch_size: int) -> Any:
+        scaled = scale_by_batch(
+            optax.sgd, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule, **kwargs
+        )
+        return scaled(schedule, momentum=0.9)
+
+    (losses,) = run(
+        make,
+        k=k,
+        sigmas=[sigma],
+        microbatches=max(2, round(k)),
+        base_updates=base_updates,
+        shape=SPREAD.shape,
+        read=lambda x, _: jnp.asarray(SPREAD / 2, jnp.float32) * jnp.square(x),
+        curvature=SPREAD,
+    )
+    return losses
+
+
 def deviations(
     check: Check, rule: str, *, ks: Sequence[float] = (8, 0.25), base_updates: int = 4000
 ) -> np.ndarray:
@@ -144,8 +193,11 @@ def run(
     quarters: int = 4,
     read: Callable[[Any, Any], Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
+    curvature: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""Train on ``g = x + noise``, noise of deviation sigma/sqrt(k), from x = 1.
+
+    With a ``curvature`` h, ``g = h x + sqrt(h) noise``: then steps have a limit, 2/h for plain SGD.
 
     A correct rule gives the rows of k = 1 at every k: the mean of x after each quarter of the same
     number of examples. Each run is made twice, with opposite noise, and averaged, which takes most
@@ -162,6 +214,7 @@ def run(
         quarters: number of equal stretches after which the mean of x is taken.
         read: ``(x, state) -> parameters`` to look at in place of x (averaged weights).
         batch_sizes: batch size in each quarter, where it changes; passed to every update.
+        curvature: of each coordinate, shape ``shape``; ``None``: 1.
 
     Returns:
         The means, float32 of shape (len(sigmas), quarters).
@@ -175,13 +228,17 @@ def run(
     base = BASE_BATCH_SIZE
     optimizer = make_optimizer(round(base * k), base)
     n = microbatches
+    steep = jnp.asarray(1.0 if curvature is None else curvature, jnp.float32)
 
     def quarter(carry: Any, sigma: Any, key: jax.Array, batch_size: int) -> Any:
         deviation = sigma * np.sqrt(n * base / batch_size)
 
         def step(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], None]:
             x, state = carry
-            parts = x[None] + deviation * jax.random.normal(key, (n, *shape))
+            noise = deviation * jax.random.normal(key, (n, *shape))
+            parts = x[None] + noise
+            if curvature is not None:
+                parts = (steep * x)[None] + jnp.sqrt(steep)[None] * noise
             grad = jnp.mean(parts, axis=0)
             extra: dict[str, Any] = {}
             if n > 1:

@@ -506,6 +506,12 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     return {f"{i}/{name}": v for i, values in enumerate(found) for name, v in values.items()}
 
 
+def guard_share(state: Any) -> Any:
+    """Return the smallest share of k that a guard in a state lets steps grow by; 1 without one."""
+    found = [_plain_arrays(x.in_force).to_dict().get("guard", 1.0) for x in _states_in(state)]
+    return functools.reduce(jnp.minimum, found, jnp.ones(()))
+
+
 def noise_scale_estimate(state: Any) -> NoiseScale | None:
     """Return the noise scale held anywhere in an optimizer state; ``None`` if it keeps none.
 

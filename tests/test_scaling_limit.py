@@ -1,0 +1,409 @@
+"""The guard on the length of steps, and a batch that follows the noise scale."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bs_jax
+from bs_jax.errors import UserError
+from bs_jax.scaling import RULES, BatchRamp, MicrobatchStats, noise, problems
+from bs_jax.scaling.hyperparameters import ROLES, Noise
+from bs_jax.scaling.limit import guard_decay, step_share
+from bs_jax.scaling.optimizers import Recipe, registered
+from bs_jax.scaling.rules import FAMILIES
+
+SIZES = {"batch_size": 512, "base_batch_size": 64}
+K = 8.0
+PHIS = (0.0, 0.5, 2.0, 5.0, 8.0, 100.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("k", "phi", "steps"),
+    # min(k, max(1, phi)), and k itself for k <= 1
+    [
+        (8, 0, 1),
+        (8, 0.5, 1),
+        (8, 1, 1),
+        (8, 4, 4),
+        (8, 8, 8),
+        (8, math.inf, 8),
+        (1, 0, 1),
+        (0.25, 0, 0.25),
+        (0.25, 100, 0.25),
+        (1.5, 1.2, 1.2),
+    ],
+)
+def test_steps_grow_up_to_the_noise_scale(k, phi, steps):
+    assert k * step_share(k, phi) == pytest.approx(steps)
+    assert k * step_share(jnp.float32(k), jnp.float32(phi)) == pytest.approx(steps, rel=1e-6)
+    assert k * step_share(k, jnp.float32(phi)) == pytest.approx(steps, rel=1e-6)
+
+
+def test_the_noise_scale_is_averaged_over_fifty_base_updates_and_five_of_ones_own():
+    assert guard_decay(1.0) == 0.98
+    assert guard_decay(4.0) == pytest.approx(0.98**4)
+    assert guard_decay(64.0) == 0.8  # 0.27: three updates tell no spread
+    assert float(guard_decay(jnp.float32(4.0))) == pytest.approx(0.98**4, rel=1e-6)
+
+
+# What a step is multiplied by, of every optimizer that takes steps: of its own rate, nothing else.
+STEPPING = sorted(
+    name
+    for name in registered()
+    if any(role.name == "learning_rate" for role in Recipe.of(name).roles.values())
+)
+
+
+@pytest.mark.parametrize("rule", ["invariant", "noise_aware"])
+@pytest.mark.parametrize("name", STEPPING)
+def test_of_every_optimizer_the_guard_shortens_the_steps_and_nothing_else(name, rule):
+    values = {"learning_rate": 0.1, "weight_decay": 0.05, "weight_decay_rate": 0.05}
+    known = set(Recipe.of(name).arguments)
+    if name == "muon":
+        values |= {"adam_learning_rate": 0.01}
+    if "momentum" in known:
+        values |= {"momentum": 0.9}
+    recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in known})
+    for phi in PHIS:
+        q = Noise(1.0, 3.0)  # the noise that q follows need not be the guard's
+        free = recipe.at(RULES[rule], K, q).all()
+        held = recipe.at(RULES[rule], K, q, limit=phi)
+        share = min(K, max(1.0, phi)) / K
+        for argument, value in held.all().items():
+            role, before = recipe.roles[argument].name, free[argument]
+            if role in ("learning_rate", "divided_learning_rate"):
+                assert value == pytest.approx(share * before)
+            elif role == "weight_decay_independent" and recipe.values[argument]:
+                base = recipe.values[argument]
+                assert value == pytest.approx(1 - (1 - base) ** (K * share))
+            else:  # weight decay too: the rate that it is multiplied by is shorter already
+                assert value == before or value == pytest.approx(before)
+
+
+def test_weight_decay_times_the_rate_is_held_back_with_it():
+    """What decays per update is lr wd: k share of the base's, whatever q does to either."""
+    recipe = Recipe.of("adamw", kwargs={"learning_rate": 0.1, "weight_decay": 0.05})
+    for rule in ("invariant", "noise_aware", "sqrt", "linear"):
+        for phi in PHIS[:-1]:
+            held = recipe.at(RULES[rule], K, Noise(1.0, 3.0), limit=phi).all()
+            product = held["learning_rate"] * held["weight_decay"]
+            assert product == pytest.approx(0.1 * 0.05 * min(K, max(1.0, phi)))
+
+
+@pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5), ("power(0.75)", 0.75)])
+def test_a_given_noise_scale_guards_a_power_of_k(rule, power):
+    given = bs_jax.scale_hyperparams(
+        "adam", {"learning_rate": 1.0}, **SIZES, rule=rule, noise_scale=128.0
+    )
+    assert given["learning_rate"] == pytest.approx(2.0**power)
+    for free in ({"guard": False, "noise_scale": 128.0}, {}, {"noise_scale": 1e6}):
+        values = bs_jax.scale_hyperparams(
+            "adam", {"learning_rate": 1.0}, **SIZES, rule=rule, **free
+        )
+        assert values["learning_rate"] == pytest.approx(K**power)
+
+
+def test_the_guard_is_data_of_the_rule():
+    rule = RULES["invariant"]
+    assert rule.guard
+    off = rule.replace(guard=False)
+    assert (off.guard, off.name) == (False, "invariant[guard=off]")
+    assert off.replace(guard=True) == rule
+    assert not RULES["seed"].guard
+    assert RULES["seed"].replace(guard=True).name == "seed[guard=on]"
+    tx = [
+        bs_jax.scale_by_batch(optax.adam, **SIZES, rule=rule, guard=guard)(1e-3)
+        for rule, guard in ((off, None), ("invariant", False), (off, True), ("invariant", None))
+    ]
+    shown = ["guard" in bs_jax.hyperparams(x.init(jnp.ones(3))) for x in tx]
+    assert shown == [False, False, True, True]
+    with pytest.raises(UserError, match="guard is 1; give True, False, or None"):
+        bs_jax.scale_by_batch(optax.adam, **SIZES, guard=1)
+
+
+def test_every_family_that_steps_has_a_metric_of_its_own():
+    assert {name: family.metric for name, family in FAMILIES.items()} == {
+        "linear": "plain",
+        "adam": "coordinate",
+        "rmsprop": "coordinate",
+        "centered": "coordinate",
+        "centered_rmsprop": "coordinate",
+        "amsgrad": "coordinate",
+        "adamax": "coordinate",
+        "normalized_adam": "coordinate",
+        "sign": "coordinate",
+        "muon": "layer",
+        "lars": "layer",
+        "adagrad": "coordinate",
+        "adafactor": "coordinate",
+        "novograd": "layer",
+        "wrapper": None,
+    }
+    rule = RULES["invariant"]
+    assert all(Recipe.of(name).metric(rule) is not None for name in STEPPING)
+    for part in ("clip_by_global_norm", "ema", "trace"):  # they take no steps of their own
+        assert Recipe.of(part).metric(rule) is None
+
+
+@pytest.mark.parametrize("metric", ["plain", "coordinate", "layer"])
+def test_the_metrics_weigh_coordinates_as_the_optimizer_moves_them(metric):
+    """Two leaves, one loud and clean, one quiet and noisy; p as the docstring says."""
+    signal = {"loud": np.full(4000, 10.0), "quiet": np.full(4000, 0.01)}
+    deviation = {"loud": 5.0, "quiet": 0.04}  # of one of two micro-batches of 32
+    rng = np.random.default_rng(0)
+    parts = {n: signal[n] + rng.normal(size=(2, 4000)) * deviation[n] for n in signal}
+    stats = MicrobatchStats(jax.tree.map(lambda x: jnp.asarray((x**2).mean(0)), parts), 2)
+    grads = jax.tree.map(lambda x: jnp.asarray(x.mean(0)), parts)
+    found = noise.sample(grads, stats, batch_size=64, metric=metric)
+    square = {n: signal[n][0] ** 2 + deviation[n] ** 2 for n in signal}
+    weight = {
+        "plain": dict.fromkeys(signal, 1.0),
+        # E 1/sqrt(s) over the draws of s, which has two degrees of freedom
+        "coordinate": {n: np.mean((parts[n] ** 2).mean(0) ** -0.5) for n in signal},
+        "layer": {n: (4000 * square[n]) ** -0.5 for n in signal},
+    }[metric]
+    wanted_signal = sum(4000 * weight[n] * signal[n][0] ** 2 for n in signal)
+    wanted_noise = 32 * sum(4000 * weight[n] * deviation[n] ** 2 for n in signal)
+    # By coordinate p hangs together with the noise that it weighs: by a tenth here, by design.
+    tolerance = 0.25 if metric == "coordinate" else 0.05
+    assert float(found["signal"]) == pytest.approx(wanted_signal, rel=tolerance)
+    assert float(found["noise"]) == pytest.approx(wanted_noise, rel=tolerance)
+
+
+def stats_of(signal, scale, parts=2, batch_size=512, dim=2000, seed=0):
+    """Gradient and statistics of a batch whose noise scale is known, in every metric."""
+    deviation = signal * np.sqrt(scale * parts / batch_size)
+    draws = signal + deviation * jax.random.normal(jax.random.key(seed), (parts, dim))
+    mean = draws.mean(0)
+    return mean, MicrobatchStats((draws**2).mean(0), parts, mean=mean)
+
+
+def rates_over(tx, scale, updates=12):
+    x = jnp.ones(2000)
+    state, found = tx.init(x), []
+    step = jax.jit(lambda g, s, stats: tx.update(g, s, x, microbatch=stats)[1])
+    for i in range(updates):
+        grads, stats = stats_of(0.1, scale, seed=i)
+        state = step(grads, state, stats)
+        found.append(bs_jax.hyperparams(state, as_floats=True))
+    return found
+
+
+def test_until_the_noise_scale_is_known_a_step_is_the_bases():
+    tx = bs_jax.scale_by_batch(optax.sgd, **SIZES)(0.1)
+    first, *_, last = rates_over(tx, 256.0)
+    assert (first["learning_rate"], first["guard"]) == (pytest.approx(0.1), pytest.approx(1 / 8))
+    assert first["noise_scale"] == 0
+    assert last["noise_scale"] == pytest.approx(256.0, rel=0.1)  # 4 base sizes
+    assert last["learning_rate"] == pytest.approx(0.1 * last["noise_scale"] / 64)
+    assert last["guard"] == pytest.approx(last["learning_rate"] / 0.8)
+
+
+@pytest.mark.parametrize(("scale", "guard"), [(10.0, 1 / 8), (5000.0, 1.0)])
+@pytest.mark.parametrize("factory", [optax.adam, optax.lion, optax.novograd])
+def test_beyond_the_noise_scale_steps_are_the_bases_and_inside_they_are_free(factory, scale, guard):
+    # Without momentum, which novograd sums, so that its decay changes the rate as well.
+    *_, last = rates_over(bs_jax.scale_by_batch(factory, **SIZES)(0.1, b1=0.0), scale, 6)
+    assert last["guard"] == pytest.approx(guard, rel=1e-5)
+    assert last["learning_rate"] == pytest.approx(0.1 * 8 * guard, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_up_to_the_base_size_the_guard_does_nothing_and_asks_for_nothing(batch_size):
+    grads = jnp.full(3, 0.1)
+    sizes = {"batch_size": batch_size, "base_batch_size": 64}
+    guarded, free = (
+        bs_jax.scale_by_batch(optax.sgd, **sizes, guard=guard)(0.1, momentum=0.9)
+        for guard in (True, False)
+    )
+    got, state = guarded.update(grads, guarded.init(grads), grads)
+    np.testing.assert_array_equal(got, free.update(grads, free.init(grads), grads)[0])
+    assert bs_jax.hyperparams(state, as_floats=True)["guard"] == 1
+    # The static program, as without a guard: no word about the noise.
+    text = jax.jit(guarded.update).lower(grads, state, grads).as_text()
+    assert "sqrt" not in text
+
+
+@pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5)])
+def test_a_noise_scale_that_is_given_as_a_schedule_guards_rules_without_statistics(rule, power):
+    """20 examples more at each base update: 64 + 20 (8 i + 3.5), read at the middle."""
+    tx = bs_jax.scale_by_batch(
+        optax.adam, **SIZES, rule=rule, noise_scale=lambda count: 64.0 + 20.0 * count
+    )(0.1)
+    x = jnp.ones(3)
+    state = tx.init(x)
+    for i in range(4):
+        state = jax.jit(tx.update)(x, state, x)[1]
+        shown = bs_jax.hyperparams(state, as_floats=True)
+        scale = 64 + 20 * (8 * i + 3.5)
+        assert shown["noise_scale"] == pytest.approx(scale, rel=1e-5)
+        steps = min(scale / 64, 8.0)
+        assert shown["guard"] == pytest.approx(steps / 8, rel=1e-5)
+        assert shown["learning_rate"] == pytest.approx(0.1 * steps**power, rel=1e-5)
+
+
+def test_the_estimate_of_a_state_has_the_metric_of_the_optimizer_beside_the_plain_one():
+    tx = bs_jax.scale_by_batch(optax.adam, **SIZES)(0.1)
+    x = jnp.ones(2000)
+    state = tx.init(x)
+    nothing = bs_jax.noise_scale_estimate(state)
+    assert math.isnan(nothing.noise_scale)
+    assert math.isnan(nothing.preconditioned.noise_scale)
+    assert (nothing.preconditioned.low, nothing.preconditioned.high) == (0, math.inf)
+    for seed in range(20):
+        grads, stats = stats_of(0.1, 300.0, seed=seed)
+        state = tx.update(grads, state, x, microbatch=stats)[1]
+    found = bs_jax.noise_scale_estimate(state)
+    assert float(found.noise_scale) == pytest.approx(300, rel=0.05)
+    finer = found.preconditioned
+    assert 200 < float(finer.noise_scale) < 400  # p and the noise it weighs hang together
+    assert float(finer.low) < float(finer.noise_scale) < float(finer.high)
+
+
+# A problem that has a limit: the noisy quadratic has none.
+
+
+def test_where_steps_have_a_limit_the_guarded_rule_holds_and_the_unguarded_one_diverges():
+    base = problems.spread_quadratic("none", 1)[-1]
+    assert base < problems.spread_quadratic("invariant", 8)[-1] < 2 * base
+    assert problems.spread_quadratic("invariant", 0.25)[-1] == pytest.approx(base, rel=0.15)
+    assert not problems.spread_quadratic("invariant", 8, guard=False)[-1] < 1.0
+
+
+# A batch that follows the noise.
+
+
+def ramp(**changes):
+    settings = {"batch_size": 64, "largest": 512, "share": 0.5, "patience": 1}
+    return BatchRamp(**(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "sizes"),
+    [
+        ({}, [255, 256, 511, 512, 1024, 9999], [64, 128, 128, 256, 512, 512]),
+        ({"patience": 3}, [256] * 5, [64, 64, 128, 128, 128]),
+        ({"patience": 2}, [256, 10, 256, 256], [64, 64, 64, 128]),  # in a row
+        ({"share": 1.0}, [127, 128], [64, 128]),
+        ({"growth": 4.0}, [511, 512], [64, 256]),
+        ({"growth": 1.5, "multiple_of": 32}, [1e4] * 5, [96, 128, 192, 288, 416]),
+        ({"largest": 100}, [1e4] * 2, [100, 100]),
+        ({"largest": 100, "multiple_of": 16}, [1e4] * 2, [96, 96]),
+        ({}, [math.nan, math.inf, -1.0, 0.0, None], [64] * 5),  # not known: never
+        ({}, [1e4, 1e4, 1.0, 1.0], [128, 256, 256, 256]),
+        ({"may_shrink": True}, [1e4, 1e4, 300, 200, 1, 1, 1], [128, 256, 256, 128, 64, 64, 64]),
+        ({"may_shrink": True}, [1e4, math.nan, math.inf], [128] * 3),
+    ],
+)
+def test_a_batch_that_follows_the_noise(changes, asked, sizes):
+    found = ramp(**changes)
+    assert [found.next_batch_size(low) for low in asked] == sizes
+    assert set(sizes) <= set(found.sizes())
+
+
+def test_an_estimate_is_read_at_the_lower_end_of_the_optimizers_metric():
+    tx = bs_jax.scale_by_batch(optax.adam, **SIZES)(0.1)
+    x = jnp.ones(2000)
+    state = tx.init(x)
+    assert ramp().next_batch_size(bs_jax.noise_scale_estimate(state)) == 64
+    for seed in range(8):
+        grads, stats = stats_of(0.1, 300.0, seed=seed)
+        state = tx.update(grads, state, x, microbatch=stats)[1]
+    found = bs_jax.noise_scale_estimate(state)
+    low = float(found.preconditioned.low)
+    assert ramp(share=129 / low).next_batch_size(found) == 128
+    assert ramp(share=127 / low).next_batch_size(found) == 64
+
+
+def test_a_ramp_goes_through_json_as_it_stands():
+    found = ramp(patience=3, may_shrink=True, multiple_of=16)
+    for low in (1e4, 1e4, 1e4, 1e4):
+        found.next_batch_size(low)
+    again = BatchRamp.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+    assert (again.batch_size, again.agreeing) == (128, 1)
+    rest = [1e4, 1e4, 1.0, 1.0, 1.0]
+    assert [again.next_batch_size(x) for x in rest] == [found.next_batch_size(x) for x in rest]
+    with pytest.raises(UserError, match="a ramp has no speed"):
+        BatchRamp.from_dict({**found.to_dict(), "speed": 2})
+
+
+def test_sizes_and_micro_batches():
+    assert ramp(multiple_of=32).sizes() == [64, 128, 256, 512]
+    found = ramp(multiple_of=32)
+    assert found.microbatches(32) == 2
+    found.next_batch_size(1e6)
+    assert found.microbatches(32) == 4
+    with pytest.raises(UserError, match="128 holds no whole number of micro-batches of 48"):
+        found.microbatches(48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 64.0}, r"batch_size 64\.0.*whole numbers"),
+        ({"batch_size": True}, "batch_size True"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"largest": 32}, "largest 32"),
+        ({"multiple_of": 48}, "64 is no multiple of 48; start from 96"),
+        ({"share": 0.0}, "share 0"),
+        ({"share": math.nan}, "share nan"),
+        ({"growth": 1.0}, "growth 1"),
+        ({"patience": 0}, "patience 0"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        ramp(**changes)
+
+
+def train_with_ramp(until, saved=None):
+    """A plain optax loop whose batch follows the noise: weights, sizes and what is saved."""
+    target = jnp.linspace(-0.2, 0.2, 64)
+    tx = bs_jax.scale_by_batch(optax.sgd, batch_size=64, base_batch_size=64)(0.02)
+
+    def loss(w, x):
+        return jnp.mean(jnp.square((x[:, :64] @ (w - target)) + x[:, 64]))
+
+    @jax.jit
+    def update(w, state, x):
+        f = bs_jax.value_grad_and_stats(loss, microbatches=x.shape[0] // 32)
+        _, grads, stats = f(w, x)
+        changes, state = tx.update(grads, state, w, batch_size=x.shape[0], microbatch=stats)
+        return w + changes, state
+
+    w, growing = jnp.zeros(64), ramp(multiple_of=32, patience=2, largest=256)
+    state, seen, sizes = tx.init(w), 0, []
+    if saved is not None:
+        seen, text, (w, state) = saved
+        growing = BatchRamp.from_dict(json.loads(text))
+    while seen < until:
+        size = growing.next_batch_size(bs_jax.noise_scale_estimate(state))
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(0), seen), (size, 65))
+        w, state = update(w, state, x)
+        seen += size
+        sizes.append(size)
+    assert int(state.examples) == seen
+    return w, sizes, (seen, json.dumps(growing.to_dict()), jax.device_get((w, state)))
+
+
+def test_a_ramp_in_a_plain_loop_resumes_to_the_bit():
+    whole, sizes, _ = train_with_ramp(12_000)
+    assert sorted(set(sizes)) == [64, 128, 256]
+    assert sizes == sorted(sizes)
+    for cut in (3000, 7000):
+        _, before, saved = train_with_ramp(cut)
+        again, after, _ = train_with_ramp(12_000, saved)
+        assert before + after == sizes
+        np.testing.assert_array_equal(again, whole)
+
+
+def test_roles_of_rates_are_all_guarded():
+    """A role that scales a step and forgets the guard would be a silent hole."""
+    rates = {name for name in ROLES if name.endswith("learning_rate")}
+    assert rates == {"learning_rate", "divided_learning_rate"}
