@@ -43,14 +43,20 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--updates", type=int, default=60)
     flags = parser.parse_args(arguments)
 
-    sizes = {"batch_size": BATCH_SIZE, "base_batch_size": BASE_BATCH_SIZE}
     # BatchNorm normalises a micro-batch: 32 examples together, as at the base batch size. Its
     # running statistics move once an update, so their decay follows the batch size too.
     scaled = bs_jax.scale_hyperparams(
-        optax.adamw, {"bn_decay": 0.9}, roles={"bn_decay": "decay"}, rule="invariant", **sizes
+        optax.adamw,
+        {"bn_decay": 0.9},
+        batch_size=BATCH_SIZE,
+        base_batch_size=BASE_BATCH_SIZE,
+        rule="invariant",
+        roles={"bn_decay": "decay"},
     )
     model = Net(nnx.Rngs(0), bn_momentum=scaled["bn_decay"])
-    tx = bs_jax.scale_by_batch(optax.adamw, **sizes)(3e-3, b2=0.99)
+    tx = bs_jax.scale_by_batch(optax.adamw, batch_size=BATCH_SIZE, base_batch_size=BASE_BATCH_SIZE)(
+        3e-3, b2=0.99
+    )
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     parts = BATCH_SIZE // BASE_BATCH_SIZE
     loss_and_grad = bs_jax.value_grad_and_stats(loss_fn, microbatches=parts)

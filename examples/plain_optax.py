@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     print(f"{len(losses)} updates of {flags.batch_size}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print("in force:", json.dumps(bs_jax.hyperparams(opt_state, as_floats=True)))
     scale = bs_jax.noise_scale_estimate(opt_state)
-    print(f"noise scale {scale.noise_scale:.0f} examples ({scale.low:.0f} to {scale.high:.0f})")
+    if scale is not None:  # None: an optimizer that keeps no statistics
+        print(f"noise scale {scale.noise_scale:.0f} examples ({scale.low:.0f} to {scale.high:.0f})")
     return losses
 
 
