@@ -30,6 +30,7 @@ def adam(rule: str, b2: float = 0.99, **settings):
     def make(batch_size: int, base_batch_size: int):
         scaled = scale_by_batch(
             optax.adam, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule,
+            guard=False,  # a quadratic without a limit on the step
             **settings,
         )  # fmt: skip
         return scaled(1e-3, b1=0.9, b2=b2)

@@ -42,16 +42,20 @@ def of_training(found, start=0):
     return [row["train/loss"] for row in found if row["examples"] > start]
 
 
-def test_a_branch_as_its_trunk_is_the_run_itself_and_a_second_command_trains_nothing(tmp_path):
+def test_a_branch_like_its_trunk_is_the_run_itself_however_often_it_is_stopped(tmp_path):
     cadences = {"eval_every_examples": 64, "checkpoint_every_examples": 64}
     whole = train(tmp_path / "whole", cadences)
-    losses, told = branched(tmp_path, tiny_config())
+    recipe = tiny_config(**{"scaling.rule": "sqrt"})
+    calls = iter([False, False, False, True, False, True])  # a branch, then the second trunk
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            branched(tmp_path, recipe, lambda: next(calls))
+    losses, told = branched(tmp_path, recipe)
     assert len(told) == 8
     # Batch size 16 and seed 0 are the trunk's own: its branches go on as the whole run does.
     for point in PLAN.points:
         (folder,) = (tmp_path / str(point)).glob("b16-s0-*")
-        wanted = of_training(whole, point)[: 64 // 32]
-        assert of_training(rows(folder)) == wanted
+        assert of_training(rows(folder)) == of_training(whole, point)[: 64 // 32]
         ends = [row for row in whole if row["examples"] == point + 64]
         assert losses[point][16][0] == ends[0]["eval/loss"]
         assert json.loads((folder / "summary.json").read_text())["examples"] == point + 64
@@ -63,24 +67,12 @@ def test_a_branch_as_its_trunk_is_the_run_itself_and_a_second_command_trains_not
     def never():
         raise AssertionError("something is trained again")
 
-    again, _ = branched(tmp_path, tiny_config(), never)
-    assert again == losses
-
-
-def test_stopped_again_and_again_it_comes_to_the_same_losses(tmp_path):
-    recipe = tiny_config(**{"scaling.rule": "sqrt"})
-    branching = Branching(points=(64,), batch_sizes=(16, 32), examples=64, seeds=(0, 1))
-    wanted, _ = branched(tmp_path / "whole", recipe, branching=branching)
-    for _ in range(5):  # the trunk and four branches
-        with pytest.raises(Interrupted):
-            branched(tmp_path / "parts", recipe, lambda: True, branching=branching)
-    found, _ = branched(tmp_path / "parts", recipe, lambda: True, branching=branching)
-    assert found == wanted
-    # A further seed needs the trunk's state, which is gone.
-    (tmp_path / "parts/64/trunk/checkpoints").rename(tmp_path / "gone")
-    more = dataclasses.replace(branching, seeds=(0, 1, 2))
+    assert branched(tmp_path, recipe, never)[0] == losses
+    # A further seed needs the trunk's state.
+    (tmp_path / "64/trunk/checkpoints").rename(tmp_path / "gone")
+    more = dataclasses.replace(PLAN, seeds=(0, 1, 2))
     with pytest.raises(UserError, match="no checkpoint that can be read"):
-        branched(tmp_path / "parts", recipe, branching=more)
+        branched(tmp_path, recipe, branching=more)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +85,13 @@ def test_stopped_again_and_again_it_comes_to_the_same_losses(tmp_path):
         ({"shares": [0.0]}, "--branch_at=0: give shares of the training above 0"),
         ({"shares": [1.5]}, "--branch_at=1.5: give shares"),
         ({"shares": []}, "--branch_at names no point"),
+        ({"recipe": {"batch_ramp.kind": "noise"}}, "a branch keeps one batch size"),
         ({"batch_sizes": [16, 160]}, "a branch of 160 examples .* do not fit into 192"),
     ],
 )
 def test_impossible_plans_are_named(changes, message):
     given = {"shares": [0.5], "batch_sizes": [16, 32], "examples": 32, "seeds": [0, 1]}
+    given |= changes
+    recipe = Recipe.parse(tiny_config(**given.pop("recipe", {})))
     with pytest.raises(UserError, match=message):
-        Branching.plan(Recipe.parse(tiny_config()), **given | changes)
+        Branching.plan(recipe, **given)

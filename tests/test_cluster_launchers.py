@@ -45,7 +45,7 @@ def test_tasks_at_once_are_what_the_cluster_can_hold(resources, cpus, gpus, slot
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'bs_jax\[ray\]'"):
-        ray_cluster._connect(None)
+        ray_cluster.connect(None)
 
 
 def test_a_worker_that_dies_is_told_from_a_run_that_fails(tmp_path, monkeypatch):

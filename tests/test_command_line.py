@@ -1,7 +1,13 @@
 """Help, version, wrong flags and fields: what a newcomer types, answered in a line or a page."""
 
+import contextlib
+import fcntl
+import os
+import re
+import struct
 import subprocess
 import sys
+import termios
 import types
 from pathlib import Path
 
@@ -154,6 +160,44 @@ def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", nobody)
     assert compilation.cache_folder() is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mode=explain", "--config.batch_size=256"],
+        ["--mode=explain", "--config=imagenette", "--config.scaling.rule=noise_aware"],
+        ["--dry_run"],
+        ["--dry_run", "--config=imagenette", "--sweep=seed"],
+        ["--mode=train", "--dry_run"],
+    ],
+)
+def test_tables_fit_a_terminal_of_80_columns(words):
+    """Of a real terminal; every hyperparameter is there, and no cell is cut."""
+    main, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / "main.py"), *words]
+    environment = {**os.environ, "TERM": "dumb"}
+    environment.pop("COLUMNS", None)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=terminal, stderr=subprocess.STDOUT, env=environment
+    )
+    os.close(terminal)
+    found = b""
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while part := os.read(main, 1 << 16):
+            found += part
+    os.close(main)
+    assert process.wait(timeout=60) == 0, found
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", found.decode()).replace("\r", "").splitlines()
+    assert max(len(line) for line in lines if " points: " not in line) <= 80
+    text = " ".join(lines)
+    assert "…" not in text
+    assert all(name in text for name in ("b1", "b2", "bn"))
+    if words == ["--dry_run"]:  # the last column is whole
+        rows = [line.split() for line in lines if line.startswith("invariant ")]
+        assert [line.split()[-1] for line in lines if "rate" in line] == ["decay"]
+        assert [row[-1] for row in rows] == ["0.974", "0.9487", "0.9", "0.81", "0.6561"]
 
 
 def test_a_recipe_is_found_by_its_name_from_any_folder(tmp_path):

@@ -1,16 +1,22 @@
 """--mode=critical_batch: what it prints and writes, and which flags it takes."""
 
+import ast
 import csv
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 from helpers import commands
+from helpers.training import tiny_config
 
 from bs_jax.cli import critical_batch
 from bs_jax.scaling.critical_batch import from_losses
+from bs_jax.sweep.points import resolve
 
 MODE = "--mode=critical_batch"
+LAGGING = {16: [1.0, 1.1], 32: [2.0, 2.1]}
 
 
 def points():
@@ -38,6 +44,19 @@ def test_the_table_has_a_line_a_point_with_the_noise_scale_beside():
         ["256", "32", "to", "64", "32", "-", "-", "-"],
     ]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_advised_ramp_is_a_recipe_and_says_what_it_saves():
+    text = critical_batch.advice(points(), 512)
+    assert "--config.batch_size=32 " in text
+    stages = ast.literal_eval(re.search("stages='(.*?)'", text)[1])
+    assert stages == ((0, 16), (128, 32))
+    # 8 updates of 16, then 12 of 32, where 32 of 16 would be.
+    assert "(38 % fewer updates than batch size 16 throughout)" in text
+    ramp = {"batch_size": 32, "batch_ramp.kind": "stages", "batch_ramp.stages": stages}
+    assert resolve(tiny_config(train_examples=512, **ramp)).batch_sizes == (16, 32)
+    early = [dataclasses.replace(points()[0], found=from_losses(LAGGING, tolerance=0.01))]
+    assert critical_batch.advice(early, 512).startswith("No batch size above 16 was shown")
 
 
 def test_the_numbers_are_written_and_those_that_are_not_finite_are_null(tmp_path):

@@ -64,6 +64,17 @@ def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
         (4, 1, ()),
         (2, 2, ("--config.data.streamed=True",)),
         (
+            2,
+            1,
+            (
+                "--config.scaling.rule=noise_aware",
+                "--config.batch_size=64",
+                "--config.batch_ramp.kind=noise",
+                "--config.batch_ramp.share=50.0",
+                "--config.micro_batch_size=4",
+            ),
+        ),
+        (
             4,
             1,
             (

@@ -1,8 +1,11 @@
 """The examples run in a short form, and the study that is built on one counts right."""
 
+import importlib
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from scipy import stats
 import bs_jax
 from benchmarks import language_model as study
 from examples import language_model as example
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,42 @@ def test_merged_tokens_decode_to_the_text(raw):
 def test_the_language_model_learns_while_its_batch_may_follow_the_noise():
     flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("plain_optax", ["--examples=4096"]),
+        ("nnx_batchnorm_dropout", ["--updates=12"]),
+        ("train_state", ["--updates=12"]),
+        ("accumulate_from_loader", ["--updates=12"]),
+        ("several_devices", ["--updates=24"]),
+    ],
+)
+def test_short_examples_learn(name, flags):
+    losses = importlib.import_module(f"examples.{name}").main(flags)
+    ends = max(1, len(losses) // 4)
+    assert np.mean(losses[-ends:]) < 0.95 * np.mean(losses[:ends])
+
+
+def test_the_table_for_pytorch_has_every_number(capsys):
+    new = importlib.import_module("examples.pytorch_numbers").main(["--batch_size=1024"])
+    assert new["learning_rate"] == pytest.approx(1e-3 * 4)
+    assert new["b2"] == pytest.approx(0.999**16)
+    assert f"betas=({new['b1']:.6g}, {new['b2']:.6g})" in capsys.readouterr().out
+
+
+def test_the_notebook_prints_what_it_shows(capsys):
+    notebook = json.loads((ROOT / "examples" / "first_ten_minutes.ipynb").read_text())
+    space, number = {"__name__": "__main__"}, re.compile(r"[-+]?\d+\.?\d*(?:e-?\d+)?")
+    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+        exec("".join(cell["source"]), space)
+        told = capsys.readouterr().out
+        shown = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert number.sub("", told) == number.sub("", shown)
+        for found, wanted in zip(number.findall(told), number.findall(shown), strict=True):
+            # Other processors round otherwise, which a noise scale shows most.
+            assert float(found) == pytest.approx(float(wanted), rel=0.1, abs=2e-3)
 
 
 class TestStudy:

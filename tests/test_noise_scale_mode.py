@@ -162,7 +162,7 @@ def test_it_measures_beside_a_rule_that_measures_and_resumes_to_the_same_numbers
     calls = iter(range(100))
     with pytest.raises(Interrupted):
         measure(tmp_path / "parts", should_stop=lambda: next(calls) >= 0)
-    assert measure(tmp_path / "parts") == whole
+    assert measure(tmp_path / "parts").to_csv() == whole.to_csv()  # "not known" equals itself
     assert whole.rows[-1]["examples"] == 192
     assert all(row["noise"] > 0 for row in whole.rows)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import bs_jax
+import bs_jax.scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = Path("bs_jax/data/embedded")
@@ -149,3 +149,9 @@ def test_the_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == bs_jax.__version__
+
+
+def test_the_reference_names_every_public_name_of_the_library():
+    text = (ROOT / "docs" / "reference.md").read_text()
+    named = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith(":::")}
+    assert set(bs_jax.scaling.__all__) <= named

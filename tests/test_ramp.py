@@ -71,7 +71,8 @@ def test_hyperparameters_follow_the_size_in_force(tmp_path):
 @pytest.mark.long
 def test_a_ramp_of_one_size_trains_as_that_size_does(tmp_path):
     """The numbers come another way, from the rule in each update: equal up to rounding."""
-    constant = {"batch_size": 32, "scaling.rule": "sqrt"}
+    # Of a schedule that bends, the library reads the line between two base-size updates.
+    constant = {"batch_size": 32, "scaling.rule": "sqrt", "schedule.name": "linear"}
     one = {"batch_ramp.kind": "stages", "batch_ramp.stages": ((0, 32),)}
     wanted, found = train(tmp_path / "a", constant), train(tmp_path / "b", constant | one)
     for name in ("train/loss", "eval/loss", "optim/learning_rate"):
@@ -211,6 +212,7 @@ def test_a_ramp_is_part_of_a_runs_name_only_where_it_is_on():
     on = resolve(tiny_config(**STAGES))
     assert on.run_id != resolve(tiny_config(**STAGES | {"batch_ramp.kind": "off"})).run_id
     assert isinstance(on.optimizer, ScaledWhileTraining)
+    assert (on.bn_decay, on.scaled.values["bn_decay"]) == (0.9, pytest.approx(0.9**2))
     assert type(on).from_json(json.loads(json.dumps(on.to_json()))) == on
     without = tiny_config()
     del without["batch_ramp"]  # recipes of the first build have none

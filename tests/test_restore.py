@@ -10,11 +10,14 @@ from helpers.training import rows, tiny_config, tiny_data, train
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe
+from bs_jax.records.metrics_file import metrics_digest
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.scaling import ScaleByBatchState
+from bs_jax.scaling.upgrade import first_structure
 from bs_jax.sweep.points import resolve
 from bs_jax.training import step
 from bs_jax.training.carry_over import OtherRun
+from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.train import Interrupted, Trainer
 
 
@@ -149,6 +152,35 @@ def test_a_changed_config_is_refused_with_what_changed_and_the_flag_that_permits
     # A finished run is gone on from as well.
     again = RunFolder(tmp_path, resolve(tiny_config(train_examples=384)), allow_change=True)
     assert not again.done
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_checkpoint_of_the_first_version_is_upgraded(tmp_path, noise):
+    run = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "noise_aware"}))
+    programs = step.make_programs(run, 3, (8, 8, 1), jax.devices()[:1])
+    fresh = jax.device_get(programs.init(step.run_inputs(run)))
+    state = fresh._replace(
+        step=np.asarray(3, np.int32),
+        examples=np.asarray(96, np.int32),
+        params=jax.tree.map(lambda leaf: np.asarray(leaf + 1), fresh.params),
+    )
+    old = first_structure(state.opt_state, noise=noise)
+    old = old._replace(examples=np.asarray(96, np.int32))
+    (tmp_path / "metrics.jsonl").write_text("")
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints",
+        lambda examples: metrics_digest(tmp_path / "metrics.jsonl", examples),
+    )
+    try:
+        saved = state._replace(opt_state=jax.tree.map(np.asarray, old))
+        checkpoints.save(saved, metrics_digest(tmp_path / "metrics.jsonl", 96))
+        found = checkpoints.restore(fresh)
+    finally:
+        checkpoints.close()
+    assert jax.tree.structure(found) == jax.tree.structure(fresh)
+    assert int(found.opt_state.examples) == int(found.examples) == 96
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3"]
 
 
 @pytest.mark.parametrize("override", [{"batch_size": 32}, {"seed": 5}, {"model.name": "resnet8"}])

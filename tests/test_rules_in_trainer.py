@@ -94,7 +94,7 @@ def test_the_trainer_updates_as_scale_by_batch_does(optimizer, rule, batch_size)
     want = train_by(by_hand, grads)[2]
     # Float32 numbers in place of constants in double precision; and between two base-size updates
     # the library interpolates the schedule, which the trainer reads at the examples themselves.
-    assert_close(trainers_updates(config, grads), want, rtol=1e-3, atol=3e-6)
+    assert_close(trainers_updates(config, grads), want, rtol=2e-3, atol=3e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["radam", "ranger"])

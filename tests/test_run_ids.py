@@ -1,7 +1,7 @@
 """Run ids are the names of what users have on disk: a change of the code must not change them.
 
-They change with the numbers that a run comes to, as when rules were guarded and schedules read in the
-middle of an update; runs at the base batch size and under the published arms kept theirs then.
+They change with the numbers that a run comes to, as when rules were guarded and schedules read in
+the middle of an update; runs at the base batch size and under the published arms kept theirs then.
 """
 
 import importlib.util

@@ -49,7 +49,7 @@ BASE = {
     name: np.array(row.split(), float).reshape(3, 4) / 1000 for name, row in _THOUSANDTHS.items()
 }
 CHECKS = problems.checks()
-# What the check showed (docs/scaling.md): these stray further than EXACT_WITHIN under both rules.
+# What the check showed (docs/optimizers.md): these stray beyond EXACT_WITHIN under both rules.
 APPROXIMATE = {"amsgrad", "adamax", "adamaxw", "rmsprop, centered", "muon"}
 # How far those stray at k = 8, at most.
 STRAY = {"amsgrad": 0.04, "adamax": 0.22, "adamaxw": 0.17, "rmsprop, centered": 0.09, "muon": 0.03}
@@ -88,7 +88,7 @@ def test_a_quarter_of_the_batch_follows_the_base(name):
 @pytest.mark.long
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_optimizer_under_both_rules_in_both_directions(name):
-    """The table of docs/scaling.md: k = 8 and 1/4 at high, medium and low noise; 3 minutes."""
+    """The table of docs/optimizers.md: k = 8 and 1/4 at high, medium and low noise; 3 minutes."""
     rules = ("noise_aware", "invariant")
     found = [problems.deviations(CHECKS[name], rule).max() for rule in rules]
     assert (min(found) <= problems.EXACT_WITHIN) == (name not in APPROXIMATE), found

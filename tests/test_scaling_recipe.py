@@ -43,7 +43,7 @@ def rate_after(run, examples):
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_ema_batch_norm_schedule_and_warm_up_follow(rule, optimizer, batch_size):
     sgd = {"optimizer.name": optimizer, "optimizer.hyperparams": {"learning_rate": 0.1}}
-    changes = {"scaling.rule": rule} | (sgd if optimizer == "sgd" else {})
+    changes = {"scaling.rule": rule, "scaling.guard": False} | (sgd if optimizer == "sgd" else {})
     base = resolve(recipe(16, **changes))
     new = resolve(recipe(batch_size, **changes))
     k = batch_size / 16
@@ -53,12 +53,15 @@ def test_ema_batch_norm_schedule_and_warm_up_follow(rule, optimizer, batch_size)
     # What no hyperparameter can replace stays as it is.
     assert new.ghost_batch_size == base.ghost_batch_size
     assert new.label_smoothing == base.label_smoothing
-    # Warm-up and decay are read at the same examples, whatever the number of updates.
+    # Warm-up and decay are read at the same examples, whatever the number of updates: in the
+    # middle of the base-size updates that one stands for.
+    ahead = 0.0 if rule == "none" else (batch_size - 16) / 2
     shape = optimizers.schedule_shape(base.schedule, base.train_examples)
     peak = base.optimizer.hyperparams["learning_rate"]
     for examples in (0, 256, 512, 1024):
-        expected = scale * peak * float(shape(examples))
-        assert rate_after(new, examples) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+        expected = scale * peak * float(shape(max(examples + ahead, 0.0)))
+        # A cosine between two base-size updates is not quite the line between them.
+        assert rate_after(new, examples) == pytest.approx(expected, rel=2e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["ema_decay", "bn_decay"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -102,12 +103,13 @@ def test_a_signal_is_noted_and_the_context_left_in_peace():
 
 
 def test_no_thread_and_no_file_is_left():
-    pipes, watchers = [], []
+    pipes, watchers = set(), set()
     for _ in range(20):
-        with StopRequest() as stop:
-            pipes += [os.readlink(f"/proc/self/fd/{n}") for n in (stop._reader, stop._writer)]
-            watchers.append(stop._watcher)
+        files, threads = set(open_files().values()), set(threading.enumerate())
+        with StopRequest():
+            pipes |= {name for name in open_files().values() if "pipe" in name} - files
+            watchers |= set(threading.enumerate()) - threads
     # By name: what else this process has open may change at any time.
-    assert len(set(pipes)) == 20
-    assert not set(pipes) & set(open_files().values())
+    assert len(pipes) == len(watchers) == 20
+    assert not pipes & set(open_files().values())
     assert not any(watcher.is_alive() for watcher in watchers)

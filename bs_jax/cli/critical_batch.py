@@ -106,6 +106,7 @@ def run() -> int:
             print("stopped; give the same command again to continue")
             return 128 + (stop.number or 15)
     print(table(points))
+    print(advice(points, recipe.train_examples))
     print(f"Numbers: {', '.join(str(path) for path in write(points, workdir))}")
     return 0
 
@@ -191,6 +192,30 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in cells
+    )
+
+
+def advice(points: Sequence[Point], train_examples: int) -> str:
+    """Return the batch ramp that stays below the critical batch, and what it saves.
+
+    Args:
+        points: what was measured, in order of the training.
+        train_examples: length of the training.
+    """
+    smallest = points[0].found.branches[0].batch_size
+    stages = [(0, smallest)]
+    for point in points:
+        if point.found.low > stages[-1][1]:
+            stages.append((point.examples, point.found.low))
+    if len(stages) == 1:
+        return f"No batch size above {smallest} was shown to follow: no ramp is advised."
+    ends = [*(start for start, _ in stages[1:]), train_examples]
+    updates = sum((end - start) / size for (start, size), end in zip(stages, ends, strict=True))
+    saved = 1 - updates * smallest / train_examples
+    return (
+        f"A ramp below the critical batch: --config.batch_size={stages[-1][1]} "
+        f"--config.batch_ramp.kind=stages --config.batch_ramp.stages='{tuple(stages)}' "
+        f"({100 * saved:.0f} % fewer updates than batch size {smallest} throughout)"
     )
 
 

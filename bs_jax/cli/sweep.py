@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,15 @@ from bs_jax.recipe import Recipe, ResolvedRun, choose
 from bs_jax.records import stores
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bs_jax.sweep.cohorts import Schedule
     from bs_jax.sweep.plan import Sweep
     from bs_jax.sweep.points import Point
     from bs_jax.sweep.progress import Display
 
 FLAGS = flags.FLAGS
+_BEGAN = time.monotonic()  # of this process, nearly
 _RAY = ("ray_address", "ray_cpus", "ray_gpus")
 FLAG_NAMES = (
     *common.FLAG_NAMES,
@@ -33,6 +37,7 @@ FLAG_NAMES = (
     "only",
     "run_axis",
     "workers",
+    "budget_minutes",
     "launcher",
     *_RAY,
 )
@@ -45,9 +50,18 @@ def define_flags() -> None:
     flags.DEFINE_string("only", "", "Train these runs of the sweep alone: RUN_ID,...; no report.")
     flags.DEFINE_enum(
         "run_axis",
-        "loop",
-        ("loop", "vmap"),
-        "Runs that share a compiled program go one after another, or side by side.",
+        "auto",
+        ("auto", "loop", "vmap"),
+        "How runs that share a compiled program are trained. loop: one after another. vmap: side "
+        "by side, as many as fit in memory. auto: side by side on an accelerator where an update "
+        "is too small to fill it.",
+    )
+    flags.DEFINE_float(
+        "budget_minutes",
+        0.0,
+        "End before so many minutes are over: the runs that decide most come first, the states are "
+        "saved, and the same command goes on later. 0: train all.",
+        lower_bound=0.0,
     )
     flags.DEFINE_enum(
         "launcher",
@@ -56,7 +70,10 @@ def define_flags() -> None:
         "local: on this machine. ray: on a Ray cluster. print: a shell command a run, for others.",
     )
     flags.DEFINE_integer(
-        "workers", 0, "Processes of a sweep; 0: one a core on a CPU, else this process alone."
+        "workers",
+        0,
+        "Processes of a sweep; 0: one a core on a CPU, one a card where there are several GPUs, "
+        "else this process alone.",
     )
     flags.DEFINE_string("ray_address", None, "Of a Ray cluster; default: $RAY_ADDRESS, or here.")
     flags.DEFINE_float("ray_cpus", 1.0, "CPU cores of a task.", lower_bound=0.0)
@@ -80,7 +97,11 @@ def _check_flags() -> None:
     """Reject flags that have no effect with this launcher, and impossible numbers."""
     if FLAGS.workers < 0:
         raise UserError(f"--workers is {FLAGS.workers}; use 0 for one a core, or a positive number")
-    useless = {"local": _RAY, "ray": ("workers",), "print": (*_RAY, "workers")}
+    useless = {
+        "local": _RAY,
+        "ray": ("workers",),
+        "print": (*_RAY, "workers", "budget_minutes"),
+    }
     for name in useless[FLAGS.launcher]:
         if FLAGS[name].value != FLAGS[name].default:
             needed = "ray" if name in _RAY else "local"
@@ -106,7 +127,9 @@ def given_seeds() -> list[int]:
 
 
 def _sweep() -> int:
-    from bs_jax.sweep import plan, progress
+    from rich.console import Console
+
+    from bs_jax.sweep import budget, plan, progress
     from bs_jax.sweep.stopping import Stopped
     from bs_jax.training import compilation, distributed
 
@@ -114,7 +137,11 @@ def _sweep() -> int:
     planned = _plan(recipe)
     wanted = _wanted(planned)
     if FLAGS.dry_run:
-        print(plan.listing(planned))
+        console = Console()
+        if console.is_terminal:
+            _show(planned, console)
+        else:  # for other programs: every point on a line, with the name of its run
+            print(plan.listing(planned))
         return 0
     distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
     folder = workdir()
@@ -134,15 +161,26 @@ def _sweep() -> int:
             f"{len(planned.rows)} points, {len(wanted)} runs, {len(pending)} to train, "
             f"records in {folder}"
         )
-        with progress.Display(
+        if FLAGS.budget_minutes:
+            print(_forecast(planned, pending, folder))
+        display = progress.Display(
             wanted, len(wanted) - len(pending), quiet=not distributed.is_first()
-        ) as display:
+        )
+        schedule = _schedule(pending, planned)
+        limit = budget.Budget(FLAGS.budget_minutes, FLAGS.grace_seconds, _BEGAN)
+        with display, limit:
             display.pending(pending)
             try:
-                failures = _train(_schedule(pending, planned), len(pending), folder, display)
+                failures = _train(schedule, len(pending), folder, display, limit.grace_seconds)
             except Stopped as stopped:
-                display.note("stopped; give the same command again to go on")
-                return 128 + stopped.signal_number
+                again = "give the same command again to go on"
+                if not limit.over:
+                    display.note(f"stopped; {again}")
+                    return 128 + stopped.signal_number
+                display.note(f"the {FLAGS.budget_minutes:g} minutes are over; {again}")
+                if not limit.room_for_report:
+                    display.note("for the report give it with --mode=report")
+                    return 0
     writes = distributed.is_first()
     distributed.shutdown()
     if writes and not FLAGS.only:
@@ -178,6 +216,35 @@ def _reject_overridden(points: Sequence[Point]) -> None:
             )
 
 
+def _show(planned: Sweep, console: Console) -> None:
+    """Print the points as a table that fits the terminal, those that differ in the seed as one."""
+    from bs_jax.cli.tables import table
+    from bs_jax.sweep import plan
+
+    columns, same = plan.columns_of(planned)
+    names = [name for name in columns if name not in ("seed", "run")]
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for at, seed in enumerate(columns["seed"]):
+        seeds.setdefault(tuple(columns[name][at] for name in names), []).append(seed)
+    rows = [[*map(_short, cells), ",".join(found)] for cells, found in seeds.items()]
+    shown, names = list(zip(*rows, strict=True)), [*names, "seeds"]
+    for name, cells in list(zip(names, shown, strict=True)):
+        if len(set(cells)) == 1 and name in ("offset", "seeds"):
+            same = {**same, name: cells[0]}
+            names.remove(name)
+            shown.remove(cells)
+    console.print(table(names, list(zip(*shown, strict=True))))
+    console.print("\n".join(plan.notes(planned, same)), markup=False, highlight=False)
+
+
+def _short(cell: str) -> str:
+    """A number to four digits; whatever else as it is."""
+    try:
+        return f"{float(cell):.4g}" if "." in cell or "e-" in cell else cell
+    except ValueError:
+        return cell
+
+
 def _wanted(planned: Sweep) -> list[ResolvedRun]:
     """The runs of ``--only``; all where it is not given."""
     only = [run_id for run_id in FLAGS.only.split(",") if run_id]
@@ -201,16 +268,24 @@ def _begin(planned: Sweep, folder: Path, recipe: Mapping[str, Any], data: str) -
 
 
 def _schedule(pending: Sequence[ResolvedRun], planned: Sweep) -> Schedule:
+    from bs_jax.sweep import machine
     from bs_jax.sweep.cohorts import Schedule
 
-    return Schedule(pending, planned.runs, vmapped=lambda run: FLAGS.run_axis == "vmap")
+    axis, priorities = FLAGS.run_axis, planned.priorities if FLAGS.budget_minutes else None
+    if axis == "auto" and (FLAGS.launcher == "print" or FLAGS.only):
+        return Schedule(pending, planned.runs)  # a run alone: its cohort is others' to train
+    if axis == "auto" and FLAGS.launcher == "ray":
+        vmapped = machine.Machine("gpu" if FLAGS.ray_gpus > 0 else "cpu", 1, 1).vmapped(axis)
+        return Schedule(pending, planned.runs, vmapped, priorities)
+    return Schedule(pending, planned.runs, machine.here().vmapped(axis), priorities)
 
 
-def _train(schedule: Schedule, pending: int, folder: Path, display: Display) -> list[str]:
+def _train(
+    schedule: Schedule, pending: int, folder: Path, display: Display, grace: float
+) -> list[str]:
     """Train by the launcher of the flags; a line for each run that failed."""
     from bs_jax.sweep import local
 
-    grace = FLAGS.grace_seconds
     if FLAGS.launcher == "ray":
         from bs_jax.sweep import ray_cluster
 
@@ -233,18 +308,26 @@ def _train(schedule: Schedule, pending: int, folder: Path, display: Display) -> 
 
 def _worker_count(pending: int) -> int:
     """How many worker processes; 0 for this process alone."""
-    import jax
-
+    from bs_jax.sweep import machine
     from bs_jax.training import distributed
 
     if distributed.process_count() > 1:
         return 0
-    if FLAGS.workers:
-        return min(FLAGS.workers, pending)
-    if jax.default_backend() != "cpu" or FLAGS.run_axis == "vmap":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, pending)
+    return machine.here().workers(pending, FLAGS.workers, FLAGS.run_axis)
+
+
+def _forecast(planned: Sweep, pending: Sequence[ResolvedRun], folder: Path) -> str:
+    """What the budget is likely to get done."""
+    from bs_jax.sweep import budget, plan
+
+    open_ids = {run.run_id for run in pending}
+    finished = [run for run in planned.runs if run.run_id not in open_ids]
+    summaries = {
+        run.run_id: plan.run_folder(folder, run, writes=False).summary() for run in finished
+    }
+    rate = budget.seconds_per_cost(finished, summaries)
+    workers = max(_worker_count(len(pending)), 1)
+    return budget.forecast(pending, rate, workers, FLAGS.budget_minutes)
 
 
 def _print_commands(schedule: Schedule, folder: Path) -> None:

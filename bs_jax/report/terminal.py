@@ -38,7 +38,7 @@ def verdict_table(analysis: Analysis) -> "Table":
         pad_edge=False,  # five batch sizes and the verdict fit 80 columns
         title=f"Final {units.name}{' (%)' if units.percent else ''} by batch size",
         caption=f"✓ within ±{units.spread(sweep.margin)} of the base (5 % test)   "
-        "✗ beyond it   ? needs more seeds",
+        "✗ beyond it   ? too few seeds",
     )
     result.add_column("rule", no_wrap=True)
     for size in sizes:

@@ -20,6 +20,7 @@ The rooms, each importing from those above it only:
     problems         the noisy quadratic, where the right answer is known
 """
 
+from bs_jax.scaling import schedules as schedules  # its functions are used as schedules.NAME
 from bs_jax.scaling.check import InvarianceCheck, invariance_check
 from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.critical_batch import CriticalBatch, critical_batch_size

@@ -30,7 +30,7 @@ Step: TypeAlias = Callable[[State], tuple[PyTree, State]]
 # Smallest share of the averaged noise variance that the second moment may fall to. The estimate of
 # its signal part is unbiased, so it can be negative, while the true one cannot: all of the variance
 # would be right on average, somewhat less also undoes that 1/sqrt of a noisy number is too large.
-# Chosen by the study in docs/scaling.md.
+# Chosen by the study in docs/notes/variance-floor.md.
 VARIANCE_FLOOR = 0.7
 # Smallest share of the step's own squared gradient, far below anything a second moment reaches; it
 # keeps rounding from making the optimizer's own sum negative.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from bs_jax.records.results import DONE, Results, Sweep
 from bs_jax.statistics import curves
@@ -146,4 +146,4 @@ def widest_pass(groups: Sequence[Group], noise: SeedNoise | None, margin: float)
     if noise is None or not shares:
         return math.nan
     share = float(np.median(shares))
-    return margin - float(stats.t.ppf(1 - ALPHA, noise.df)) * noise.sd * math.sqrt(share)
+    return margin - float(special.stdtrit(noise.df, 1 - ALPHA)) * noise.sd * math.sqrt(share)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from bs_jax.records.results import Curve
 
@@ -206,7 +206,7 @@ def curve_deviation(
     if not unit > 0:
         return Deviation(gap, rms)
     ratio = rms / unit
-    p_chance = float(stats.f.sf(ratio**2, noise.modes, noise.modes * noise.df))
+    p_chance = float(special.fdtrc(noise.modes, noise.modes * noise.df, ratio**2))
     return Deviation(gap, rms, ratio, p_chance)
 
 

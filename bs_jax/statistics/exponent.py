@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from bs_jax.statistics.analysis import Analysis
 from bs_jax.statistics.contrasts import LEVEL
@@ -75,7 +75,9 @@ def learning_rate_exponent(analysis: Analysis, arm: str, control: str) -> Expone
     if not variance > 0:
         return None
     covariance = variance * np.linalg.inv(design.T @ design)
-    ends = _fieller(solution[1:3], covariance[1:3, 1:3], float(stats.t.ppf(0.5 + LEVEL / 2, df)))
+    ends = _fieller(
+        solution[1:3], covariance[1:3, 1:3], float(special.stdtrit(df, 0.5 + LEVEL / 2))
+    )
     if ends is None:
         return None
     value = float(-solution[2] / (2 * solution[1]))

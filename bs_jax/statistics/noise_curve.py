@@ -155,7 +155,8 @@ def _estimates(states: Sequence[Any]) -> dict[str, list[float]]:
     from bs_jax.scaling import noise as lib
 
     stacked = lib.NoiseScaleState._make(np.asarray(states, np.float32).T)
-    return {n: np.asarray(v).tolist() for n, v in lib.estimate(stacked)._asdict().items()}
+    found = lib.estimate(stacked)._asdict()  # without the preconditioned scale: no optimizer here
+    return {name: np.asarray(value).tolist() for name, value in found.items() if value is not None}
 
 
 def _thinned(rows: Sequence[Any], count: int) -> list[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 ALPHA = 0.05
 
@@ -131,7 +131,7 @@ def _pool(groups: Sequence[BySeed], *, paired: bool) -> SeedNoise | None:
         floored = np.maximum(squares / df, 1e-3 * pooled)
         statistic = total * math.log(pooled) - float((df * np.log(floored)).sum())
         correction = 1 + float((1 / df).sum() - 1 / total) / (3 * (count - 1))
-        p_equal = float(stats.chi2.sf(max(statistic, 0.0) / correction, count - 1))
+        p_equal = float(special.chdtrc(count - 1, max(statistic, 0.0) / correction))
     return SeedNoise(pooled, total, count, p_equal, paired, seed_sd)
 
 
@@ -158,4 +158,4 @@ def exceeds(group: BySeed, base: BySeed, noise: SeedNoise) -> bool:
     if len(values) < 2:
         return False
     ratio = float(np.var(values, ddof=1)) / expected
-    return float(stats.f.sf(ratio, len(values) - 1, noise.df)) <= ALPHA
+    return float(special.fdtrc(len(values) - 1, noise.df, ratio)) <= ALPHA

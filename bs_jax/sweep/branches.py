@@ -62,6 +62,11 @@ class Branching:
         >>> Branching.plan(recipe, shares=[0.2], batch_sizes=[], examples=0, seeds=[0, 1])
         Branching(points=(6144,), batch_sizes=(64, 128, 256, 512), examples=3072, seeds=(0, 1))
         """
+        if recipe.batch_ramp.kind != "off":
+            raise UserError(
+                f"config.batch_ramp.kind is {recipe.batch_ramp.kind!r}, but a branch keeps one "
+                "batch size; give --config.batch_ramp.kind=off"
+            )
         sizes = sorted(set(batch_sizes)) or [recipe.batch_size * factor for factor in (1, 2, 4, 8)]
         if min(sizes) < 1 or len(sizes) < 2:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bs_jax.recipe import ResolvedRun
@@ -31,13 +31,16 @@ class Schedule:
 
     A worker gets runs of the cohort that it has compiled. After that it gets the largest cohort
     that nobody has begun, and then part of the largest that another worker is at (whose programs
-    come from the persistent cache).
+    come from the persistent cache). Runs of a lower priority wait until those before are handed
+    out.
 
     Args:
         pending: the runs to train.
         planned: all runs of the sweep. A cohort that is vmapped takes its finished runs along,
             because the number of runs in a program decides how it rounds.
         vmapped: whether the runs of a cohort, given one of them, are trained side by side.
+        priorities: run id -> priority, 0 before 1; a run that is not named has 0. A cohort that is
+            vmapped has that of its first run.
     """
 
     def __init__(
@@ -45,14 +48,25 @@ class Schedule:
         pending: Sequence[ResolvedRun],
         planned: Sequence[ResolvedRun] = (),
         vmapped: Callable[[ResolvedRun], bool] = lambda run: False,
+        priorities: Mapping[str, int] | None = None,
     ) -> None:
-        self._cohorts = cohorts_of(pending)
+        self._priorities = priorities or {}
+        self._cohorts = cohorts_of(sorted(pending, key=self._priority))
         self._vmapped = {key: vmapped(runs[0]) for key, runs in self._cohorts.items()}
         whole = cohorts_of(planned or pending)
+        self._urgent: dict[str, int] = {}  # of cohorts that are vmapped
         for key in self._cohorts:
             if self._vmapped[key]:
+                self._urgent[key] = self._priority(self._cohorts[key][0])
                 self._cohorts[key] = whole[key]
         self._held: dict[int, str] = {}
+
+    def _priority(self, run: ResolvedRun) -> int:
+        return self._priorities.get(run.run_id, 0)
+
+    def _level(self, key: str) -> int:
+        """The priority of what a cohort would hand out next."""
+        return self._urgent.get(key, self._priority(self._cohorts[key][0]))
 
     def next(self, worker: int) -> Assignment | None:
         """The next assignment of a worker; None if no run is left."""
@@ -60,6 +74,8 @@ class Schedule:
         if not open_keys:
             self._held.pop(worker, None)
             return None
+        first = min(map(self._level, open_keys))
+        open_keys = [key for key in open_keys if self._level(key) == first]
         key = self._held.get(worker)
         if key not in open_keys:
             others = {held for other, held in self._held.items() if other != worker}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import queue
 import signal
 import threading
@@ -16,6 +15,7 @@ from bs_jax.errors import UserError
 from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.sweep import machine
 from bs_jax.sweep import plan as sweep
 from bs_jax.sweep.cohorts import Assignment, CohortTrainer, Schedule
 from bs_jax.sweep.progress import Display, describe
@@ -100,7 +100,7 @@ def train_in_processes(
     workers: int,
     grace_seconds: float = GRACE_SECONDS,
 ) -> list[str]:
-    """Train in worker processes, each on a core of its own.
+    """Train in worker processes, each on a CPU core of its own, or on a card.
 
     For small networks one single-threaded process a core is the best use of a CPU: their
     operations are too small to share among threads.
@@ -151,9 +151,10 @@ class _Pool:
         self._workers: dict[int, _Worker] = {}
         self._tries: dict[str, int] = {}
         self._failures: list[str] = []
-        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._machine = machine.here()
 
     def serve(self, count: int, stopping: Callable[[], bool]) -> list[str]:
+        self._count = count
         for number in range(count):
             self._give(self._start(number), self._schedule.next(number))
         while self._workers and not stopping():
@@ -180,9 +181,11 @@ class _Pool:
         setup = Setup(
             workdir=stores.text_of(self._workdir),
             grace_seconds=self._grace_seconds,
-            core=self._cores[number % len(self._cores)] if self._cores else None,
+            core=self._machine.core_of(number),
         )
-        worker = _Worker(number, WorkerProcess(setup, self._logs.folder / f"worker-{number}.log"))
+        environment = self._machine.environment_of(number, self._count)
+        log = self._logs.folder / f"worker-{number}.log"
+        worker = _Worker(number, WorkerProcess(setup, log, environment=environment))
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         self._workers[number] = worker
         return worker

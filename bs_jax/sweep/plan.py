@@ -75,11 +75,12 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     return Sweep(name, rows, distinct, priorities, checks.comparison_warnings(distinct))
 
 
-def listing(sweep: Sweep) -> str:
-    """Every point on a line with its hyperparameters and the run it comes to.
+def columns_of(sweep: Sweep) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Every point with its hyperparameters and the run it comes to, as columns of text.
 
-    What is the same at all points is said once, at the end; "measured" marks a value that the rule
-    finds while training.
+    Returns:
+        Name -> a cell a point; and name -> value of what is the same at all points. "measured"
+        marks a value that the rule finds while training.
     """
     runs = {run.run_id: run for run in sweep.runs}
     values = [runs[row["run_id"]].scaled.values for row in sweep.rows]
@@ -95,16 +96,31 @@ def listing(sweep: Sweep) -> str:
         "seed": [str(row["seed"]) for row in sweep.rows],
         "run": [row["run_id"] for row in sweep.rows],
     }
+    return columns, same
+
+
+def listing(sweep: Sweep) -> str:
+    """Every point on a line; what is the same at all points is said once, at the end."""
+    columns, same = columns_of(sweep)
     widths = [max(map(len, (name, *column))) for name, column in columns.items()]
     lines = [list(columns), *zip(*columns.values(), strict=True)]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    if same:
-        text.append(f"at all points: {', '.join(f'{n} {v}' for n, v in same.items())}")
-    text.append(f"{len(sweep.rows)} points, {len(sweep.runs)} runs")
-    return "\n".join([*text, *(f"warning: {warning}" for warning in sweep.warnings)])
+    return "\n".join([*text, *notes(sweep, same)])
+
+
+def notes(sweep: Sweep, same: Mapping[str, str]) -> list[str]:
+    """The lines below a list of points.
+
+    Args:
+        sweep: the sweep.
+        same: of `columns_of`.
+    """
+    lines = [f"at all points: {', '.join(f'{n} {v}' for n, v in same.items())}"] if same else []
+    lines.append(f"{len(sweep.rows)} points, {len(sweep.runs)} runs")
+    return [*lines, *(f"warning: {warning}" for warning in sweep.warnings)]
 
 
 def _updates(run: ResolvedRun) -> str:

@@ -58,7 +58,7 @@ def train_on_ray(
         Stopped: SIGTERM or SIGINT came; the tasks were told to save and end.
         UserError: Ray is not installed or the cluster not there.
     """
-    ray = _connect(address)
+    ray = connect(address)
     try:
         gpus = gpus if gpus >= 0 else float(ray.cluster_resources().get("GPU", 0) > 0)
         setup = Setup(
@@ -73,7 +73,15 @@ def train_on_ray(
         ray.shutdown()
 
 
-def _connect(address: str | None) -> Any:
+def connect(address: str | None) -> Any:
+    """Connect to a cluster, or start one on this machine; returns the module ``ray``.
+
+    Args:
+        address: of the cluster; None: ``$RAY_ADDRESS``, else this machine.
+
+    Raises:
+        UserError: Ray is not installed or the cluster not there.
+    """
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -97,7 +105,7 @@ def _connect(address: str | None) -> Any:
 
 
 def slots(resources: dict[str, float], cpus: float, gpus: float) -> int:
-    """How many tasks run at once."""
+    """How many tasks of so many cores and GPUs run at once on a cluster's resources."""
     limits = [
         int(resources.get(name, 0) // needed)
         for name, needed in (("CPU", cpus), ("GPU", gpus))

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 
 from bs_jax.records import stores
+from bs_jax.scaling import ScaleByBatchState
+from bs_jax.scaling.upgrade import first_structure, upgrade_state
 from bs_jax.training.state import TrainState
 
 _KEPT = 2  # the newest and one to fall back on
@@ -82,24 +84,13 @@ class Checkpoints:
             The state. A damaged checkpoint, or one whose metrics are, is named in the log and
             passed over for the one before.
         """
-        import orbax.checkpoint as ocp
-
         if not self._folder.is_dir():
             return None
-        wanted = _content(template, bytes(32))
         _hush_late_answers()
         for step in reversed(self._stored.steps()):
             try:
                 self._stored.fetch(step)
-                self._open().reload()
-                found = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
-                state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
-                again = _content(state, metrics_digest)
-                if not np.array_equal(found["sha256"], again["sha256"]):
-                    raise ValueError("its content does not fit its checksum")
-                if metrics_digest != self._metrics_digest(int(state.examples)):
-                    raise ValueError("metrics.jsonl has changed since")
-                return state
+                return self._read(step, template)
             except stores.StoreError:
                 raise  # it may be whole
             except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -113,6 +104,43 @@ class Checkpoints:
                     self._stored.set_aside(step)
                 self._close_manager()  # it would take the others to be of this one's form
         return None
+
+    def _read(self, step: int, template: TrainState) -> TrainState:
+        """One checkpoint; of the first version's too, upgraded.
+
+        Raises:
+            Exception: of whatever kind, if it is damaged or of another structure.
+        """
+        try:
+            return self._read_as(template, step)
+        except stores.StoreError:
+            raise
+        except Exception:
+            for first in _first_version(template):
+                self._close_manager()  # it would take this one to be of the structure before
+                with contextlib.suppress(Exception):
+                    saved = self._read_as(first, step)
+                    examples = int(saved.examples)
+                    opt_state = upgrade_state(
+                        saved.opt_state, template.opt_state, examples=examples
+                    )
+                    return saved._replace(opt_state=jax.tree.map(np.asarray, opt_state))
+            raise
+
+    def _read_as(self, template: TrainState, step: int) -> TrainState:
+        """One checkpoint, held against its checksum and that of the metrics."""
+        import orbax.checkpoint as ocp
+
+        wanted = _content(template, bytes(32))
+        self._open().reload()
+        found = self._open().restore(step, args=ocp.args.StandardRestore(wanted))
+        state, metrics_digest = found["state"], found["metrics_sha256"].tobytes()
+        again = _content(state, metrics_digest)
+        if not np.array_equal(found["sha256"], again["sha256"]):
+            raise ValueError("its content does not fit its checksum")
+        if metrics_digest != self._metrics_digest(int(state.examples)):
+            raise ValueError("metrics.jsonl has changed since")
+        return state
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints beyond a step."""
@@ -183,6 +211,14 @@ def _hush_late_answers() -> None:
             shown(ignored)
 
     sys.unraisablehook = hook
+
+
+def _first_version(template: TrainState) -> Iterator[TrainState]:
+    """The structures in which version 0.1.0 may have saved such a state."""
+    if isinstance(template.opt_state, ScaleByBatchState):
+        for noise in (False, True):  # it depended on the rule
+            opt_state = first_structure(template.opt_state, noise=noise)
+            yield template._replace(opt_state=opt_state)
 
 
 def _content(state: TrainState, metrics_digest: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import ResolvedRun, ScaledWhileTraining, nearest_multiples
+from bs_jax.training import optimizers
 
 
 def check_devices(run: ResolvedRun, devices: int) -> None:
@@ -22,7 +23,7 @@ def _check_devices(run: ResolvedRun, batch: int, devices: int) -> None:
             f"use {nearest_multiples(batch, devices)}"
         )
     local = batch // devices
-    if isinstance(run.optimizer, ScaledWhileTraining) and local % micro:
+    if _compares(run) and local % micro:
         raise UserError(
             f"micro_batch_size {micro} does not divide the {local} examples that each of "
             f"{devices} devices takes of batch_size {batch}; set config.micro_batch_size to "
@@ -35,6 +36,14 @@ def _check_devices(run: ResolvedRun, batch: int, devices: int) -> None:
             f"examples that each of {devices} devices takes of batch_size {batch}; "
             f"use divisors of {local}"
         )
+
+
+def _compares(run: ResolvedRun) -> bool:
+    """Whether a run reads the differences between the gradients of micro-batches."""
+    optimizer = run.optimizer
+    if not isinstance(optimizer, ScaledWhileTraining):
+        return False
+    return run.batch_ramp.kind == "noise" or optimizers.rule_of(optimizer.scaling).measures
 
 
 def check_data(run: ResolvedRun, train_size: int, channels: int) -> None:

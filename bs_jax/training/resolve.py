@@ -56,8 +56,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         if compares
         else common
     )
-    if ramp.kind != "off":  # the rule scales them with the batch size
-        values = values | {name: base[name] for name in ("bn_decay", "ema_decay") if name in base}
+    decays = base if ramp.kind != "off" else values  # a ramp scales them with the size in force
     scaled = Scaled(
         rule=recipe.scaling.rule,
         batch_size=recipe.batch_size,
@@ -71,8 +70,8 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRun:
         "run_id": "",
         "optimizer": optimizer,
         "micro_batch_size": micro_batch_size,
-        "bn_decay": values["bn_decay"],
-        "ema_decay": values["ema_decay"] if recipe.ema_decay else 0.0,
+        "bn_decay": decays["bn_decay"],
+        "ema_decay": decays.get("ema_decay", 0.0),
         "measures_noise": False,
         "batch_ramp": ramp,
         "scaled": scaled,

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 from bs_jax.statistics.analysis import Analysis
 from bs_jax.statistics.contrasts import Estimate, holm, linear_contrast
 from bs_jax.statistics.groups import Group, is_near
@@ -364,6 +362,8 @@ _TESTS: dict[str, Callable[[Estimate, float], tuple[float, float]]] = {
 
 def _p_of_divergence(expected: str, matched: Matched) -> tuple[float, float]:
     """By who diverged more, where there is no mean to compare (Fisher's exact test, one-sided)."""
+    from scipy import stats  # half a second to import, for what few sweeps need
+
     firsts = {id(group): group for _, group, _ in matched}.values()
     seconds = {id(group): group for _, _, group in matched}.values()
     lost, size = (

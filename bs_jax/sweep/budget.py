@@ -1,0 +1,117 @@
+"""A time budget: a sweep that ends by itself before the time is up, and what it can get done."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bs_jax.recipe import ResolvedRun
+from bs_jax.records.run_files import Summary
+from bs_jax.sweep.cohorts import cost_per_example
+
+_REPORT_SECONDS = 12.0  # that it takes, with something to spare
+
+
+class Budget:
+    """Asks this process to stop, as a SIGTERM does, in time for saving and the report.
+
+    A context manager; it must be entered in the main thread.
+
+    Args:
+        minutes: from `began` to the end of the process; 0: as long as it takes.
+        grace_seconds: that saving may take.
+        began: time of the process's begin, of `time.monotonic`.
+
+    Attributes:
+        over: whether the time was up.
+        grace_seconds: what is left for saving where the budget is short.
+    """
+
+    def __init__(self, minutes: float, grace_seconds: float, began: float) -> None:
+        reserve = min(grace_seconds + _REPORT_SECONDS, 60 * minutes / 3)
+        self.grace_seconds = min(grace_seconds, reserve / 2) if minutes else grace_seconds
+        self._end_at = began + 60 * minutes if minutes else math.inf
+        self._stop_at = self._end_at - reserve
+        self._timer: threading.Timer | None = None
+        self._left = threading.Event()
+        self.over = False
+
+    def __enter__(self) -> Budget:
+        if self._stop_at < math.inf:
+            left = max(self._stop_at - time.monotonic(), 0.0)
+            self._timer = threading.Timer(left, self._end)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    @property
+    def room_for_report(self) -> bool:
+        """Whether a report can be written before the time is up."""
+        return time.monotonic() + _REPORT_SECONDS < self._end_at
+
+    def _end(self) -> None:
+        self.over = True
+        # Before a `StopRequest` is there, the signal would kill the process.
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            if self._left.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def __exit__(self, *failure: Any) -> None:
+        self._left.set()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+
+
+def seconds_per_cost(runs: Iterable[ResolvedRun], summaries: Mapping[str, Summary]) -> float | None:
+    """How long training takes, from finished runs: seconds a unit of `cost_per_example`.
+
+    Args:
+        runs: of the sweep.
+        summaries: run id -> how a finished run ended.
+
+    Returns:
+        The median over runs that one process trained from begin to end; None if there is none.
+    """
+    found = []
+    for run in runs:
+        summary = summaries.get(run.run_id)
+        if summary is None or summary.resumed_at_step or not summary.wall_time_seconds > 0:
+            continue
+        if summary.examples:
+            cost = summary.examples * cost_per_example(run)
+            found.append(summary.wall_time_seconds / cost)
+    return statistics.median(found) if found else None
+
+
+def forecast(
+    pending: Sequence[ResolvedRun], rate: float | None, workers: int, minutes: float
+) -> str:
+    """What a budget is likely to get done, in a sentence.
+
+    Args:
+        pending: runs to train, in the order of their priorities.
+        rate: of `seconds_per_cost`.
+        workers: processes that train at the same time.
+        minutes: the budget.
+    """
+    if rate is None:
+        return f"at most {minutes:g} minutes; no run is finished yet, so their time is not known"
+    costs = [run.train_examples * cost_per_example(run) * rate / workers / 60 for run in pending]
+    total, fitting, left = sum(costs), 0, minutes
+    for cost in costs:
+        left -= cost
+        if left < 0:
+            break
+        fitting += 1
+    return (
+        f"at most {minutes:g} minutes; at the speed of the finished runs {len(pending)} runs take "
+        f"about {total:.0f}, so about {fitting} of them get done"
+    )
