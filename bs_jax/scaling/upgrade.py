@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,9 @@ def _upgraded_scaled(
 
 
 def _upgraded_array(saved: Any, like: Any, path: tuple[str, ...]) -> Any:
-    same = not isinstance(saved, (Mapping, tuple, list)) and jnp.shape(saved) == jnp.shape(like)
+    same = not isinstance(saved, (Mapping, tuple, list)) and jnp.shape(
+        cast(Any, saved)
+    ) == jnp.shape(like)
     if not same:
         found = f"shape {jnp.shape(saved)}" if hasattr(saved, "shape") else type(saved).__name__
         raise UserError(
