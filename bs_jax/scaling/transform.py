@@ -94,6 +94,11 @@ class ScaleByBatchState(NamedTuple):
         """Examples seen: exact int64 outside jit; a rounded float32 inside."""
         return self.clock.examples
 
+    @property
+    def hyperparams(self) -> dict[str, jax.Array]:
+        """The hyperparameters of the last update by name."""
+        return self.in_force.to_dict()
+
 
 def scale_by_batch(
     factory: Callable[P, Any] | str,
@@ -116,9 +121,10 @@ def scale_by_batch(
     serves unchanged: an update reads it at the middle of the base-size updates that it stands for.
 
     Beyond the gradient noise scale no rule that keeps the movement per example can be right. So a
-    rule that measures is guarded: at k > 1 the learning rate grows by ``min(k, max(1, phi))``
+    rule that measures is guarded: at k > 1 the learning rate grows by ``min(k, max(k^a, phi))``
     instead of k, with phi the noise scale over the base batch size, measured while training in the
-    metric that the optimizer moves in. Up to the noise scale it is the rule unguarded.
+    metric that the optimizer moves in, and a the rule's ``guard_power``, 0 by default. Up to the
+    noise scale it is the rule unguarded.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
