@@ -311,6 +311,16 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert (tmp_path / "summary.json").read_bytes() == before
 
 
+def test_a_run_that_was_killed_before_it_was_marked_done_ends(tmp_path):
+    train(tmp_path, {"checkpoint_every_examples": 64})
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for name in ("DONE", "summary.json"):
+        (tmp_path / name).unlink()
+    train(tmp_path, {"checkpoint_every_examples": 64})
+    assert (tmp_path / "DONE").exists()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_the_data_do_not_fit_the_batch(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 128 is larger than the training set of 96"):
         train(tmp_path, {"batch_size": 128, "train_examples": 256})

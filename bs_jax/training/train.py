@@ -203,6 +203,8 @@ class Trainer:
                 if following != size:
                     size = following
                     break
+            else:  # nothing is left: the state was saved at the end, but not marked done
+                return
 
     def _batch_size(self, examples: int, current: int, state: Callable[[], TrainState]) -> int:
         """Examples per update from a point of the run on; all processes get the first's answer."""
