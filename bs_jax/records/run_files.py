@@ -5,7 +5,7 @@ config.json    the config as trained, nested JSON
 hparams.json   what was scaled, how and why; the sha256 of config.json
 metrics.jsonl  a JSON object a line (`bs_jax.records.metrics_file`)
 summary.json   how the run ended, its final metrics, what it ran on (`Summary`)
-DONE           the sha256 of the other four; written last: the run is complete
+DONE           the sha256 of the other four; written last, unless the run was interrupted
 =============  =======================================================================
 
 The readers trust nothing: a file may be missing, half-written, damaged or somebody else's. They

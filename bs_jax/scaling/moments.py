@@ -368,7 +368,9 @@ def update_with_base_moment(
     The optimizer computes ``decay * nu + (1 - decay) * g^2`` itself. It is handed the nu for which
     this comes out as ``max(nu', floor W')``, where nu' and W' are the moving averages of v0 and of
     its noise part; afterwards nu' itself is put into the state. So every optimizer that keeps its
-    second moment in this way is served, and the floor never accumulates.
+    second moment in this way is served, and the floor never accumulates. Per leaf: what the
+    optimizer will add itself is ``own``; it is handed ``(target - own) / own_keep``, so that it
+    computes ``target``; afterwards what is kept (nu') is written into the state.
 
     Args:
         step: the optimizer's own update.

@@ -215,6 +215,8 @@ def _transformation(
     kind = recipe.invariant_moment(rule)
     decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
     metric = recipe.metric(rule)
+    # kind: the second moment that is made the base's, or None. measures: q needs measured noise.
+    # guarded: steps have a limit; guards: one that is measured here. static: numbers are known.
     measures = known_noise is None and recipe.needs_noise(rule)
     guarded = metric is not None and (known_noise is not None or rule.measures)
     guards = guarded and known_noise is None
@@ -223,7 +225,7 @@ def _transformation(
     static = constant and (at_k.is_identity or not (measures or kind or (guards and k > 1)))
     fixed = {name: at_k.schedule_or_value(name) for name in recipe.values} if static else {}
     plain = recipe.build(fixed, recipe.clock(at_k)) if static else None
-    # Plain optax's with Python numbers, whose dtypes ours follow.
+    # Never run: its updates' dtypes, with Python numbers, are those that ours follow.
     stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
     base_optimizer = recipe.build(
         {n: stand_ins[n] for n, v in recipe.values.items() if not is_number(v)}

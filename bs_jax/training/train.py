@@ -1,7 +1,8 @@
 """What a run is, from top to bottom: programs, restore, loop, record, finish.
 
-A reader who follows ``python main.py --mode=train`` finds the whole run here; the other modules of
-this folder are what it calls.
+``python main.py --mode=train`` arrives here by `cli/train.py`, `sweep/local.py` (signals) and
+`sweep/cohorts.py` (lock, data). From `Trainer.train` on the whole run is here, up to
+`Session.finish`, which has ``DONE`` written; the other modules of this folder are what it calls.
 """
 
 from __future__ import annotations
