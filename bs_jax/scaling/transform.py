@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import sys
@@ -215,6 +216,8 @@ def _transformation(
     kind = recipe.invariant_moment(rule)
     decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
     metric = recipe.metric(rule)
+    # What clips and takes no step stands in front of something that does.
+    clips = bool(at_k.with_role("gradient_norm")) and not at_k.with_role("learning_rate")
     # kind: the second moment that is made the base's, or None. measures: q needs measured noise.
     # guarded: steps have a limit; guards: one that is measured here. static: numbers are known.
     measures = known_noise is None and recipe.needs_noise(rule)
@@ -299,6 +302,13 @@ def _transformation(
                 raise missing_noise(recipe, rule, by_coordinate=kind is not None)
             return state
         noise.check_microbatch(microbatch, updates)
+        if clips and microbatch.mean is None:
+            raise UserError(
+                f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
+                " optimizer behind it would compare the clipped gradient with statistics of the"
+                " raw one: give the mean gradient before clipping, microbatch._replace(mean=grads);"
+                " value_grad_and_stats and GradientAccumulator keep it"
+            )
         new_noise, limit = state.noise, state.limit
         if isinstance(new_noise, NoiseScaleState):
             decay = _noise_decay(noise_decay, recipe) ** k
@@ -499,7 +509,8 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
         as_floats: whether to return Python floats, for logging, instead of float32 scalars.
 
     Returns:
-        name -> value; prefixed ``"0/"``, ``"1/"``, ... if the state holds several.
+        name -> value. Where a state holds several transformations (a scaled clip beside its
+        optimizer, say), a name that more than one has is prefixed ``"0/"``, ``"1/"``, ...
 
     Raises:
         UserError: if the state holds none.
@@ -509,9 +520,12 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
         raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
     if as_floats:
         found = [{name: float(value) for name, value in values.items()} for values in found]
-    if len(found) == 1:
-        return found[0]
-    return {f"{i}/{name}": v for i, values in enumerate(found) for name, v in values.items()}
+    held = collections.Counter(name for values in found for name in values)
+    return {
+        f"{i}/{name}" if held[name] > 1 else name: value
+        for i, values in enumerate(found)
+        for name, value in values.items()
+    }
 
 
 def guard_share(state: Any) -> Any:
