@@ -8,7 +8,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, cast
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,12 @@ from bs_jax.scaling.hyperparameters import (
 )
 from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree
-from bs_jax.scaling.noise import NoiseScale, NoiseScaleState
+from bs_jax.scaling.noise import NoiseByGroupState, NoiseScale, NoiseScaleState
 from bs_jax.scaling.optimizers import Recipe, missing_noise, resolve_factory
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule
 
 P = ParamSpec("P")
+_State = TypeVar("_State")
 # A noise scale that the user gives: as noise, or as a schedule of examples.
 Known: TypeAlias = Noise | Callable[[Any], Any] | None
 
@@ -557,12 +558,33 @@ def noise_scale_estimate(state: Any) -> NoiseScale | None:
     return noise.estimate(running[0])._replace(preconditioned=limit)
 
 
-def _states_in(state: Any) -> list[ScaleByBatchState]:
-    """Return the states of ``scale_by_batch`` transformations inside a state."""
+def noise_scale_by_group(state: Any) -> dict[str, NoiseScale]:
+    """Return the noise scale of each group of parameters that ``noise_by_group`` measures.
+
+    Args:
+        state: an optimizer state that holds a ``noise_by_group`` transformation's.
+
+    Returns:
+        label -> estimate with its range, NaN where nothing is known yet.
+
+    Raises:
+        UserError: if the state holds none.
+    """
+    found = _states_in(state, NoiseByGroupState)
+    if not found:
+        raise UserError(
+            "the state measures no groups; put noise_by_group(labels, ...) in its chain"
+        )
+    groups = {name: running for one in found for name, running in one.groups.items()}
+    return {name: noise.estimate(_plain_arrays(running)) for name, running in groups.items()}
+
+
+def _states_in(state: Any, kind: type[_State] = ScaleByBatchState) -> list[_State]:
+    """Return the states of one kind inside a state."""
     # flax's nnx.Optimizer is no pytree of its optimizer's state.
     state = getattr(state, "opt_state", state)
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBatchState))
-    return [x for x in leaves if isinstance(x, ScaleByBatchState)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
 def _plain_arrays(tree: Any) -> Any:
