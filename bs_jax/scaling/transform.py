@@ -394,6 +394,8 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
+                share=scaled.guard if scaled.guards_moment else 1.0,
+                power=rule.guard_power,
                 known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
