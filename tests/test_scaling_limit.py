@@ -1,6 +1,7 @@
 """The guard on the length of steps, and a batch that follows the noise scale."""
 
 import dataclasses
+import inspect
 import json
 import math
 
@@ -53,11 +54,11 @@ def test_the_noise_scale_is_averaged_over_fifty_base_updates_and_five_of_ones_ow
 
 
 # What a step is multiplied by, of every optimizer that takes steps: of its own rate, nothing else.
-STEPPING = sorted(
-    name
-    for name in registered()
-    if any(role.name == "learning_rate" for role in Recipe.of(name).roles.values())
-)
+ARGUMENTS = {
+    name: set(inspect.signature(factory).parameters) for name, factory in registered().items()
+}
+STEPPING = sorted(name for name, known in ARGUMENTS.items() if "learning_rate" in known)
+assert len(STEPPING) > 18, STEPPING
 
 
 @pytest.mark.parametrize("rule", ["invariant", "noise_aware"])
@@ -65,25 +66,26 @@ STEPPING = sorted(
 def test_of_every_optimizer_the_guard_shortens_the_steps_and_nothing_else(name, rule):
     """To phi base steps, but not below the square-root rule's; SGD's to one base step."""
     values = {"learning_rate": 0.1, "weight_decay": 0.05, "weight_decay_rate": 0.05}
-    known = set(Recipe.of(name).arguments)
     if name == "muon":
         values |= {"adam_learning_rate": 0.01}
-    if "momentum" in known:
-        values |= {"momentum": 0.9}
-    recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in known})
+    values |= {"momentum": 0.9}
+    recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in ARGUMENTS[name]})
     for phi in PHIS:
         q = Noise(1.0, 3.0)  # the noise that q follows need not be the guard's
-        free = recipe.at(RULES[rule], K, q).all()
-        held = recipe.at(RULES[rule], K, q, limit=phi)
+        unguarded, held = (recipe.at(RULES[rule], K, q, limit=x) for x in (None, phi))
+        free, divided = unguarded.all(), K * unguarded.denominator_factor(K)
         share = min(K, max(1.0, phi)) / K
         least = 1.0 if recipe.family.moves_by_size else math.sqrt(K)
-        held_back = 1.0
-        if not held.guards_moment:
-            held_back = max(share, min(1.0, least / recipe.at(RULES[rule], K, q).lr_factor(K)))
+        held_back, held_divided = (
+            1.0 if held.guards_moment else max(share, min(1.0, least / factor))
+            for factor in (unguarded.lr_factor(K), divided)
+        )
         for argument, value in held.all().items():
             role, before = recipe.roles[argument].name, free[argument]
-            if role in ("learning_rate", "divided_learning_rate"):
+            if role == "learning_rate":
                 assert value == pytest.approx(held_back * before)
+            elif role == "divided_learning_rate":  # of Muon's Adam
+                assert value == pytest.approx(held_divided * before)
             elif role == "weight_decay_independent" and recipe.values[argument]:
                 base = recipe.values[argument]
                 assert value == pytest.approx(1 - (1 - base) ** (K * held_back))
@@ -156,8 +158,8 @@ def test_every_family_that_steps_has_a_metric_of_its_own():
         "novograd": "layer",
         "wrapper": None,
     }
-    rule = RULES["invariant"]
-    assert all(Recipe.of(name).metric(rule) is not None for name in STEPPING)
+    rule, rate = RULES["invariant"], {"learning_rate": 0.1}
+    assert all(Recipe.of(name, kwargs=rate).metric(rule) is not None for name in STEPPING)
     for part in ("clip_by_global_norm", "ema", "trace"):  # they take no steps of their own
         assert Recipe.of(part).metric(rule) is None
 
