@@ -65,9 +65,9 @@ CURVE_EXAMPLES = 128  # a point of the training curve is the mean over so many
 class Problem:
     """What all runs of a file have in common; batch sizes and examples count sequences."""
 
-    width: int = 128
+    width: int = 64
     layers: int = 2
-    vocabulary: int = 1024
+    vocabulary: int = 512
     learning_rate: float = 2e-3
     base_batch_size: int = 16
     examples: int = 10_240
