@@ -146,7 +146,7 @@ def explain(
         label = " (family unknown)"
     elif rule.lr_power is None or recipe.family.label != "exact":
         # Nothing is exact at a power of k that holds in noise or in signal alone.
-        label = f" ({recipe.family.label})"
+        label = f" ({recipe.family.label} on the noisy quadratic)"
     title = (
         f"{recipe.optimizer.name}{label}, batch size {base_batch_size} -> {batch_size}"
         f" (k = {scaled.k:g}), rule {rule.name}"
