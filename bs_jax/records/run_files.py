@@ -36,6 +36,16 @@ from bs_jax.records.json_files import (
     write_json,
 )
 
+# Fields of a config in which two records of the same training may differ.
+NOT_IDENTITY = (
+    "name",
+    "title",
+    "report",
+    "tensorboard",
+    "trackers",
+    "checkpoint_every_examples",
+    "parallel",
+)
 CONFIG, HPARAMS, METRICS, SUMMARY, DONE = (
     "config.json",
     "hparams.json",
