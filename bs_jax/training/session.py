@@ -156,9 +156,9 @@ class Session:
                 "run_id": self.run.run_id,
                 "examples": self._last[1],
                 "resumed_at": self.start_examples,
-                "batch_size": rows[-1]["batch_size"],
                 "train_examples": self._plan.last_examples(self.run.batch_size),
                 "metrics": json_files.finite(self._final),
+                **json_files.finite({n: v for n, v in rows[-1].items() if n in CONDITIONS}),
             }
         )
 
