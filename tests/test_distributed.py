@@ -87,7 +87,12 @@ def test_many_processes_train_like_one_with_as_many_devices(tmp_path, count, dev
     with joined(count, TRAIN, *flags, f"--workdir={tmp_path / 'many'}", devices=devices) as many:
         ends = until_end(many)
     assert [code for code, _ in ends] == [0] * count, ends
-    assert_same_training(rows(tmp_path / "many"), rows(tmp_path / "one"))
+    found = rows(tmp_path / "many")
+    assert_same_training(found, rows(tmp_path / "one"))
+    ramps = "--config.batch_ramp.kind=noise" in flags
+    assert {row["batch_size"] for row in found} == (
+        {16, 32, 64} if ramps else {found[0]["batch_size"]}
+    )
 
 
 @pytest.mark.long
