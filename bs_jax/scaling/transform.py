@@ -159,9 +159,9 @@ def scale_by_batch(
     serves unchanged: an update reads it at the middle of the base-size updates that it stands for.
 
     Beyond the gradient noise scale no rule that keeps the movement per example can be right. So a
-    rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the noise
-    scale over the base batch size, measured while training in the metric that the optimizer moves
-    in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
+    rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the
+    noise scale over the base batch size, measured while training in the metric that the optimizer
+    moves in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
     square-root rule's, coordinate by coordinate where the second moment is invariant.
 
     Args:
@@ -552,8 +552,9 @@ def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
 def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     """Return the hyperparameters in force in the last update.
 
-    Under a guard ``"guard"`` is the share of k by which every step may grow (1 inside the noise scale),
-    and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is known.
+    Under a guard ``"guard"`` is the share of k by which every step may grow (1 inside the noise
+    scale), and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is
+    known.
 
     Args:
         state: the state of a ``scale_by_batch`` transformation, or of anything that holds one: a
