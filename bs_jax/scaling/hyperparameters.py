@@ -326,9 +326,10 @@ class Scaled:
 
     def lr_factor(self, k: Scalar) -> Scalar:
         """Return F: the change of the learning rate, momentum's gain apart."""
-        return self.guarded(k, self._lr_factor)
+        return self.guarded(k, self.free_lr_factor)
 
-    def _lr_factor(self, k: Scalar, steps: Scalar) -> Scalar:
+    def free_lr_factor(self, k: Scalar, steps: Scalar) -> Scalar:
+        """Return F of an update that makes up for so many base-size ones."""
         if self.rule.lr_power is not None:
             return steps**self.rule.lr_power
         if self.family is not None and self.family.normalized:
@@ -358,7 +359,7 @@ class Scaled:
 
     def held_back(self, k: Scalar) -> Scalar:
         """Return the share of the rule's own learning rate that the guard leaves."""
-        return self.lr_factor(k) / self._lr_factor(k, k)
+        return self.lr_factor(k) / self.free_lr_factor(k, k)
 
     def momentum_gain(self) -> Scalar:
         """Return (1 - d')/(1 - d) for momentum that sums gradients instead of averaging them."""
@@ -509,7 +510,7 @@ def _weight_decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     # Where the guard holds the learning rate back, the decay that it multiplies is held back too.
     if scaled.rule.weight_decay_power is not None:
         return base * k**scaled.rule.weight_decay_power
-    return base * (k * scaled.held_back(k) / scaled.lr_factor(k))
+    return base * (k / scaled.free_lr_factor(k, k))
 
 
 def _weight_decay_formula(scaled: Scaled) -> str:
