@@ -1,18 +1,14 @@
 """scale_by_batch inside and around other optax transformations, under jit, vmap, pmap and scan."""
 
 import functools
-import inspect
 import warnings
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers.scaling import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import (
@@ -20,7 +16,6 @@ from bs_jax.scaling import (
     ScalingWarning,
     hyperparams,
     scale_by_batch,
-    scale_hyperparams,
     value_grad_and_stats,
 )
 
@@ -34,71 +29,29 @@ STATIC_AT_4 = {
 }
 
 
-WRAPPERS = {
-    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(0.5), tx),
+PARTIAL = {
     "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
     "multi_transform": lambda tx: optax.multi_transform(
         {"a": tx, "z": optax.set_to_zero()}, {"w": "a", "b": "z"}
     ),
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_it_composes_with_other_transformations(name):
-    wrap = WRAPPERS[name]
-    tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")(**RECIPE)
-    by_hand = optax.adamw(**STATIC_AT_4)
-    grads = gradients(6)
-    got, state, _ = train(wrap(tx), grads)
-    assert_equal(got, train(wrap(by_hand), grads)[0])
-    assert float(hyperparams(state)["learning_rate"]) == pytest.approx(2e-2)
-
-
-OPTIMIZERS = {
-    "adamw": optax.adamw,
-    "sgd": functools.partial(optax.sgd, momentum=0.9),
-    "rmsprop": optax.rmsprop,
-    "lion": optax.lion,
-}
-
-
-@hypothesis.settings(max_examples=12)
-@given(
-    name=st.sampled_from(sorted(WRAPPERS)),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
-    rule=st.sampled_from(["none", "linear", "sqrt", "seed", "power(0.7)"]),
-    batch_size=st.sampled_from([16, 32, 64, 96, 512]),
-    seed=st.integers(0, 5),
+@pytest.mark.parametrize(
+    ("name", "with_mean", "rule"),
+    [
+        ("masked", False, "invariant"),
+        ("masked", True, "noise_aware"),
+        ("multi_transform", False, "noise_aware"),
+        ("multi_transform", True, "invariant"),
+    ],
 )
-def test_any_optimizer_in_any_wrapper_is_the_hand_scaled_one(
-    name, optimizer, rule, batch_size, seed
-):
-    factory, wrap = OPTIMIZERS[optimizer], WRAPPERS[name]
-    sizes = {"batch_size": batch_size, "base_batch_size": 64, "rule": rule}
-    defaults = inspect.signature(factory).parameters
-    scaled = [n for n in ("b1", "b2", "decay", "momentum", "eps", "weight_decay") if n in defaults]
-    every = {"learning_rate": 0.01} | {n: defaults[n].default for n in scaled}
-    values = {n: v for n, v in scale_hyperparams(factory, every, **sizes).items() if v is not None}
-    ours, by_hand = wrap(scale_by_batch(factory, **sizes)(0.01)), wrap(factory(**values))
-    grads = jax.tree.map(lambda g: g[0], gradients(1, seed))
-    states = [ours.init(PARAMS), by_hand.init(PARAMS)]
-    for _ in range(2):
-        got, states[0] = ours.update(grads, states[0], PARAMS)
-        expected, states[1] = by_hand.update(grads, states[1], PARAMS)
-        assert_equal(got, expected)
-
-
-@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
-@pytest.mark.parametrize("with_mean", [False, True])
-@pytest.mark.parametrize("name", ["masked", "multi_transform"])
 def test_micro_batches_reach_an_optimizer_that_sees_part_of_the_tree(name, with_mean, rule):
     tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
     grads = gradients(6)
     squares = jax.tree.map(lambda g: g**2 + 1.0, grads)
     stats = MicrobatchStats(squares, jnp.full(6, 4), mean=grads if with_mean else None)
-    got = train(WRAPPERS[name](tx), grads, extra={"microbatch": stats})[0]
+    got = train(PARTIAL[name](tx), grads, extra={"microbatch": stats})[0]
     only_w = {"w": PARAMS["w"]}
     alone = MicrobatchStats({"w": stats.mean_square["w"]}, stats.count)
     expected = train(tx, {"w": grads["w"]}, only_w, extra={"microbatch": alone})[0]

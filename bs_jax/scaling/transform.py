@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
@@ -67,6 +67,32 @@ class InForce:
         return dict(zip(self.names, self.values, strict=True))
 
 
+@jax.tree_util.register_pytree_node_class
+class ReadOnly(dict[str, Any]):
+    """Values in force, which nobody may set: a value put here would be ignored without a word."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Refuse, and say what to do.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{name} in force follows from what the factory was given, at every update; to set it"
+            " while training use optax.inject_hyperparams(bs_jax.scale_by_batch(...)), then"
+            f" optax.tree.set(state, {name}=...), at the base batch size"
+        )
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """Return values and names, for JAX."""
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> ReadOnly:
+        """Return the values by name again."""
+        return cls(zip(names, values, strict=True))
+
+
 class ScaleByBatchState(NamedTuple):
     """State of a ``scale_by_batch`` transformation; one structure for every kind of update.
 
@@ -97,9 +123,19 @@ class ScaleByBatchState(NamedTuple):
         return self.clock.examples
 
     @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """The hyperparameters of the last update by name."""
-        return self.in_force.to_dict()
+    def hyperparams(self) -> Mapping[str, jax.Array]:
+        """The hyperparameters of the last update by name, to read."""
+        return ReadOnly(self.in_force.to_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where a field of the optimizer's own state is.
+
+        Raises:
+            AttributeError: always.
+        """
+        where = f"; the optimizer's own state has it: use state.inner_state.{name}"
+        own = hasattr(self.inner_state, name)
+        raise AttributeError(f"ScaleByBatchState has no {name!r}{where if own else ''}")
 
 
 def scale_by_batch(
@@ -123,10 +159,10 @@ def scale_by_batch(
     serves unchanged: an update reads it at the middle of the base-size updates that it stands for.
 
     Beyond the gradient noise scale no rule that keeps the movement per example can be right. So a
-    rule that measures is guarded: at k > 1 the learning rate grows by ``min(k, max(k^a, phi))``
-    instead of k, with phi the noise scale over the base batch size, measured while training in the
-    metric that the optimizer moves in, and a the rule's ``guard_power``, 0 by default. Up to the
-    noise scale it is the rule unguarded.
+    rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the
+    noise scale over the base batch size, measured while training in the metric that the optimizer
+    moves in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
+    square-root rule's, coordinate by coordinate where the second moment is invariant.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
@@ -367,6 +403,7 @@ def _transformation(
             size = given_size
             if is_number(size) or not is_numeric(size):
                 check_batch_sizes(size, base_batch_size)
+        _refuse_injected(recipe, state.inner_state)
         k = size / base_batch_size
         state = running_noise(state, updates, size, microbatch)
         noise_now, limit = noise_at(state.clock, size, state)
@@ -405,6 +442,8 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
+                share=scaled.guard if scaled.guards_moment else 1.0,
+                power=rule.guard_power,
                 known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
@@ -444,6 +483,18 @@ def _transformation(
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+
+
+def _refuse_injected(recipe: Recipe, inner_state: Any) -> None:
+    """Raise a ``UserError`` where an optimizer's own state would overrule what is traced."""
+    injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    is_injected = lambda x: isinstance(x, injected)  # noqa: E731
+    if any(map(is_injected, jax.tree.leaves(inner_state, is_leaf=is_injected))):
+        raise UserError(
+            f"{recipe.optimizer.name}: optax.inject_hyperparams inside scale_by_batch keeps the"
+            " values of the first update, so those that change while training would be ignored;"
+            " put it outside: optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+        )
 
 
 def _at_start(known: Known) -> Noise | None:
@@ -501,8 +552,9 @@ def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
 def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     """Return the hyperparameters in force in the last update.
 
-    Under a guard ``"guard"`` is the share of k by which steps may grow (1 inside the noise scale),
-    and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is known.
+    Under a guard ``"guard"`` is the share of k by which every step may grow (1 inside the noise
+    scale), and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is
+    known.
 
     Args:
         state: the state of a ``scale_by_batch`` transformation, or of anything that holds one: a
