@@ -26,7 +26,9 @@ STAGES = {
     "batch_ramp.kind": "stages",
     "batch_ramp.stages": ((0, 8), (0.25, 16), (96, 32)),
     "scaling.rule": "sqrt",
+    "schedule.name": "constant",
     "ema_decay": 0.9,
+    "checkpoint_every_examples": 48,
 }
 NOISE = {
     "batch_size": 64,
@@ -34,34 +36,58 @@ NOISE = {
     "batch_ramp.kind": "noise",
     "batch_ramp.share": 50.0,  # so that the few, noisy updates of a test let it grow
     "scaling.rule": "noise_aware",
+    "checkpoint_every_examples": 48,
 }
-RAMPS = [pytest.param(STAGES, id="stages"), pytest.param(NOISE, id="noise")]
 
 
 def sizes(found):
     return [(row["examples"], row["batch_size"]) for row in found]
 
 
-def test_given_stages_begin_at_the_first_update_past_their_start(tmp_path):
-    found = train(tmp_path, STAGES)
+class Whole:
+    """A ramp that nobody disturbed."""
+
+    def __init__(self, overrides, path):
+        self.run = resolve(tiny_config(**overrides))
+        self.trainer = Trainer(self.run, tiny_data(), jax.devices()[:1])
+        self.path = path
+        self.trainer.train([RunFolder(path, self.run)])
+        self.rows = rows(path)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return Whole(STAGES, tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    return Whole(NOISE, tmp_path_factory.mktemp("noise"))
+
+
+@pytest.fixture(params=["stages", "noise"])
+def whole(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_given_stages_begin_at_the_first_update_past_their_start(stages):
+    found = stages.rows
     # From 48 examples on 16 an update, from 96 on 32; a logging point every 32 examples.
     assert sizes(found) == [(32, 8), (48, 8), (64, 16), (96, 16), (128, 32), (160, 32), (192, 32)]
     assert [row["step"] for row in found] == [4, 6, 7, 9, 10, 11, 12]
     assert [row["examples"] for row in found if "eval/loss" in row] == [96, 192]
-    assert "batch_size" not in json.loads((tmp_path / "summary.json").read_text())["final"]
+    assert "batch_size" not in json.loads((stages.path / "summary.json").read_text())["final"]
 
 
-def test_hyperparameters_follow_the_size_in_force(tmp_path):
-    overrides = STAGES | {"schedule.name": "constant"}
-    found = train(tmp_path, overrides)
-    config = tiny_config(**overrides)
+def test_hyperparameters_follow_the_size_in_force(stages):
+    found, run = stages.rows, stages.run
+    config = tiny_config(**STAGES)
     base = config["optimizer"]["hyperparams"]
     for row in found:
         k = row["batch_size"] / 16
         if row["examples"] in (48, 96):  # windows that end at a change hold one size too
             assert row["optim/b1"] == pytest.approx(base["b1"] ** k, rel=1e-5)
         assert row["optim/learning_rate"] == pytest.approx(base["learning_rate"] * k**0.5, rel=1e-5)
-    run = resolve(config)
     for size in run.batch_sizes:
         own = step.run_inputs(run, size).hyperparams
         assert float(own["bn_decay"]) == pytest.approx(config["bn_decay"] ** (size / 16))
@@ -83,8 +109,8 @@ def test_a_ramp_of_one_size_trains_as_that_size_does(tmp_path):
         )
 
 
-def test_the_batch_follows_the_noise_and_the_record_says_why(tmp_path):
-    found = train(tmp_path, NOISE)
+def test_the_batch_follows_the_noise_and_the_record_says_why(noise, tmp_path):
+    found = noise.rows
     assert found[0]["batch_size"] == 16
     assert found[-1]["batch_size"] == 64
     for before, after in itertools.pairwise(found):
@@ -102,40 +128,32 @@ def stop_after(chunks):
     return lambda: next(calls) + 1 >= chunks
 
 
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, overrides):
+def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, whole):
     """Interrupted at each chunk's end, changes of size among them."""
-    run = resolve(tiny_config(**overrides))
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
-    whole = RunFolder(tmp_path / "whole", run)
-    trainer.train([whole])
-    changes = {b for a, b in itertools.pairwise(row["batch_size"] for row in rows(whole.path))}
+    changes = {b for a, b in itertools.pairwise(row["batch_size"] for row in whole.rows)}
     assert len(changes) > 1
-    folder, interruptions = RunFolder(tmp_path / "parts", run), 0
+    folder, interruptions = RunFolder(tmp_path, whole.run), 0
     while not folder.done:
         try:
-            trainer.train([folder], should_stop=stop_after(1))
+            whole.trainer.train([folder], should_stop=stop_after(1))
         except Interrupted:
             interruptions += 1
     assert interruptions >= 2
-    assert rows(folder.path) == rows(whole.path)
+    assert rows(folder.path) == whole.rows
 
 
 class Killed(BaseException):
     """Stands for a signal that no handler sees: nothing is saved after it."""
 
 
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_a_ramp_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, overrides):
-    run = resolve(tiny_config(**overrides, checkpoint_every_examples=48))
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
-    trainer.train([RunFolder(tmp_path / "whole", run)])
-    wanted = rows(tmp_path / "whole")
+def test_a_ramp_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, whole):
     changed = [
-        b["examples"] for a, b in itertools.pairwise(wanted) if a["batch_size"] != b["batch_size"]
+        after["examples"]
+        for before, after in itertools.pairwise(whole.rows)
+        if before["batch_size"] != after["batch_size"]
     ]
     assert len(changed) == 2
-    folder = RunFolder(tmp_path / "parts", run)
+    folder = RunFolder(tmp_path, whole.run)
 
     def kill(event):
         if event["event"] == "progress" and event["examples"] >= changed[0]:
@@ -144,17 +162,16 @@ def test_a_ramp_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(tmp_
 
     for _ in range(2):  # as soon as the first update of the new size is recorded
         with pytest.raises(Killed):
-            trainer.train([folder], kill)
-    trainer.train([folder])
-    assert rows(folder.path) == wanted
+            whole.trainer.train([folder], kill)
+    whole.trainer.train([folder])
+    assert rows(folder.path) == whole.rows
 
 
 @two_devices
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_two_devices_agree_on_the_size_and_train_like_one(tmp_path, overrides):
-    one, two = train(tmp_path / "one", overrides), train(tmp_path / "two", overrides, devices=2)
-    assert sizes(two) == sizes(one)
-    losses = [[row["train/loss"] for row in found] for found in (one, two)]
+def test_two_devices_agree_on_the_size_and_train_like_one(tmp_path, noise):
+    two = train(tmp_path, NOISE, devices=2)
+    assert sizes(two) == sizes(noise.rows)
+    losses = [[row["train/loss"] for row in found] for found in (noise.rows, two)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
 
 
@@ -171,12 +188,12 @@ def test_checkpoints_and_streaming_do_not_move_a_change(tmp_path):
     ]
 
 
-stages = st.lists(
+later_stages = st.lists(
     st.tuples(st.integers(1, 400), st.integers(1, 64)), max_size=4, unique_by=lambda pair: pair[0]
 )
 
 
-@given(stages, st.integers(1, 64))
+@given(later_stages, st.integers(1, 64))
 def test_every_stage_begins_as_soon_as_an_update_ends_past_its_start(later, first):
     given_stages = ((0, first), *sorted(later))
     most = max(size for _, size in given_stages)

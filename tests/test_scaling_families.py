@@ -83,10 +83,12 @@ def test_eight_times_the_batch_follows_the_base(name):
     assert off <= STRAY.get(name, problems.EXACT_WITHIN)
 
 
-@pytest.mark.parametrize("name", ["lion", "novograd", "adagrad", "adabelief", "ranger"])
+@pytest.mark.parametrize("name", ["lion", "adagrad", "ranger"])
 def test_a_quarter_of_the_batch_follows_the_base(name):
+    """The first quarter of the way; the whole way of every optimizer in the long form."""
     rule = "invariant" if family_of(CHECKS[name]).can_be_invariant else "noise_aware"
-    assert np.abs(train(CHECKS[name], 0.25, rule) - BASE[name]).max() <= problems.EXACT_WITHIN
+    off = problems.deviations(CHECKS[name], rule, ks=(0.25,), base_updates=1000)
+    assert off.max() <= problems.EXACT_WITHIN
 
 
 @pytest.mark.long
