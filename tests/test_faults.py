@@ -13,10 +13,11 @@ def judge(results):
     return sum(len(result.injections) for result in results if result.name in KILLS)
 
 
-def test_a_dozen_kills_and_one_of_each_other_fault(tmp_path):
-    kinds = [name for name in ALL if name != "SIGKILL at a random time, sweep and report"]
-    results = campaign.run_campaign(tmp_path, kills=12, others=1, seed=1, kinds=kinds)
-    assert judge(results) >= 12
+def test_one_of_each_fault_of_a_run(tmp_path):
+    """Sweeps, which take longest, are killed in the long form and in test_launchers.py."""
+    kinds = [name for name in ALL if "sweep" not in name]
+    results = campaign.run_campaign(tmp_path, kills=2, others=1, seed=1, kinds=kinds)
+    assert judge(results) >= 2
     skipped = {result.name: result.skipped for result in results if result.skipped}
     assert set(skipped) <= {"full disk", "read-only work folder"}, skipped  # need mount
 

@@ -9,6 +9,7 @@ Between the two go lines of JSON: requests on the process's standard input, answ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -48,7 +49,8 @@ class Command:
         deadline = time.monotonic() + seconds
         while (code := self._ended(0.2)) is None:
             if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
                 raise TimeoutError(f"process {self.pid} did not end within {seconds} seconds")
         return code
 
@@ -60,7 +62,8 @@ class Command:
     def send_signal(self, number: int) -> None:
         """Signal it, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it by SIGKILL."""
@@ -232,11 +235,12 @@ def main() -> None:
     """Serve until the input ends; then kill whatever is left."""
     warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
     sys.path[0] = str(ROOT)  # as of main.py
-    import flax.linen  # noqa: F401
-    import jax  # noqa: F401
+    import matplotlib.figure  # noqa: F401
     import ml_collections.config_flags  # noqa: F401
-    import optax  # noqa: F401
     import orbax.checkpoint  # noqa: F401
+
+    import bs_jax.cli.dispatch
+    import bs_jax.training.train  # noqa: F401
 
     children: set[int] = set()
     buffer = b""
