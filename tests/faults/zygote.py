@@ -2,7 +2,8 @@
 
 `Zygote` starts the process and gives it commands. A child is ``python main.py ...`` in all but
 that its imports are done. A request may ask for a trap, which kills the child by SIGKILL at its
-n-th call that changes a file below a folder, before the call.
+n-th call that changes a file below a folder, before the call; or for one that kills it at a change
+of its batch size.
 
 Between the two go lines of JSON: requests on the process's standard input, answers on its output.
 """
@@ -114,6 +115,7 @@ class Zygote:
         cwd: Path = ROOT,
         environment: dict[str, str] | None = None,
         trap: dict[str, object] | None = None,
+        resize: dict[str, object] | None = None,
         clock: float = 0.0,
     ) -> Command:
         """Start ``python main.py`` with flags.
@@ -126,6 +128,8 @@ class Zygote:
             environment: its variables; ``None``: this process's.
             trap: ``root``, ``at`` and ``log``: kill it before change ``at`` below ``root``, and
                 log the changes.
+            resize: ``batch_size`` and ``recorded``: kill it after the first updates of this size,
+                before or after they are recorded.
             clock: seconds by which its wall clock jumps forth and back.
         """
         request = {
@@ -135,6 +139,7 @@ class Zygote:
             "cwd": str(cwd),
             "environment": dict(os.environ) if environment is None else environment,
             "trap": trap,
+            "resize": resize,
             "clock": clock,
         }
         assert self._process.stdin is not None
@@ -209,6 +214,8 @@ def _become(request: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         changes(trap["root"], count)
+    if request["resize"]:
+        _die_at_a_resize(**request["resize"])
     if request["clock"]:
         _jumping_clock(request["clock"])
     sys.argv = request["argv"]
@@ -223,6 +230,24 @@ def _become(request: dict) -> None:
 
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def _die_at_a_resize(batch_size: int, recorded: bool) -> None:
+    """Die once the first updates of a batch size are done: before or after they are recorded."""
+    from bs_jax.training.session import Session
+
+    record = Session.record
+
+    def dying(session, chunk, *rest):
+        new = chunk.batch_size == batch_size
+        if recorded or not new:
+            record(session, chunk, *rest)
+        if new:
+            when = "after" if recorded else "before"
+            os.write(1, f"killed {when} the first record of batch size {batch_size}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Session.record = dying
 
 
 def _jumping_clock(seconds: float) -> None:
