@@ -4,16 +4,13 @@ import csv
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import commands
 from helpers.training import tiny_config, tiny_data
 
 from bs_jax import models
@@ -26,7 +23,6 @@ from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.statistics import noise_curve
 from bs_jax.training.train import Interrupted, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH, BASE = 64, 32
 
 
@@ -201,14 +197,14 @@ def test_records_without_noise_are_named(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [
-        sys.executable, "main.py", "--mode=noise_scale", "--config.scaling.rule=none",
+    flags = [
+        "--mode=noise_scale", "--config.scaling.rule=none",
         "--config.train_examples=1024", "--config.eval_every_examples=1024",
         "--config.log_every_examples=256", "--config.model.name=resnet4_patch",
         f"--workdir={tmp_path}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "largest k inside" in done.stdout
+    code, out = commands.run(*flags, recipe=())
+    assert code == 0, out
+    assert "largest k inside" in out
     written = {path.name for path in tmp_path.glob("noise_scale.*")}
     assert written == {"noise_scale.csv", "noise_scale.json", "noise_scale.png"}
