@@ -251,6 +251,7 @@ def test_a_value_in_force_is_read_only():
     state = scaled(optax.adam, "sqrt")(1e-2).init(PARAMS)
     with pytest.raises(UserError, match=r"learning_rate in force.*inject_hyperparams"):
         state.hyperparams["learning_rate"] = 0.0
+    assert not {"update", "pop", "setdefault"} & set(dir(state.hyperparams))
     assert float(jax.jit(lambda s: s.hyperparams)(state)["learning_rate"]) == pytest.approx(2e-2)
 
 
