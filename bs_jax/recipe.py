@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from bs_jax.errors import UserError
+from bs_jax.records.run_files import NOT_IDENTITY
 
 SCHEDULES = ("constant", "linear", "flat_cosine")
 DTYPES = ("float32", "bfloat16")
 DECAY_MASKS = ("all", "kernels")
+PARALLEL = ("pmap", "jit")
 
 _LARGEST = 2**63  # beyond it no number of a recipe has a meaning, nor an array of numpy's
 _LONGEST = 2**31  # the example clock is an int32
@@ -516,6 +518,8 @@ class Training(Section):
         trackers: where metrics go beside the records: "tensorboard", "wandb", "mlflow".
         report: what a report compares.
         batch_ramp: a batch size that grows up to `batch_size`.
+        parallel: how one process spreads an update over its devices, "pmap" or "jit" (over a
+            mesh); has no effect on the result. Several processes always use "jit".
     """
 
     name: Text
@@ -538,6 +542,7 @@ class Training(Section):
     report: Report
     trackers: Annotated[tuple[str, ...], _list("a list of names", _is_text)] = ()
     batch_ramp: BatchRamp = BatchRamp()
+    parallel: Annotated[str, _one_of(PARALLEL)] = "pmap"
 
     def __post_init__(self) -> None:
         if self.train_examples < self.batch_size:
@@ -742,8 +747,6 @@ class Scaled:
         return self.batch_size / self.base_batch_size
 
 
-# What two runs may differ in and still be the same training, number for number.
-_NOT_IDENTITY = ("name", "title", "report", "tensorboard", "trackers", "checkpoint_every_examples")
 _FIXED = "fixed"  # the rule of a recorded run whose numbers are scaled already
 
 
@@ -852,7 +855,7 @@ class ResolvedRun(Training):
     @property
     def content_id(self) -> str:
         """A name made from what decides the numbers: equal for the same training."""
-        content = {name: v for name, v in self.config.items() if name not in _NOT_IDENTITY}
+        content = {name: v for name, v in self.config.items() if name not in NOT_IDENTITY}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return f"b{self.batch_size}-s{self.seed}-{digest}"

@@ -87,6 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.name = "resnet8_patch"
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
+    config.parallel = "pmap"  # over several devices; or "jit" over a mesh, with the same numbers
     config.eval_batch_size = 500  # examples, over all devices; has no effect on the result
     config.eval_every_examples = 7_680
     config.log_every_examples = 768  # training metrics are means over this many examples

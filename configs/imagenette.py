@@ -116,6 +116,7 @@ def get_config(form: str = "") -> ml_collections.ConfigDict:
     config.model.name = architecture
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
+    config.parallel = "pmap"  # over several devices; or "jit" over a mesh, with the same numbers
     config.eval_batch_size = (
         500 if quick else 256
     )  # examples, over all devices; has no effect on the result

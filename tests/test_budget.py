@@ -1,5 +1,7 @@
 """A time budget: what is trained first, when it ends, what it says beforehand."""
 
+import dataclasses
+import math
 import signal
 import subprocess
 import sys
@@ -90,13 +92,28 @@ def test_what_gets_done_is_told_from_the_speed_of_finished_runs():
     def ended(seconds, resumed=0):
         return Summary("done", {}, examples=100, wall_time_seconds=seconds, resumed_at_step=resumed)
 
-    assert budget.seconds_per_cost(runs, {}) is None
     # One that was resumed tells its last process's time alone.
-    assert budget.seconds_per_cost(runs, {"a0": ended(5.0, resumed=3)}) is None
-    rate = budget.seconds_per_cost(runs, {"a0": ended(60.0), "a1": ended(1.0, resumed=3)})
-    said = budget.forecast(runs[1:], rate, 2, 10.0)
+    for none in ({}, {"a0": ended(5.0, resumed=3)}):
+        assert "not known" in budget.forecast(runs, budget.Speed.of(runs, none), 2, 10.0)
+    summaries = {"a0": ended(60.0), "a1": ended(1.0, resumed=3)}
+    said = budget.forecast(runs[1:], budget.Speed.of(runs, summaries), 2, 10.0)
     assert "30 runs take about 15, so about 20 of them get done" in said
-    assert "not known" in budget.forecast(runs, None, 2, 10.0)
+    side_by_side = {"a0": dataclasses.replace(ended(60.0), runs_at_once=4)}
+    assert budget.Speed.of(runs, side_by_side).seconds(runs[1]) == pytest.approx(15.0)
+
+
+def test_a_size_that_was_not_measured_is_estimated_from_those_that_were():
+    """Images/s of a card at 8, 64 and 256, as measured: from two the third to two fifths."""
+    per_example = {8: 1 / 1940, 64: 1 / 7710, 256: 1 / 14850}
+    run = fake_run("a", 8, examples=6400)
+    for left_out, seconds in per_example.items():
+        known = {size: value for size, value in per_example.items() if size != left_out}
+        run = dataclasses.replace(run, batch_size=left_out, micro_batch_size=left_out)
+        assert budget.Speed(known).seconds(run) == pytest.approx(6400 * seconds, rel=0.4)
+        assert budget.Speed(per_example).seconds(run) == pytest.approx(6400 * seconds)
+    assert math.isnan(budget.Speed({}).seconds(run))
+    assert budget.Speed({64: 1.0}).seconds(run) == pytest.approx(6400 * (1 + 20 / 256) / (84 / 64))
+    assert budget.Speed({64: 1.0, 128: 2.0}).seconds(run) > 0  # other work on the machine
 
 
 @pytest.mark.long

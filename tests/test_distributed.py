@@ -2,19 +2,14 @@
 
 import json
 import signal
-from functools import partial
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from helpers.commands import finish, joined, lines, run, wait_for
-from helpers.training import rows, tiny_config, tiny_data
+from helpers.training import rows
 
-from bs_jax.data import pipeline
 from bs_jax.errors import UserError
-from bs_jax.sweep.points import resolve
-from bs_jax.training import compilation, distributed, parallel, step
+from bs_jax.training import distributed
 
 TRAIN = "--mode=train"
 
@@ -92,7 +87,12 @@ def test_many_processes_train_like_one_with_as_many_devices(tmp_path, count, dev
     with joined(count, TRAIN, *flags, f"--workdir={tmp_path / 'many'}", devices=devices) as many:
         ends = until_end(many)
     assert [code for code, _ in ends] == [0] * count, ends
-    assert_same_training(rows(tmp_path / "many"), rows(tmp_path / "one"))
+    found = rows(tmp_path / "many")
+    assert_same_training(found, rows(tmp_path / "one"))
+    ramps = "--config.batch_ramp.kind=noise" in flags
+    assert {row["batch_size"] for row in found} == (
+        {16, 32, 64} if ramps else {found[0]["batch_size"]}
+    )
 
 
 @pytest.mark.long
@@ -133,26 +133,6 @@ def test_an_error_of_one_process_ends_all(tmp_path):
         ends = until_end(processes)
     assert [code for code, _ in ends] == [2, 2], ends
     assert all("give a --workdir that can be written" in out for _, out in ends)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
-def test_shard_map_and_pmap_are_the_same_to_the_bit():
-    config = resolve(tiny_config(**{"batch_size": 32, "scaling.rule": "invariant"}))
-    data, devices = tiny_data(), jax.devices()[:2]
-    images = parallel.replicate(pipeline.device_arrays(data.train), devices)
-    batches = np.arange(3 * 32, dtype=np.int32).reshape(2, 3, 16)
-    found = []
-    options = compilation.compiler_options("cpu")
-    for wrapper in (parallel.data_parallel, partial(parallel.shard_mapped, options=options)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parallel, "data_parallel", wrapper)
-            programs = step.make_programs(config, 3, (8, 8, 1), devices)
-        inputs = step.run_inputs(config)
-        state, metrics = programs.train_chunk(programs.init(inputs), inputs, images, batches)
-        found.append(jax.device_get((state.params, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    assert found[0][1]["train/loss"].shape == (3,)
 
 
 @pytest.mark.parametrize(

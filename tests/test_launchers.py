@@ -66,12 +66,15 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
                 "examples": 50,
                 "train_examples": 100,
                 "metrics": {"train/loss": 0.5},
+                "noise_scale": 90.0,
+                "noise_scale_low": 60.4,
+                "noise_scale_high": None,
             },
         )
         display.event(0, {"event": "run_finished", "run_id": "a0", "status": "diverged"})
     out = capsys.readouterr().out
     assert "50 of 100 examples, " in out
-    assert "images/s, train loss 0.500" in out
+    assert "images/s, train loss 0.500, noise scale 90 (60 or more)" in out
     assert "diverged (recorded; the sweep goes on)" in out
     assert out.splitlines()[-1] == "2 of 2 runs done, all done in 0 s"
 

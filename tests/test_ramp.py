@@ -35,7 +35,8 @@ NOISE = {
     "batch_ramp.share": 50.0,  # so that the few, noisy updates of a test let it grow
     "scaling.rule": "noise_aware",
 }
-RAMPS = [pytest.param(STAGES, id="stages"), pytest.param(NOISE, id="noise")]
+# What depends on the state is the harder; the other repeats it.
+RAMPS = [pytest.param(STAGES, id="stages", marks=pytest.mark.long), pytest.param(NOISE, id="noise")]
 
 
 def sizes(found):
@@ -104,7 +105,7 @@ def stop_after(chunks):
 
 @pytest.mark.parametrize("overrides", RAMPS)
 def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, overrides):
-    """Interrupted at each chunk's end, changes of size among them."""
+    """Interrupted at each chunk's end, changes of size among them; for kills see test_faults.py."""
     run = resolve(tiny_config(**overrides))
     trainer = Trainer(run, tiny_data(), jax.devices()[:1])
     whole = RunFolder(tmp_path / "whole", run)
@@ -119,34 +120,6 @@ def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, overrides):
             interruptions += 1
     assert interruptions >= 2
     assert rows(folder.path) == rows(whole.path)
-
-
-class Killed(BaseException):
-    """Stands for a signal that no handler sees: nothing is saved after it."""
-
-
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_a_ramp_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, overrides):
-    run = resolve(tiny_config(**overrides, checkpoint_every_examples=48))
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
-    trainer.train([RunFolder(tmp_path / "whole", run)])
-    wanted = rows(tmp_path / "whole")
-    changed = [
-        b["examples"] for a, b in itertools.pairwise(wanted) if a["batch_size"] != b["batch_size"]
-    ]
-    assert len(changed) == 2
-    folder = RunFolder(tmp_path / "parts", run)
-
-    def kill(event):
-        if event["event"] == "progress" and event["examples"] >= changed[0]:
-            changed.pop(0)
-            raise Killed
-
-    for _ in range(2):  # as soon as the first update of the new size is recorded
-        with pytest.raises(Killed):
-            trainer.train([folder], kill)
-    trainer.train([folder])
-    assert rows(folder.path) == wanted
 
 
 @two_devices

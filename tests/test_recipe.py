@@ -9,6 +9,7 @@ from helpers.training import tiny_config
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import BatchRamp, FixedValues, Recipe, ResolvedRun, ScaledWhileTraining
+from bs_jax.records.run_files import NOT_IDENTITY, Summary
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
 
@@ -43,6 +44,19 @@ def test_a_run_goes_on_in_a_folder_of_the_first_records(first, tmp_path):
     other = dataclasses.replace(folder.run, label_smoothing=0.25)
     with pytest.raises(UserError, match="holds a run of another config"):
         RunFolder(tmp_path, other)
+
+
+def test_what_does_not_change_the_numbers_may_differ_in_a_finished_run(tmp_path):
+    config = {"title": "Another", "tensorboard": True, "parallel": "jit", "report.margin": 0.02}
+    config |= {"checkpoint_every_examples": 0, "trackers": ("tensorboard",), "name": "other"}
+    assert {field.partition(".")[0] for field in config} == set(NOT_IDENTITY)
+    before, after = resolve(tiny_config()), resolve(tiny_config(**config))
+    folder = RunFolder(tmp_path, before)
+    folder.begin()
+    (tmp_path / "metrics.jsonl").touch()
+    folder.finish(Summary(status="done", final={}, run_id=before.run_id))
+    assert before.config != after.config
+    assert RunFolder(tmp_path, after).done
 
 
 def test_only_the_config_of_a_record_is_needed():
@@ -86,7 +100,7 @@ def test_an_unknown_field_of_a_config_is_refused_with_the_nearest_name(path):
 
 
 # Fields that recipes of the first build do not have, with what their absence means.
-LATER = {"batch_ramp": BatchRamp(), "trackers": (), "scaling.guard": True}
+LATER = {"batch_ramp": BatchRamp(), "trackers": (), "scaling.guard": True, "parallel": "pmap"}
 
 
 def test_every_field_must_be_there_but_those_that_came_later():

@@ -1,9 +1,11 @@
 """scale_by_batch inside and around other optax transformations, under jit, vmap, pmap and scan."""
 
+import functools
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers.scaling import PARAMS, RECIPE, assert_close, assert_equal, gradients, scan, train
@@ -164,6 +166,101 @@ def test_two_scaled_optimizers_in_one_state_are_told_apart():
     }
     with pytest.raises(UserError, match="no scale_by_batch state"):
         hyperparams(optax.adam(1e-3).init(PARAMS))
+
+
+def clip_and_adamw(batch_size, rule="invariant", around=None):
+    """A recipe as users write it: a clip, a schedule, a mask of what decays; sizes given once."""
+    scale = around or functools.partial(
+        scale_by_batch, batch_size=batch_size, base_batch_size=64, rule=rule
+    )
+    return optax.chain(
+        scale(optax.clip_by_global_norm)(2.0),
+        scale(optax.adamw)(
+            optax.cosine_decay_schedule(1e-2, 50),
+            b2=0.99,
+            weight_decay=0.1,
+            mask={"w": True, "b": False},
+        ),
+    )
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "invariant"])
+def test_a_chain_that_takes_its_sizes_once_is_optaxs_at_the_base_size(rule):
+    got, state, updates = train(clip_and_adamw(64, rule), gradients(8))
+    expected = train(clip_and_adamw(64, around=lambda factory: factory), gradients(8))
+    assert_equal(got, expected[0])
+    assert_equal(updates, expected[2])
+    own = {"max_norm", "learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"}
+    assert own <= set(hyperparams(state))
+
+
+def with_statistics(grads):
+    squares = jax.tree.map(lambda g: g**2 + 1.0, grads)
+    return MicrobatchStats(squares, 4, mean=grads)
+
+
+def test_one_batch_size_serves_a_whole_chain_that_grows_and_resumes():
+    """The clip sees the raw gradient, the optimizer the clipped one and the same statistics."""
+    chained, parts = clip_and_adamw(64), []
+    scale = functools.partial(scale_by_batch, batch_size=64, base_batch_size=64)
+    clip_and_adamw(
+        64, around=lambda f: lambda *a, **kw: parts.append(scale(f)(*a, **kw)) or parts[-1]
+    )
+    clip, adamw = parts
+    grads, sizes = gradients(6), [64, 64, 128, 128, 256, 256]
+    update = jax.jit(
+        lambda g, s, size: chained.update(
+            g, s, PARAMS, microbatch=with_statistics(g), batch_size=size
+        )
+    )
+    state, apart = chained.init(PARAMS), (clip.init(PARAMS), adamw.init(PARAMS))
+    for i, size in enumerate(sizes):
+        grad = jax.tree.map(lambda g, i=i: g[i], grads)
+        if i == 3:  # a checkpoint
+            leaves, treedef = jax.tree.flatten(state)
+            state = treedef.unflatten([jnp.asarray(np.asarray(leaf)) for leaf in leaves])
+        got, state = update(grad, state, jnp.int32(size))
+        extra = {"microbatch": with_statistics(grad), "batch_size": jnp.int32(size)}
+        clipped, first = clip.update(grad, apart[0], PARAMS, **extra)
+        expected, second = adamw.update(clipped, apart[1], PARAMS, **extra)
+        apart = (first, second)
+        assert_close(got, expected, rtol=1e-5, atol=1e-9)
+    values = hyperparams(state, as_floats=True)
+    assert values["max_norm"] < 2.0
+    assert values["b1"] == pytest.approx(0.9**4)
+
+
+def test_a_chain_measures_its_noise_once():
+    """What a clip and its optimizer both sum up is one sum in the compiled program."""
+    params = {"w": jnp.ones((64, 32))}
+
+    def sums(tx):
+        run = jax.jit(lambda g, s: tx.update(g, s, params, microbatch=with_statistics(g)))
+        return run.lower(params, tx.init(params)).compile().as_text().count(" reduce(")
+
+    scale = functools.partial(scale_by_batch, batch_size=256, base_batch_size=64)
+    clip, adam = scale(optax.clip_by_global_norm)(1.0), scale(optax.adam)(1e-3)
+    own = sums(optax.with_extra_args_support(optax.clip_by_global_norm(1.0)))
+    assert sums(clip) > own
+    assert sums(optax.chain(clip, adam)) <= sums(adam) + own
+
+
+@pytest.mark.parametrize("rule", ["sqrt", "invariant"])
+def test_a_clip_refuses_statistics_that_the_optimizer_behind_it_would_misread(rule):
+    tx, grads = clip_and_adamw(256, rule), jax.tree.map(jnp.ones_like, PARAMS)
+    stats = with_statistics(grads)
+    with pytest.raises(UserError, match=r"microbatch\._replace\(mean=grads\)"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, microbatch=stats._replace(mean=None))
+    tx.update(grads, tx.init(PARAMS), PARAMS, microbatch=stats)
+
+
+def test_unknown_extra_arguments_are_ignored_or_reach_the_optimizer():
+    tx = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule="sqrt")(**RECIPE)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state = tx.init(PARAMS)
+    assert_equal(
+        tx.update(grads, state, PARAMS, value=1.0, other="x"), tx.update(grads, state, PARAMS)
+    )
 
 
 def test_under_vmap_over_runs():

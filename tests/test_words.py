@@ -110,6 +110,11 @@ def test_where_the_batch_lay_beyond_the_noise_scale_is_said():
     assert words.limit_sentence(dataclasses.replace(arm, groups=groups)) == (
         "Its batch lay inside the measured noise scale for only 40 % of the training at 128."
     )
+    unknown = dataclasses.replace(groups[1], inside=Inside(0.4, 0.2, 1.0, 0.25))
+    assert words.limit_sentence(dataclasses.replace(arm, groups=(unknown,))) == (
+        "Its batch lay inside the measured noise scale for only 40 % of the 75 % where that is "
+        "known at 128."
+    )
 
 
 def test_each_direction_is_said_where_it_is():

@@ -21,6 +21,7 @@ from bs_jax.records import stores
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bs_jax.records.run_files import Summary
     from bs_jax.sweep.cohorts import Schedule
     from bs_jax.sweep.plan import Sweep
     from bs_jax.sweep.points import Point
@@ -137,11 +138,14 @@ def _sweep() -> int:
     planned = _plan(recipe)
     wanted = _wanted(planned)
     if FLAGS.dry_run:
+        seconds, sentence = _times(planned, workdir())
         console = Console()
         if console.is_terminal:
-            _show(planned, console)
+            _show(planned, console, seconds)
         else:  # for other programs: every point on a line, with the name of its run
-            print(plan.listing(planned))
+            print(plan.listing(planned, seconds))
+        if sentence:
+            print(sentence)
         return 0
     distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
     folder = workdir()
@@ -216,12 +220,12 @@ def _reject_overridden(points: Sequence[Point]) -> None:
             )
 
 
-def _show(planned: Sweep, console: Console) -> None:
+def _show(planned: Sweep, console: Console, seconds: Mapping[str, str]) -> None:
     """Print the points as a table that fits the terminal, those that differ in the seed as one."""
-    from bs_jax.cli.tables import table
+    from bs_jax.cli.tables import tables
     from bs_jax.sweep import plan
 
-    columns, same = plan.columns_of(planned)
+    columns, same = plan.columns_of(planned, seconds)
     names = [name for name in columns if name not in ("seed", "run")]
     seeds: dict[tuple[str, ...], list[str]] = {}
     for at, seed in enumerate(columns["seed"]):
@@ -233,7 +237,9 @@ def _show(planned: Sweep, console: Console) -> None:
             same = {**same, name: cells[0]}
             names.remove(name)
             shown.remove(cells)
-    console.print(table(names, list(zip(*shown, strict=True))))
+    keys = len({"arm", "batch_size", "offset"} & set(names))
+    for part in tables(names, list(zip(*shown, strict=True)), console.width, keys):
+        console.print(part)
     console.print("\n".join(plan.notes(planned, same)), markup=False, highlight=False)
 
 
@@ -316,18 +322,46 @@ def _worker_count(pending: int) -> int:
     return machine.here().workers(pending, FLAGS.workers, FLAGS.run_axis)
 
 
+def _finished(planned: Sweep, folder: Path) -> dict[str, Summary]:
+    """Run id -> summary of each run that is done; nothing is written."""
+    from bs_jax.sweep import plan
+
+    folders = [plan.run_folder(folder, run, writes=False) for run in planned.runs]
+    found = stores.each(folder, lambda one: one.summary() if one.done else None, folders)
+    return {
+        run.run_id: summary for run, summary in zip(planned.runs, found, strict=True) if summary
+    }
+
+
 def _forecast(planned: Sweep, pending: Sequence[ResolvedRun], folder: Path) -> str:
     """What the budget is likely to get done."""
-    from bs_jax.sweep import budget, plan
+    from bs_jax.sweep import budget
 
-    open_ids = {run.run_id for run in pending}
-    finished = [run for run in planned.runs if run.run_id not in open_ids]
-    summaries = {
-        run.run_id: plan.run_folder(folder, run, writes=False).summary() for run in finished
-    }
-    rate = budget.seconds_per_cost(finished, summaries)
+    speed = budget.Speed.of(planned.runs, _finished(planned, folder))
     workers = max(_worker_count(len(pending)), 1)
-    return budget.forecast(pending, rate, workers, FLAGS.budget_minutes)
+    return budget.forecast(pending, speed, workers, FLAGS.budget_minutes)
+
+
+def _times(planned: Sweep, folder: Path) -> tuple[dict[str, str], str]:
+    """How long each run takes at the speed of those that are done, and a sentence; or nothing."""
+    from bs_jax.report.numbers import duration
+    from bs_jax.sweep import budget
+
+    done = _finished(planned, folder)
+    speed = budget.Speed.of(planned.runs, done)
+    if not speed.seconds_per_example:
+        return {}, ""
+    pending = [run for run in planned.runs if run.run_id not in done]
+    seconds = {run.run_id: speed.seconds(run) for run in pending}
+    rates = [
+        f"{1 / value:,.0f} images/s in micro-batches of {size}"
+        for size, value in sorted(speed.seconds_per_example.items())
+    ]
+    shown = {run_id: f"{value:.0f}" for run_id, value in seconds.items()}
+    return dict.fromkeys(done, "done") | shown, (
+        f"{len(done)} runs are done in {folder}; at their speed ({', '.join(rates)}) the other "
+        f"{len(pending)} take {duration(sum(seconds.values()))} in one process"
+    )
 
 
 def _print_commands(schedule: Schedule, folder: Path) -> None:

@@ -110,8 +110,8 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     optimizer = planned.optimizer
     guarded = isinstance(optimizer, ScaledWhileTraining) and optimizer.scaling.guard
     if guarded and planned.scaled.k > 1:
-        print("  guard: beyond the measured noise scale the learning rate grows no further;")
-        print("         --config.scaling.guard=False lets it")
+        print("  guard: beyond the measured noise scale steps are those of the square-root rule;")
+        print("         --config.scaling.guard=False lets them grow on")
     for warning in planned.scaled.warnings:
         print(f"warning: {warning}")
     if FLAGS.dry_run:

@@ -36,6 +36,16 @@ from bs_jax.records.json_files import (
     write_json,
 )
 
+# Fields of a config in which two records of the same training may differ.
+NOT_IDENTITY = (
+    "name",
+    "title",
+    "report",
+    "tensorboard",
+    "trackers",
+    "checkpoint_every_examples",
+    "parallel",
+)
 CONFIG, HPARAMS, METRICS, SUMMARY, DONE = (
     "config.json",
     "hparams.json",
@@ -165,6 +175,7 @@ class Summary:
         processes: processes that trained together.
         device: number and kind of devices.
         wall_time_seconds: of the last process; NaN if not known.
+        runs_at_once: runs that it trained side by side in one program, which share that time.
         started_at: time of the last process's start, UTC, ISO 8601.
         finished_at: time of its end.
         git_revision: commit of the code; "" if not known.
@@ -181,10 +192,20 @@ class Summary:
     processes: int = 1
     device: str = ""
     wall_time_seconds: float = math.nan
+    runs_at_once: int = 1
     started_at: str = ""
     finished_at: str = ""
     git_revision: str = ""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """The run's share of the last process's wall time.
+
+        >>> Summary("done", {}, wall_time_seconds=60.0, runs_at_once=4).seconds
+        15.0
+        """
+        return self.wall_time_seconds / self.runs_at_once
 
     @classmethod
     def parse(cls, content: Mapping[str, Any]) -> Summary:
@@ -220,6 +241,7 @@ class Summary:
             processes=whole(content.get("processes")) or 1,
             device=text(content.get("device")),
             wall_time_seconds=math.nan if seconds is None else seconds,
+            runs_at_once=max(whole(content.get("runs_at_once")) or 1, 1),
             started_at=text(content.get("started_at")),
             finished_at=text(content.get("finished_at")),
             git_revision=text(content.get("git_revision")),

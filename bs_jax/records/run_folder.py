@@ -15,6 +15,7 @@ from bs_jax.records.json_files import Unreadable
 from bs_jax.records.run_files import (
     DONE,
     INTERRUPTED,
+    NOT_IDENTITY,
     RunRecord,
     Summary,
     damaged_files,
@@ -125,7 +126,11 @@ class RunFolder(Generic[AnyRun]):
         found = read_config(self.path)
         if found is None:
             return False  # absent or damaged: it will be written again
-        different = differences(found, self.run.config)
+        wanted = self.run.config
+        for name in NOT_IDENTITY:
+            found.pop(name, None)
+            wanted.pop(name, None)
+        different = differences(found, wanted)
         if not different:
             return False
         shown = "; ".join(different[:4]) + ("; …" if len(different) > 4 else "")

@@ -18,7 +18,7 @@ def reproduce(results: Results, files: Sequence[Path]) -> Section:
     again = f"python main.py --mode=report --workdir={shlex.quote(str(results.workdir))}"
     commands = [tag("pre", command) for command in (sweep.command, again) if command]
     summaries = [run.summary for run in results.runs.values() if run.summary]
-    seconds = [summary.wall_time_seconds for summary in summaries]
+    seconds = [summary.seconds for summary in summaries]
     total = sum(value for value in seconds if math.isfinite(value))
     versions: dict[str, dict[str, None]] = {}
     for summary in summaries:

@@ -322,8 +322,10 @@ def _batch_sizes(group: Group) -> str:
 
 def _inside(group: Group) -> list[str]:
     inside = group.inside
-    if inside is None or not math.isfinite(inside.share):
+    if inside is None:
         return ["–", "–"]
+    if not math.isfinite(inside.share):  # it was never known
+        return ["–", share(inside.unknown)]
     ends = tag("small", f" [{share(inside.low)}, {share(inside.high)}]")
     return [html(share(inside.share), ends), share(inside.unknown)]
 

@@ -221,11 +221,13 @@ def curve_sentence(arm: ArmVerdict, analysis: Analysis) -> str:
 
 def limit_sentence(arm: ArmVerdict) -> str:
     """Where the batch lay beyond the measured noise scale for a part of training."""
-    beyond = [
-        f"{100 * group.inside.share:.0f} % of the training at {group.batch_size}"
-        for group in arm.groups
-        if group.inside is not None and group.inside.share < 0.995
-    ]
+    beyond = []
+    for group in arm.groups:
+        if group.inside is None or not group.inside.share < 0.995:
+            continue
+        known, part = 100 * (1 - group.inside.unknown), f"{100 * group.inside.share:.0f} % of "
+        part += "the training" if known > 99.5 else f"the {known:.0f} % where that is known"
+        beyond.append(f"{part} at {group.batch_size}")
     if not beyond:
         return ""
     return f"Its batch lay inside the measured noise scale for only {listed(beyond)}."

@@ -58,6 +58,7 @@ def price(runs: Sequence[Run]) -> Price:
     """Medians over finished runs of what their summaries say.
 
     A run's seconds are those of its last process, so a resumed run's are scaled up to all updates.
+    Runs that were trained side by side in one program share its time.
 
     Args:
       runs: finished.
@@ -71,7 +72,7 @@ def price(runs: Sequence[Run]) -> Price:
         if summary.step <= 0 or trained <= 0:
             continue
         updates.append(summary.step)
-        seconds.append(summary.wall_time_seconds * summary.step / trained)
+        seconds.append(summary.seconds * summary.step / trained)
         if seconds[-1] > 0:
             speeds.append(summary.examples / seconds[-1])
     sizes = [run.curves["batch_size"] for run in runs if "batch_size" in run.curves]

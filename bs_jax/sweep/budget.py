@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -11,9 +12,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_files import Summary
-from bs_jax.sweep.cohorts import cost_per_example
+from bs_jax.sweep.cohorts import OVERHEAD
 
 _REPORT_SECONDS = 12.0  # that it takes, with something to spare
 
@@ -70,42 +73,74 @@ class Budget:
             self._timer.join()
 
 
-def seconds_per_cost(runs: Iterable[ResolvedRun], summaries: Mapping[str, Summary]) -> float | None:
-    """How long training takes, from finished runs: seconds a unit of `cost_per_example`.
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """How long training takes, from finished runs.
 
-    Args:
-        runs: of the sweep.
-        summaries: run id -> how a finished run ended.
-
-    Returns:
-        The median over runs that one process trained from begin to end; None if there is none.
+    Attributes:
+        seconds_per_example: micro-batch size -> median over its runs, all that a run does included.
     """
-    found = []
-    for run in runs:
-        summary = summaries.get(run.run_id)
-        if summary is None or summary.resumed_at_step or not summary.wall_time_seconds > 0:
-            continue
-        if summary.examples:
-            cost = summary.examples * cost_per_example(run)
-            found.append(summary.wall_time_seconds / cost)
-    return statistics.median(found) if found else None
+
+    seconds_per_example: Mapping[int, float]
+
+    @classmethod
+    def of(cls, runs: Iterable[ResolvedRun], summaries: Mapping[str, Summary]) -> Speed:
+        """Read it from the runs that one process trained from begin to end.
+
+        Args:
+            runs: of the sweep.
+            summaries: run id -> how a finished run ended.
+        """
+        found: dict[int, list[float]] = {}
+        for run in runs:
+            summary = summaries.get(run.run_id)
+            if summary is None or summary.resumed_at_step or not summary.seconds > 0:
+                continue
+            if summary.examples:
+                own = found.setdefault(run.micro_batch_size, [])
+                own.append(summary.seconds / summary.examples)
+        return cls({size: statistics.median(values) for size, values in found.items()})
+
+    def seconds(self, run: ResolvedRun) -> float:
+        """How long a run will take; NaN where no run is finished.
+
+        A micro-batch of m examples that was not measured takes ``a + b m``, with both fitted to
+        those that were; with a = 20 b where they tell no such two (see `cost_per_example`).
+
+        >>> from types import SimpleNamespace as Run
+        >>> speed = Speed({8: 2.0, 32: 0.5 + 1.5 / 4})  # 12 s a micro-batch and .5 s an example
+        >>> speed.seconds(Run(micro_batch_size=8, train_examples=10))
+        20.0
+        >>> round(speed.seconds(Run(micro_batch_size=64, train_examples=64)), 6)
+        44.0
+        """
+        measured, size = self.seconds_per_example, run.micro_batch_size
+        if not measured:
+            return math.nan
+        if size in measured:
+            return run.train_examples * measured[size]
+        sizes, values = np.array([*measured], float), np.array([*measured.values()])
+        parts = np.stack([1 / sizes, np.ones_like(sizes)], 1) / values[:, None]
+        a, b = np.linalg.lstsq(parts, np.ones_like(values))[0]
+        if len(measured) < 2 or min(a, b) < 0:
+            b = np.median(values / (1 + OVERHEAD / sizes))
+            a = OVERHEAD * b
+        return float(run.train_examples * (a / size + b))
 
 
-def forecast(
-    pending: Sequence[ResolvedRun], rate: float | None, workers: int, minutes: float
-) -> str:
+def forecast(pending: Sequence[ResolvedRun], speed: Speed, workers: int, minutes: float) -> str:
     """What a budget is likely to get done, in a sentence.
 
     Args:
         pending: runs to train, in the order of their priorities.
-        rate: of `seconds_per_cost`.
+        speed: of the finished runs.
         workers: processes that train at the same time.
         minutes: the budget.
     """
-    if rate is None:
-        return f"at most {minutes:g} minutes; no run is finished yet, so their time is not known"
-    costs = [run.train_examples * cost_per_example(run) * rate / workers / 60 for run in pending]
+    costs = [speed.seconds(run) / workers / 60 for run in pending]
     total, fitting, left = sum(costs), 0, minutes
+    if math.isnan(total):
+        return f"at most {minutes:g} minutes; no run is finished yet, so their time is not known"
     for cost in costs:
         left -= cost
         if left < 0:

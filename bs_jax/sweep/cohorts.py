@@ -12,6 +12,8 @@ from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.training import distributed
 
+OVERHEAD = 20  # examples that take as long as what a pass over a micro-batch costs beside, on a CPU
+
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
@@ -111,11 +113,8 @@ def _cost(runs: Sequence[ResolvedRun]) -> float:
 
 
 def cost_per_example(run: ResolvedRun) -> float:
-    """The time that an example takes, in units of one in a very large batch.
-
-    A pass over a micro-batch costs about as much overhead as twenty examples on a CPU.
-    """
-    return 1 + 20 / run.micro_batch_size
+    """The time that an example takes, in units of one in a very large batch."""
+    return 1 + OVERHEAD / run.micro_batch_size
 
 
 class CohortTrainer:

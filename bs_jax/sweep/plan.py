@@ -75,8 +75,14 @@ def plan_sweep(name: str, config: Mapping[str, Any], points: Sequence[Point]) ->
     return Sweep(name, rows, distinct, priorities, checks.comparison_warnings(distinct))
 
 
-def columns_of(sweep: Sweep) -> tuple[dict[str, list[str]], dict[str, str]]:
+def columns_of(
+    sweep: Sweep, seconds: Mapping[str, str] | None = None
+) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Every point with its hyperparameters and the run it comes to, as columns of text.
+
+    Args:
+        sweep: the sweep.
+        seconds: run id -> how long it takes, where that is known.
 
     Returns:
         Name -> a cell a point; and name -> value of what is the same at all points. "measured"
@@ -92,6 +98,7 @@ def columns_of(sweep: Sweep) -> tuple[dict[str, list[str]], dict[str, str]]:
         "batch_size": [str(row["batch_size"]) for row in sweep.rows],
         "offset": [f"{row['offset']:g}" for row in sweep.rows],
         "updates": [_updates(runs[row["run_id"]]) for row in sweep.rows],
+        **({"seconds": [seconds[row["run_id"]] for row in sweep.rows]} if seconds else {}),
         **{name: column for name, column in cells.items() if name not in same},
         "seed": [str(row["seed"]) for row in sweep.rows],
         "run": [row["run_id"] for row in sweep.rows],
@@ -99,9 +106,9 @@ def columns_of(sweep: Sweep) -> tuple[dict[str, list[str]], dict[str, str]]:
     return columns, same
 
 
-def listing(sweep: Sweep) -> str:
+def listing(sweep: Sweep, seconds: Mapping[str, str] | None = None) -> str:
     """Every point on a line; what is the same at all points is said once, at the end."""
-    columns, same = columns_of(sweep)
+    columns, same = columns_of(sweep, seconds)
     widths = [max(map(len, (name, *column))) for name, column in columns.items()]
     lines = [list(columns), *zip(*columns.values(), strict=True)]
     text = [

@@ -171,6 +171,10 @@ class Display:
             parts.append(f"train loss {loss:.3f}")
         if self._runs[run_id].ramps:
             parts.append(f"batch size {event['batch_size']}")
+        if "noise_scale" in event:  # absent where the rule measures none
+            parts.append(
+                noise_scale(*(event[f"noise_scale{end}"] for end in ("", "_low", "_high")))
+            )
         return f"{self._names[run_id]}: {', '.join(parts)}"
 
     def _count(self) -> str:
@@ -222,6 +226,21 @@ def describe(run: ResolvedRun) -> str:
     """A run in a few words: rule, batch size, k and seed."""
     name = "base recipe" if run.scaled.k == 1 else run.scaled.rule
     return f"{name}, batch size {run.batch_size} (k = {run.scaled.k:g}), seed {run.seed}"
+
+
+def noise_scale(value: float | None, low: float | None, high: float | None) -> str:
+    """The measured noise scale and its range, in examples; None: not finite, which is not known.
+
+    >>> noise_scale(812.4, 520.0, 1300.0), noise_scale(900.0, 520.0, None)
+    ('noise scale 812 (520 to 1,300)', 'noise scale 900 (520 or more)')
+    >>> noise_scale(None, None, None), noise_scale(None, 520.0, None)
+    ('noise scale not known yet', 'noise scale 520 or more')
+    """
+    least = None if low is None else f"{low:,.0f}"
+    most = "or more" if high is None else f"to {high:,.0f}"
+    if value is None:
+        return f"noise scale {'not known yet' if least is None else f'{least} or more'}"
+    return f"noise scale {value:,.0f}" + ("" if least is None else f" ({least} {most})")
 
 
 def number(value: float) -> str:

@@ -1,7 +1,7 @@
 """The one place that knows how a step is spread over devices (the axis "batch").
 
-In one process by pmap; over the devices of many processes by jit and shard_map, which is what pmap
-is made of. Both give the same numbers.
+In one process by ``jax.pmap`` or by ``jax.jit`` over a mesh, as ``config.parallel`` says; in
+several processes always by the second. Both give the same numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def data_parallel(
     replicated: int,
     devices: Devices,
     donate: Sequence[int] = (),
+    by: str = "pmap",
 ) -> Callable[..., Any]:
     """Compile ``function(*replicated, per_device)`` for all devices at once.
 
@@ -48,15 +49,14 @@ def data_parallel(
         replicated: how many leading arguments are whole.
         devices: the devices to run on.
         donate: positions of arguments whose buffers may be reused for the result.
+        by: "pmap" or "jit". The devices of several processes always get "jit".
 
     Returns:
         The compiled function.
     """
     options = compilation.compiler_options(devices[0].platform)
-    if not _one_process(devices):
-        return shard_mapped(
-            function, replicated=replicated, devices=devices, donate=donate, options=options
-        )
+    if by == "jit" or not _one_process(devices):
+        return _over_mesh(function, replicated, devices, donate, options)
     mapped = jax.pmap(
         function,
         axis_name=BATCH_AXIS,
@@ -73,18 +73,14 @@ def data_parallel(
     )
 
 
-def shard_mapped(
+def _over_mesh(
     function: Callable[..., Any],
-    *,
     replicated: int,
     devices: Devices,
-    donate: Sequence[int] = (),
-    options: Mapping[str, str] | None = None,
+    donate: Sequence[int],
+    options: Mapping[str, str],
 ) -> Callable[..., Any]:
-    """The same as `data_parallel`, for devices of any processes.
-
-    `options` are the compiler's (see `compilation.compiler_options`).
-    """
+    """One jitted program: whole arguments replicated over the mesh, the last one sharded."""
 
     def on_one_device(*arguments: Any) -> Any:
         *whole, shared = arguments
@@ -104,7 +100,7 @@ def shard_mapped(
         donate_argnums=tuple(donate),
         in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=dict(options or {}),
+        compiler_options=dict(options),
     )
 
 

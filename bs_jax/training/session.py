@@ -97,8 +97,13 @@ class Session:
         self.start_examples = int(self.state.examples)
         self._last = (self.start_step, self.start_examples)
 
-    def begin(self) -> None:
-        """Open the files, cut back to what the state has seen."""
+    def begin(self, runs_at_once: int = 1) -> None:
+        """Open the files, cut back to what the state has seen.
+
+        Args:
+            runs_at_once: this run and those that advance with it in one program.
+        """
+        self._runs_at_once = runs_at_once
         self._started_at, self._clock = provenance.now(), time.monotonic()
         if not self._writes:
             return
@@ -156,9 +161,9 @@ class Session:
                 "run_id": self.run.run_id,
                 "examples": self._last[1],
                 "resumed_at": self.start_examples,
-                "batch_size": rows[-1]["batch_size"],
                 "train_examples": self._plan.last_examples(self.run.batch_size),
                 "metrics": json_files.finite(self._final),
+                **json_files.finite({n: v for n, v in rows[-1].items() if n in CONDITIONS}),
             }
         )
 
@@ -193,6 +198,7 @@ class Session:
             processes=jax.process_count(),
             device=f"{len(self._devices)} x {device.device_kind} ({device.platform})",
             wall_time_seconds=round(time.monotonic() - self._clock, 3),
+            runs_at_once=self._runs_at_once,
             started_at=self._started_at,
             finished_at=provenance.now(),
             git_revision=provenance.git_revision() or "",

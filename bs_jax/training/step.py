@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,10 +120,13 @@ def make_programs(
         init = jax.vmap(init)
         train_chunk = jax.vmap(train_chunk, in_axes=(0, 0, None, 0))
         evaluate = jax.vmap(evaluate, in_axes=(0, 0, None, None))
+    spread = functools.partial(
+        parallel.data_parallel, replicated=3, devices=devices, by=run.parallel
+    )
     return Programs(
         init=jax.jit(init),
-        train_chunk=parallel.data_parallel(train_chunk, replicated=3, devices=devices, donate=(0,)),
-        evaluate=parallel.data_parallel(evaluate, replicated=3, devices=devices),
+        train_chunk=spread(train_chunk, donate=(0,)),
+        evaluate=spread(evaluate),
     )
 
 

@@ -132,7 +132,7 @@ class Trainer:
         # Begin: all at the newest step that each of them has, their records cut back to it.
         meet(group)
         for session in group:
-            session.begin()
+            session.begin(len(group))
         members = [*group, *[group[-1]] * (lanes - len(group))]
         state = self._lanes.join([session.state for session in members])
         state = parallel.replicate(state, self._devices)

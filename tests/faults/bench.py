@@ -16,6 +16,15 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "recipe.py"
 TRAIN = ("--mode=train",)
 SWEEP = ("--sweep=tiny", "--run_axis=vmap")
+# 16, 32 and 64 examples an update, as the measured noise allows; a checkpoint at each change.
+RAMP = (
+    "--mode=train",
+    "--config.batch_size=64",
+    "--config.scaling.rule=noise_aware",
+    "--config.batch_ramp.kind=noise",
+    "--config.batch_ramp.share=50.0",
+    "--config.checkpoint_every_examples=32",
+)
 
 
 class Bench:

@@ -90,7 +90,7 @@ def table(results: Iterable[Result]) -> str:
         describe_kill(line)
         for result in results
         for line in result.injections
-        if line.startswith("killed before")
+        if line.startswith("killed before: ")
     )
     shown = ", ".join(f"{name} {count}" for name, count in places.most_common())
     lines.append("")

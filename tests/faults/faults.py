@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .bench import SWEEP, TRAIN, Bench
+from .bench import RAMP, SWEEP, TRAIN, Bench
 
 Fault = Callable[[Bench, Path, random.Random], list[str]]
 _CHAIN = 3  # kills of one run, each of the process that went on from the last
@@ -70,6 +70,20 @@ def kill_at_a_time(kind: tuple[str, ...], number: signal.Signals = signal.SIGKIL
         return done
 
     return inject
+
+
+def kill_at_a_resize(bench: Bench, workdir: Path, rng: random.Random) -> list[str]:
+    """SIGKILL at each change, when the first update of the new size is done, or is recorded."""
+    bench.undisturbed(RAMP)
+    done = []
+    kills = [(32, False), (32, True), (64, rng.random() < 0.5)]
+    for size, recorded in kills:
+        resize = {"batch_size": size, "recorded": recorded}
+        code = bench.run(RAMP, workdir, resize=resize)
+        said = bench.output(workdir).read_text()
+        assert code == -signal.SIGKILL, (code, said)
+        done.append(said.strip().splitlines()[-1])
+    return done
 
 
 def _leave_unfinished(bench: Bench, workdir: Path, rng: random.Random) -> None:
@@ -216,6 +230,7 @@ ALL: dict[str, tuple[tuple[str, ...], Fault]] = {
     "SIGKILL at a random time, one run": (TRAIN, kill_at_a_time(TRAIN)),
     "SIGKILL before a change on disk, sweep and report": (SWEEP, kill_at_a_change(SWEEP)),
     "SIGKILL at a random time, sweep and report": (SWEEP, kill_at_a_time(SWEEP)),
+    "SIGKILL at a change of batch size": (RAMP, kill_at_a_resize),
     "SIGTERM at a random time, one run": (TRAIN, kill_at_a_time(TRAIN, signal.SIGTERM)),
     "checkpoint truncated or a bit flipped": (TRAIN, damage_a_checkpoint),
     "record of an unfinished run truncated or flipped": (TRAIN, damage_an_open_record),

@@ -2,7 +2,8 @@
 
 Requests are lines of JSON on standard input, answers lines of JSON on standard output. A child is
 ``python main.py ...`` in all but that its imports are done. A request may ask for a trap, which
-kills the child by SIGKILL at its n-th call that changes a file below a folder, before the call.
+kills the child by SIGKILL at its n-th call that changes a file below a folder, before the call; or
+for one that kills it at a change of its batch size.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def _become(request: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         changes(trap["root"], count)
+    if request.get("resize"):
+        _die_at_a_resize(**request["resize"])
     if request.get("clock"):
         _jumping_clock(request["clock"])
     sys.argv = ["main.py", *request["flags"]]
@@ -79,6 +82,24 @@ def _become(request: dict) -> None:
 
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def _die_at_a_resize(batch_size: int, recorded: bool) -> None:
+    """Die once the first updates of a batch size are done: before or after they are recorded."""
+    from bs_jax.training.session import Session
+
+    record = Session.record
+
+    def dying(session, chunk, *rest):
+        new = chunk.batch_size == batch_size
+        if recorded or not new:
+            record(session, chunk, *rest)
+        if new:
+            when = "after" if recorded else "before"
+            os.write(1, f"killed {when} the first record of batch size {batch_size}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Session.record = dying
 
 
 def _jumping_clock(seconds: float) -> None:
