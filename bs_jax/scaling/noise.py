@@ -237,8 +237,8 @@ def sample(
         square = abs_square(jax.lax.optimization_barrier(mean))
         mean_square = mean_square.astype(jnp.float32)
         if metric == "coordinate":
-            inverse = _inverse_root(mean_square)
-            return jnp.sum(square * inverse), jnp.sum(mean_square * inverse)
+            # s/sqrt(s) is a root: a second use of the inverse would have XLA write it to memory.
+            return jnp.sum(square * _inverse_root(mean_square)), jnp.sum(jnp.sqrt(mean_square))
         square, mean_square = jnp.sum(square), jnp.sum(mean_square)
         inverse = _inverse_root(mean_square) if metric == "layer" else 1.0
         return square * inverse, mean_square * inverse
