@@ -239,7 +239,7 @@ def test_a_finding_says_how_many_runs_it_waits_for():
         },
     )
     found = analysis.analyse(results)
-    waits = [answer.waits_for for answer in study.answer(found)]
+    waits = [answer.waits_for for answer in findings.answer(found)]
     assert waits == [len(gone), 0, 0, 0, 0, len(gone)]  # BatchNorm's, and what is held against it
     page = shown.section(results, found, None).html()
     assert page.count(f"0 seeds a point; it waits for {len(gone)} runs.") == 2
