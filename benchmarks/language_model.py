@@ -17,7 +17,7 @@ An arm is a rule of the library (``invariant``), a name in ``RECIPES``, or one o
     guard:RULE    steps grow with the batch only up to the measured noise scale
     ramp:RULE     the batch grows in given stages, up to k
     follow:RULE   the batch doubles, up to k, as the measured noise scale allows
-    floor:RULE    a guard that lets the learning rate grow by at least sqrt(k); not in the library
+    floor:RULE    a guard that lets steps grow by at least sqrt(k): the rule's ``guard_power``
 
 ``follow.3:RULE`` lets the batch reach .3 of the noise scale in place of the library's own share,
 ``floor.25:RULE`` has k^.25 for sqrt(k).
@@ -65,9 +65,9 @@ CURVE_EXAMPLES = 128  # a point of the training curve is the mean over so many
 class Problem:
     """What all runs of a file have in common; batch sizes and examples count sequences."""
 
-    width: int = 128
+    width: int = 64
     layers: int = 2
-    vocabulary: int = 1024
+    vocabulary: int = 512
     learning_rate: float = 2e-3
     base_batch_size: int = 16
     examples: int = 10_240
@@ -139,11 +139,6 @@ class Arm:
     shuffled: bool = False
 
 
-def guard_with_floor(phi: Any, k: Any, power: float = 0.5) -> Any:
-    """Let a learning rate of k lr only be min(k, max(k^power, phi)) lr."""
-    return jnp.minimum(k, jnp.maximum(k**power, phi)) / k if k > 1 else jnp.ones(())
-
-
 def adascale_gain(phi: Any, k: Any) -> Any:
     """(sigma^2 + mu^2)/(sigma^2/k + mu^2): 1 in signal, k in noise (Johnson et al. 2020)."""
     return k - (k - 1) / (1 + phi / k)  # the same, and right for an infinite phi
@@ -207,15 +202,15 @@ def find_arm(name: str) -> Arm:
             raise SystemExit(
                 f"arm {name!r}: {form!r} is no form; write guard:, ramp:, follow: or floor:RULE"
             )
-        if form == "guard" and not rule.measures:
+        if re.match("guard|floor", form) and not rule.measures:
             raise SystemExit(f"arm {name!r}: {last} measures no noise scale that could guard it")
         if match[2] == "floor":
-            power = float(match[3] or 0.5)
-            fields |= {"gain": functools.partial(guard_with_floor, power=power), "metric": ADAM}
+            rule = dataclasses.replace(rule, guard_power=float(match[3] or 0.5))
         elif form != "guard":
             fields["form"] = match[1] or match[2]
             fields |= {"follow_share": float(match[3])} if match[3] else {}
-    return Arm(name, rule.replace(guard="guard" in forms), **fields)
+    guarded = any(re.match("guard|floor", form) for form in forms)
+    return Arm(name, rule.replace(guard=guarded), **fields)
 
 
 def schedule(problem: Problem) -> optax.Schedule:

@@ -1,18 +1,22 @@
-"""The noisy quadratic in a figure and two tables: every rule, then every optimizer.
+"""Noisy quadratics in a figure and tables: every rule, or what the flags name.
 
-Command:  python benchmarks/noisy_quadratic.py [--families] [--floor] [--out=docs/figures]
-Run time: one minute on two CPU cores; ten with --families, ten with --floor
+Command:  python benchmarks/noisy_quadratic.py [--out=docs/figures]
+          python benchmarks/noisy_quadratic.py [--families] [--floor] [--decay_floor] [--price]
+Run time: one minute on two CPU cores; ten for --families or --floor, three for the others
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bs_jax.scaling import problems, scale_by_batch
+from bs_jax.scaling import RULES, ScalingRule, problems, scale_by_batch
 
 SIGMAS = problems.SIGMAS
 REGIMES = ("mostly noise (σ = 10)", "noise and signal (σ = 1)", "mostly signal (σ = 0.3)")
@@ -26,7 +30,7 @@ SCALES = (8, 0.25)
 POINTS = 20
 
 
-def adam(rule: str, b2: float = 0.99, **settings):
+def adam(rule: str | ScalingRule, b2: float = 0.99, **settings):
     def make(batch_size: int, base_batch_size: int):
         scaled = scale_by_batch(
             optax.adam, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule,
@@ -128,19 +132,104 @@ def floor_table() -> str:
     return "\n".join(lines)
 
 
+def decay_floor_table() -> str:
+    """Decays that stop at a floor in place of b^k: deviation from the base."""
+    floors = (None, 0.3, 0.5, 0.9)
+    named = ["b^k" if f is None else f"{f:g}" for f in floors]
+    lines = [
+        "| b1, b2, k | floor under | " + " | ".join(named) + " |",
+        "| --- | --- |" + " --- |" * len(floors),
+    ]
+    for b2 in (0.99, 0.95):
+        base = problems.run(adam("none", b2), k=1, sigmas=SIGMAS)
+        for k in (16, 64):
+            for held in ({"b1": 0.9}, {"b2": b2}):
+                cells = []
+                for floor in floors:
+                    # A factor on k: b^(k factor) is the floor.
+                    factors = {
+                        name: math.log(floor) / (k * math.log(b))
+                        for name, b in held.items()
+                        if floor is not None and b**k < floor
+                    }
+                    if floor is not None and not factors:
+                        cells.append("the same")
+                        continue
+                    make = adam(RULES["invariant"].replace(**factors), b2)
+                    rows = problems.run(make, k=k, sigmas=SIGMAS, microbatches=8)
+                    cells.append(f"{np.abs(rows - base).max():.3f}")
+                lines.append(f"| 0.9, {b2}, {k} | {next(iter(held))} | " + " | ".join(cells) + " |")
+                print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+LENGTHS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def examples_needed(final_loss: Callable[[float], float], wanted: float) -> float:
+    """Return the length, over the base's, at which a run ends at the wanted loss."""
+    last: tuple[float, float] | None = None
+    for length in LENGTHS:
+        loss = final_loss(length)
+        if loss <= wanted:
+            if last is None:
+                return length
+            share = math.log(last[1] / wanted) / math.log(last[1] / loss)
+            return last[0] + share * (length - last[0])
+        last = length, loss
+    return math.inf
+
+
+def price_table() -> str:
+    """Examples to the base's final loss where steps have a limit, beside what is expected."""
+    updates, spread = 500, problems.SPREAD
+    lines = [
+        "| sigma, phi | k | needed | (1 + k/phi)/(1 + 1/phi), mean over the run |",
+        "| --- | --- | --- | --- |",
+    ]
+    for sigma in (0.1, 0.3, 1.0):
+        base = problems.spread_quadratic("none", 1, sigma=sigma, base_updates=updates)[-1]
+        noise = sigma**2 * spread.sum()
+        signal = problems.spread_quadratic(
+            "none", 1, sigma=sigma, base_updates=updates, quarters=20,
+            read=lambda x, _: jnp.square(spread * x) * spread.size,
+        )  # fmt: skip
+        phi = noise / np.concatenate([[np.sum(spread**2)], signal])
+        for k in (2, 4, 8):
+            needed = examples_needed(
+                lambda length, k=k, sigma=sigma: problems.spread_quadratic(
+                    "invariant", k, sigma=sigma, base_updates=round(updates * length)
+                )[-1],
+                base,
+            )
+            expected = np.mean((1 + k / phi) / (1 + 1 / phi))
+            about = f"{sigma:g}, {phi[0]:.2g} to {phi[-1]:.2g}"
+            lines.append(f"| {about} | {k} | {needed:.2f} | {expected:.2f} |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", action="store_true", help="hold every optimizer against it")
     parser.add_argument("--floor", action="store_true", help="study the floor of the invariant v")
+    parser.add_argument("--decay_floor", action="store_true", help="study a floor under decays")
+    parser.add_argument("--price", action="store_true", help="examples to the base's loss")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     flags = parser.parse_args()
-    curves = rule_curves()
-    draw(curves, flags.out / "noisy_quadratic.png")
-    print(rule_table(curves))
-    if flags.families:
-        family_table()
-    if flags.floor:
-        floor_table()
+    tables = {
+        family_table: flags.families,
+        floor_table: flags.floor,
+        decay_floor_table: flags.decay_floor,
+        price_table: flags.price,
+    }
+    if not any(tables.values()):
+        curves = rule_curves()
+        draw(curves, flags.out / "noisy_quadratic.png")
+        print(rule_table(curves))
+    for table, wanted in tables.items():
+        if wanted:
+            table()
 
 
 if __name__ == "__main__":

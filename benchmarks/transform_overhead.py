@@ -195,7 +195,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         {name: make_step(problem, case) for name, case in cases.items()}, rounds=arguments.rounds
     )
     results: dict[str, Any] = {}
-    for against in ("plain", "plain, accumulated"):
+    for against in ("plain", "plain, accumulated", "invariant, unguarded"):
         if against in cases:
             results[f"against {against}"] = _measure.summary(times, against)
     settings = {name: value for name, value in vars(arguments).items() if name != "json"}

@@ -13,6 +13,7 @@ takes about two minutes on one CPU core.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sysconfig
 import time
@@ -135,12 +136,12 @@ def matrices(params: Any) -> Any:
 
 def make_optimizer(batch_size: int, base_batch_size: int, rule: Any, schedule: Any) -> Any:
     """The recipe of the base batch size, scaled: clipping and AdamW by the same rule."""
-    sizes = {"batch_size": batch_size, "base_batch_size": base_batch_size, "rule": rule}
+    scale = functools.partial(
+        bs_jax.scale_by_batch, batch_size=batch_size, base_batch_size=base_batch_size, rule=rule
+    )
     return optax.chain(
-        bs_jax.scale_by_batch(optax.clip_by_global_norm, **sizes)(1.0),
-        bs_jax.scale_by_batch(optax.adamw, **sizes)(
-            schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices
-        ),
+        scale(optax.clip_by_global_norm)(1.0),
+        scale(optax.adamw)(schedule, b1=0.9, b2=0.95, weight_decay=0.1, mask=matrices),
     )
 
 

@@ -249,22 +249,6 @@ def test_explain_says_what_is_known_before_training_and_what_is_not():
 # Values that were silent
 
 
-def test_a_rate_put_into_the_state_is_refused_in_optaxs_own_words():
-    tx = scaled(optax.adam)(1e-2)
-    with pytest.raises(KeyError, match="no values matching 'learning_rate'"):
-        optax.tree.set(tx.init(PARAMS), learning_rate=jnp.float32(0.0))
-
-
-def test_inject_hyperparams_finds_one_rate_and_setting_it_works():
-    injected = optax.inject_hyperparams(scaled(optax.adam), hyperparam_dtype=jnp.float32)(1e-2)
-    state = injected.init(PARAMS)
-    assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(1e-2)
-    state = optax.tree.set(state, learning_rate=jnp.float32(0.0))
-    updates, state = injected.update(PARAMS, state, PARAMS)
-    assert all(not np.any(u) for u in jax.tree.leaves(updates))
-    assert bs_jax.hyperparams(state, as_floats=True)["learning_rate"] == 0
-
-
 @pytest.mark.parametrize("k", [0.25, 8.0])
 @pytest.mark.parametrize(
     ("signal", "noise"),

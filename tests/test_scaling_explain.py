@@ -51,7 +51,7 @@ def test_measured_values_are_left_open():
     assert table["learning_rate"]["new"] is None
     assert table["b1"]["new"] == pytest.approx(0.9**8)
     # q = 3/4; under the guard k = 8 counts as 1, the noise scale over the base batch size.
-    for guard, new in ((False, 6e-3), (True, 6e-3 / 8)):
+    for guard, new in ((False, 6e-3), (True, 1e-3 * 8**0.5)):
         known = explain(
             "adamw", batch_size=512, base_batch_size=64, noise_scale=64.0,
             rule=RULES["noise_aware"].replace(guard=guard), **RECIPE,

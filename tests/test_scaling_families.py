@@ -143,6 +143,40 @@ def test_the_trust_ratio_hides_the_noise_but_not_from_the_weight_decay():
     assert values["eps"] == pytest.approx(1e-6 * q)
 
 
+def test_trap_lion_does_not_follow_where_gradients_are_sparse():
+    """A row seen in three of ten base batches moves by its clean momentum in the others.
+
+    Its mixed gradient is no Gaussian, so its sign answers to more than signal over noise: larger
+    batches leave fewer updates without a gradient of its own, and it moves less an example.
+    """
+    rows, base_updates, seen = 2048, 800, 0.3
+
+    def gradient(key, k):
+        first, second = jax.random.split(key)
+        parts = max(round(k), 1)  # base batches, or one part of one
+        among = jax.random.bernoulli(first, min(k, 1.0) * seen, (parts, rows))
+        slope = 0.1 + jax.random.normal(second, (parts, rows))
+        return jnp.mean(among * slope, axis=0) / min(k, 1.0)
+
+    def moved(k):
+        tx = scale_by_batch(
+            optax.lion, batch_size=round(64 * k), base_batch_size=64, rule="invariant", guard=False
+        )(1e-3, weight_decay=0.0)
+
+        def step(carry, key):
+            x, state = carry
+            updates, state = tx.update(gradient(key, k), state, x)
+            return (x + updates, state), None
+
+        start = jnp.zeros(rows), tx.init(jnp.zeros(rows))
+        keys = jax.random.split(jax.random.key(0), round(base_updates / k))
+        return -float(jax.jit(lambda k: jax.lax.scan(step, start, k))(keys)[0][0].mean())
+
+    base = moved(1.0)
+    assert moved(0.25) / base - 1 == pytest.approx(0.11, abs=0.03)
+    assert moved(8.0) / base - 1 == pytest.approx(-0.20, abs=0.03)
+
+
 def test_the_adam_inside_muon_gets_its_own_rate():
     """With no rate of its own it would share Muon's, which needs no correction for noise."""
     scaled = scale_by_batch(

@@ -1,5 +1,7 @@
 """The guard on the length of steps, and a batch that follows the noise scale."""
 
+import dataclasses
+import inspect
 import json
 import math
 
@@ -52,60 +54,72 @@ def test_the_noise_scale_is_averaged_over_fifty_base_updates_and_five_of_ones_ow
 
 
 # What a step is multiplied by, of every optimizer that takes steps: of its own rate, nothing else.
-STEPPING = sorted(
-    name
-    for name in registered()
-    if any(role.name == "learning_rate" for role in Recipe.of(name).roles.values())
-)
+ARGUMENTS = {
+    name: set(inspect.signature(factory).parameters) for name, factory in registered().items()
+}
+STEPPING = sorted(name for name, known in ARGUMENTS.items() if "learning_rate" in known)
+assert len(STEPPING) > 18, STEPPING
 
 
 @pytest.mark.parametrize("rule", ["invariant", "noise_aware"])
 @pytest.mark.parametrize("name", STEPPING)
 def test_of_every_optimizer_the_guard_shortens_the_steps_and_nothing_else(name, rule):
+    """To phi base steps, but not below the square-root rule's; SGD's to one base step."""
     values = {"learning_rate": 0.1, "weight_decay": 0.05, "weight_decay_rate": 0.05}
-    known = set(Recipe.of(name).arguments)
     if name == "muon":
         values |= {"adam_learning_rate": 0.01}
-    if "momentum" in known:
-        values |= {"momentum": 0.9}
-    recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in known})
+    values |= {"momentum": 0.9}
+    recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in ARGUMENTS[name]})
     for phi in PHIS:
         q = Noise(1.0, 3.0)  # the noise that q follows need not be the guard's
-        free = recipe.at(RULES[rule], K, q).all()
-        held = recipe.at(RULES[rule], K, q, limit=phi)
+        unguarded, held = (recipe.at(RULES[rule], K, q, limit=x) for x in (None, phi))
+        free, divided = unguarded.all(), K * unguarded.denominator_factor(K)
         share = min(K, max(1.0, phi)) / K
+        least = 1.0 if recipe.family.moves_by_size else math.sqrt(K)
+        held_back, held_divided = (
+            1.0 if held.guards_moment else max(share, min(1.0, least / factor))
+            for factor in (unguarded.lr_factor(K), divided)
+        )
         for argument, value in held.all().items():
             role, before = recipe.roles[argument].name, free[argument]
-            if role in ("learning_rate", "divided_learning_rate"):
-                assert value == pytest.approx(share * before)
+            if role == "learning_rate":
+                assert value == pytest.approx(held_back * before)
+            elif role == "divided_learning_rate":  # of Muon's Adam
+                assert value == pytest.approx(held_divided * before)
             elif role == "weight_decay_independent" and recipe.values[argument]:
                 base = recipe.values[argument]
-                assert value == pytest.approx(1 - (1 - base) ** (K * share))
+                assert value == pytest.approx(1 - (1 - base) ** (K * held_back))
             else:  # weight decay too: the rate that it is multiplied by is shorter already
                 assert value == before or value == pytest.approx(before)
 
 
 def test_weight_decay_times_the_rate_is_held_back_with_it():
-    """What decays per update is lr wd: k share of the base's, whatever q does to either."""
+    """What decays per update is lr wd: k times the base's where the guard leaves the rate alone."""
     recipe = Recipe.of("adamw", kwargs={"learning_rate": 0.1, "weight_decay": 0.05})
     for rule in ("invariant", "noise_aware", "sqrt", "linear"):
+        free = recipe.at(RULES[rule], K, Noise(1.0, 3.0)).value("learning_rate")
         for phi in PHIS[:-1]:
             held = recipe.at(RULES[rule], K, Noise(1.0, 3.0), limit=phi).all()
             product = held["learning_rate"] * held["weight_decay"]
-            assert product == pytest.approx(0.1 * 0.05 * min(K, max(1.0, phi)))
+            assert product == pytest.approx(0.1 * 0.05 * K * held["learning_rate"] / free)
 
 
+@pytest.mark.parametrize(("optimizer", "least"), [("adam", K**0.5), ("sgd", 1.0)])
 @pytest.mark.parametrize(("rule", "power"), [("linear", 1.0), ("sqrt", 0.5), ("power(0.75)", 0.75)])
-def test_a_given_noise_scale_guards_a_power_of_k(rule, power):
-    given = bs_jax.scale_hyperparams(
-        "adam", {"learning_rate": 1.0}, **SIZES, rule=rule, noise_scale=128.0
-    )
-    assert given["learning_rate"] == pytest.approx(2.0**power)
+def test_a_given_noise_scale_guards_a_power_of_k(rule, power, optimizer, least):
+    """phi base steps, but no less than the square-root rule's in Adam."""
+
+    def rate(**known):
+        given = {"learning_rate": 1.0}
+        return bs_jax.scale_hyperparams(optimizer, given, **SIZES, rule=rule, **known)[
+            "learning_rate"
+        ]
+
+    for phi in (0.5, 2.0, 5.0):
+        held = max(max(1.0, phi) ** power, min(K**power, least))
+        assert rate(noise_scale=64 * phi) == pytest.approx(held)
     for free in ({"guard": False, "noise_scale": 128.0}, {}, {"noise_scale": 1e6}):
-        values = bs_jax.scale_hyperparams(
-            "adam", {"learning_rate": 1.0}, **SIZES, rule=rule, **free
-        )
-        assert values["learning_rate"] == pytest.approx(K**power)
+        assert rate(**free) == pytest.approx(K**power)
 
 
 def test_the_guard_is_data_of_the_rule():
@@ -144,8 +158,8 @@ def test_every_family_that_steps_has_a_metric_of_its_own():
         "novograd": "layer",
         "wrapper": None,
     }
-    rule = RULES["invariant"]
-    assert all(Recipe.of(name).metric(rule) is not None for name in STEPPING)
+    rule, rate = RULES["invariant"], {"learning_rate": 0.1}
+    assert all(Recipe.of(name, kwargs=rate).metric(rule) is not None for name in STEPPING)
     for part in ("clip_by_global_norm", "ema", "trace"):  # they take no steps of their own
         assert Recipe.of(part).metric(rule) is None
 
@@ -206,11 +220,46 @@ def test_until_the_noise_scale_is_known_a_step_is_the_bases():
 
 @pytest.mark.parametrize(("scale", "guard"), [(10.0, 1 / 8), (5000.0, 1.0)])
 @pytest.mark.parametrize("factory", [optax.adam, optax.lion, optax.novograd])
-def test_beyond_the_noise_scale_steps_are_the_bases_and_inside_they_are_free(factory, scale, guard):
+def test_beyond_the_noise_scale_the_guard_holds_and_inside_steps_are_free(factory, scale, guard):
     # Without momentum, which novograd sums, so that its decay changes the rate as well.
     *_, last = rates_over(bs_jax.scale_by_batch(factory, **SIZES)(0.1, b1=0.0), scale, 6)
     assert last["guard"] == pytest.approx(guard, rel=1e-5)
-    assert last["learning_rate"] == pytest.approx(0.1 * 8 * guard, rel=1e-5)
+    # Elsewhere than in Lion the second moment holds.
+    held = max(guard, 8**-0.5) if factory is optax.lion else 1.0
+    assert last["learning_rate"] == pytest.approx(0.1 * 8 * held, rel=1e-5)
+
+
+@pytest.mark.parametrize(("phi", "power"), [(0.0, 0.5), (4.0, 0.5), (8.0, 0.5), (0.0, 0.25)])
+@pytest.mark.parametrize("factory", [optax.adamw, optax.rmsprop, optax.novograd])
+def test_beyond_the_noise_scale_a_coordinates_step_is_the_square_root_rules(factory, phi, power):
+    """Never longer than invariant's, never shorter than phi/k of it; in between sqrt's own."""
+    rule = dataclasses.replace(RULES["invariant"], guard_power=power)
+    invariant, guarded, sqrt = (
+        bs_jax.scale_by_batch(factory, **SIZES, **more)(0.1)
+        for more in (
+            {"guard": False},
+            {"noise_scale": 64.0 * phi, "rule": rule},
+            {"rule": "sqrt"},
+        )
+    )
+    x = {"loud": jnp.ones(500), "quiet": jnp.ones(500)}
+    states = [tx.init(x) for tx in (invariant, guarded, sqrt)]
+    for seed in range(4):
+        loud, quiet = stats_of(10.0, 20.0, dim=500, seed=seed), stats_of(1.0, 1e4, dim=500, seed=9)
+        grads = {"loud": loud[0], "quiet": quiet[0]}
+        square = {"loud": loud[1].mean_square, "quiet": quiet[1].mean_square}
+        stats, steps = MicrobatchStats(square, 2, mean=grads), []
+        for i, tx in enumerate((invariant, guarded, sqrt)):
+            more = {} if tx is sqrt else {"microbatch": stats}
+            step, states[i] = jax.jit(tx.update)(grads, states[i], x, **more)
+            steps.append(step)
+    free, held, published = (np.concatenate([s["loud"], s["quiet"]]) for s in steps)
+    if factory is optax.adamw:  # its weight decay is the same under all three
+        free, held, published = free + 8e-5 * 0.1, held + 8e-5 * 0.1, published + 8e-5 * 0.1
+    least = free * (published / free) ** (2 * (1 - power))
+    wanted = np.clip(np.where(np.abs(published) < np.abs(free), least, free) / free, phi / 8, 1)
+    np.testing.assert_allclose(held / free, wanted, rtol=2e-3)
+    assert (phi == 8.0) == bool(np.all(held == free))
 
 
 @pytest.mark.parametrize("batch_size", [16, 64])
@@ -233,7 +282,7 @@ def test_up_to_the_base_size_the_guard_does_nothing_and_asks_for_nothing(batch_s
 def test_a_noise_scale_that_is_given_as_a_schedule_guards_rules_without_statistics(rule, power):
     """20 examples more at each base update: 64 + 20 (8 i + 3.5), read at the middle."""
     tx = bs_jax.scale_by_batch(
-        optax.adam, **SIZES, rule=rule, noise_scale=lambda count: 64.0 + 20.0 * count
+        optax.sgd, **SIZES, rule=rule, noise_scale=lambda count: 64.0 + 20.0 * count
     )(0.1)
     x = jnp.ones(3)
     state = tx.init(x)

@@ -10,6 +10,9 @@ from bs_jax.errors import UserError
 from bs_jax.scaling import (
     MicrobatchStats,
     hyperparams,
+    noise_by_group,
+    noise_sample,
+    noise_scale_by_group,
     noise_scale_estimate,
     optimizers,
     scale_by_batch,
@@ -308,6 +311,60 @@ def test_the_noise_scale_is_right_within_its_stated_spread(n):
     assert np.isinf(out.standard_error[:, 0]).all()
     # The stated spread is the true one, neither timid nor boastful.
     assert float(jnp.median(errors)) == pytest.approx(float(jnp.std(last)), rel=0.35)
+
+
+@pytest.mark.parametrize("metric", ["plain", "coordinate"])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_groups_have_noise_scales_of_their_own(as_function, metric):
+    """An embedding is ten times as noisy as the rest, and nobody sees it in the whole."""
+    params = {"embedding": jnp.ones((5, 2)), "body": {"w": jnp.ones(3), "b": jnp.ones(2)}}
+    labels = {"embedding": "embedding", "body": "rest"}
+    tx = optax.chain(
+        noise_by_group((lambda _: labels) if as_function else labels, batch_size=64, metric=metric),
+        optax.clip_by_global_norm(1e-3),
+        optax.sgd(0.1),
+    )
+    # For g = 1 and n = 4 parts of b = 16: c = (4 - s)/3, w = 4 (s - 1)/3, B_noise = b w/c.
+    squares = jax.tree.map(lambda p: 1.5 * p, params) | {"embedding": jnp.full((5, 2), 3.0)}
+    stats, state = MicrobatchStats(squares, 4, mean=params), tx.init(params)
+    assert np.isnan(noise_scale_by_group(state)["rest"].noise_scale)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(params, state, params, microbatch=stats)
+    found = noise_scale_by_group(state)
+    assert float(found["embedding"].noise_scale) == pytest.approx(16 * 4 * 2 / 1)
+    assert float(found["rest"].noise_scale) == pytest.approx(16 * 4 * 0.5 / 2.5)
+    plain = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.1))
+    assert_close(updates, plain.update(params, plain.init(params))[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda tx: tx.update(jnp.ones(3), tx.init(jnp.ones(3))), "measures micro-batches"),
+        (lambda tx: noise_by_group({"w": "a"}, batch_size=8).init({"b": 1.0}), "no prefix"),
+        (lambda tx: noise_by_group({"w": 1}, batch_size=8).init({"w": 1.0}), "1 is no label"),
+        (lambda tx: noise_scale_by_group(optax.adam(1.0).init(1.0)), "measures no groups"),
+        (lambda tx: noise_by_group("a", batch_size=8, decay=1.0), "decay is 1.0"),
+    ],
+)
+def test_mistakes_with_groups_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call(noise_by_group("all", batch_size=64))
+
+
+def test_trap_parts_of_a_sorted_batch_show_more_than_noise_and_interleaved_ones_less():
+    """Two classes that pull apart: the noise is 1 an example, whatever the order says."""
+    label = jnp.array([-1.0, 1.0]).repeat(32)
+    label = {"sorted": label, "shuffled": jax.random.permutation(jax.random.key(0), label)}
+
+    def found(order, **kwargs):
+        f = value_grad_and_stats(lambda w, y: jnp.mean(w * (0.5 + y)), microbatches=8, **kwargs)
+        _, grad, stats = f(jnp.ones(()), label[order])
+        return noise_sample(grad, stats, batch_size=64)["noise"]
+
+    assert 0.3 < float(found("shuffled")) < 3
+    assert float(found("sorted")) == pytest.approx(8 * 8 / 7)
+    assert float(found("sorted", interleave=True)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_statistics_keep_the_mean_that_narrow_gradients_round():

@@ -32,7 +32,7 @@ from bs_jax.scaling.microbatch import (
     MicrobatchStats,
     value_grad_and_stats,
 )
-from bs_jax.scaling.noise import NoiseScale
+from bs_jax.scaling.noise import NoiseScale, noise_by_group
 from bs_jax.scaling.noise import sample as noise_sample
 from bs_jax.scaling.optimizers import scale_hyperparams
 from bs_jax.scaling.rules import FAMILIES, RULES, ScalingRule, power, resolve_rule
@@ -40,6 +40,7 @@ from bs_jax.scaling.transform import (
     ScaleByBatchState,
     hyperparams,
     invariant_adamw,
+    noise_scale_by_group,
     noise_scale_estimate,
     scale_by_batch,
 )
@@ -63,7 +64,9 @@ __all__ = [
     "hyperparams",
     "invariance_check",
     "invariant_adamw",
+    "noise_by_group",
     "noise_sample",
+    "noise_scale_by_group",
     "noise_scale_estimate",
     "power",
     "ranger",

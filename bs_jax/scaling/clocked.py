@@ -125,7 +125,7 @@ def radam_clock(scaled: Scaled) -> dict[str, Scalar]:
     rule = scaled.rule
     k, lr_k = scaled.k_of("b2"), scaled.k_of("learning_rate")
     k = 1.0 if k is None else k
-    unrectified = 1.0 if lr_k is None else scaled.base_steps(lr_k) / scaled.lr_factor(lr_k)
+    unrectified = 1.0 if lr_k is None else lr_k * scaled.guard / scaled.lr_factor(lr_k)
     if not rule.own_clocks or (_is_one(k) and _is_one(unrectified)):
         return {}
     return {"k": k, "base_b2": scaled.values["b2"], "unrectified": unrectified}

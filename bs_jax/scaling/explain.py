@@ -146,7 +146,7 @@ def explain(
         label = " (family unknown)"
     elif rule.lr_power is None or recipe.family.label != "exact":
         # Nothing is exact at a power of k that holds in noise or in signal alone.
-        label = f" ({recipe.family.label})"
+        label = f" ({recipe.family.label} on the noisy quadratic)"
     title = (
         f"{recipe.optimizer.name}{label}, batch size {base_batch_size} -> {batch_size}"
         f" (k = {scaled.k:g}), rule {rule.name}"
@@ -272,16 +272,26 @@ def _notes(
         if scaled.guard == 1:
             return [f"guard: a noise scale of {noise_scale:,.0f} examples leaves k = {k:g} free"]
         return [
-            f"guard: a noise scale of {noise_scale:,.0f} examples lets steps grow to"
-            f" x{k * scaled.guard:.3g} of the base's instead of x{k:g}; the values above hold it"
+            f"guard: a noise scale of {noise_scale:,.0f} examples lets every step grow to"
+            f" x{k * scaled.guard:.3g} of the base's instead of x{k:g}; {_beyond(scaled)}"
         ]
     example = round(base_batch_size * k / 2)
     share = dataclasses.replace(scaled, limit=example / base_batch_size).guard
     return [
         "not known before training: the noise scale. It is measured while training, and the guard"
-        f" lets steps grow only up to it: with noise_scale={example} to x{k * share:.3g}; the"
+        f" lets every step grow only up to it: with noise_scale={example} to x{k * share:.3g}; the"
         f" values above are those within, x{k:g}"
     ]
+
+
+def _beyond(scaled: Scaled) -> str:
+    """Say what the guard does beyond the noise scale."""
+    if scaled.guards_moment:
+        return (
+            "beyond it the second moment holds back the coordinates whose signal dominates, to"
+            f" x{scaled.k**scaled.rule.guard_power:.3g} at least"
+        )
+    return f"the values above hold it, at x{scaled.lr_factor(scaled.k):.3g} for the learning rate"
 
 
 def _limit(k: float, base_batch_size: int) -> str:

@@ -314,23 +314,52 @@ class Scaled:
 
     @functools.cached_property
     def guard(self) -> Scalar:
-        """The share of k by which steps may grow: 1 up to the noise scale, phi/k beyond it."""
+        """The share of k by which every step may grow: 1 up to the noise scale, phi/k beyond it."""
         if self.limit is None or not self.rule.guard:
             return 1.0
-        return step_share(self.k, self.limit, self.rule.guard_power)
+        return step_share(self.k, self.limit)
 
-    def base_steps(self, k: Scalar) -> Scalar:
-        """Return the base-size updates whose movement one update may make up for."""
-        return k if is_number(self.guard) and self.guard == 1 else k * self.guard
+    @property
+    def guards_moment(self) -> bool:
+        """Whether the guard acts in the invariant second moment, coordinate by coordinate."""
+        return self.rule.invariant and self.family is not None and self.family.guards_moment
 
     def lr_factor(self, k: Scalar) -> Scalar:
         """Return F: the change of the learning rate, momentum's gain apart."""
-        steps = self.base_steps(k)
+        return self.guarded(k, self.free_lr_factor)
+
+    def free_lr_factor(self, k: Scalar, steps: Scalar) -> Scalar:
+        """Return F of an update that makes up for so many base-size ones."""
         if self.rule.lr_power is not None:
             return steps**self.rule.lr_power
         if self.family is not None and self.family.normalized:
             return steps
         return steps * self.denominator_factor(k)
+
+    def guarded(self, k: Scalar, factor: Callable[[Scalar, Scalar], Scalar]) -> Scalar:
+        """Return what a step is multiplied by, held back where the guard acts on the rate.
+
+        Args:
+            k: batch size over base batch size.
+            factor: k and the base-size updates whose movement one update makes up for -> factor.
+
+        Returns:
+            ``factor(k, k)``; beyond the noise scale ``factor(k, phi)``, but k**a at least, with a
+            the rule's ``guard_power``.
+        """
+        free = factor(k, k)
+        if self.guards_moment or (is_number(self.guard) and self.guard == 1):
+            return free
+        by_size = self.family is not None and self.family.moves_by_size
+        least = k ** (0.0 if by_size else self.rule.guard_power)
+        held = factor(k, k * self.guard)
+        if is_number(free) and is_number(held):
+            return max(held, min(free, least))
+        return jnp.maximum(held, jnp.minimum(free, least))
+
+    def held_back(self, k: Scalar) -> Scalar:
+        """Return the share of the rule's own learning rate that the guard leaves."""
+        return self.lr_factor(k) / self.free_lr_factor(k, k)
 
     def momentum_gain(self) -> Scalar:
         """Return (1 - d')/(1 - d) for momentum that sums gradients instead of averaging them."""
@@ -404,10 +433,12 @@ def _learning_rate_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
 
 
 def _divided_learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    steps = scaled.base_steps(k)
-    if scaled.rule.lr_power is not None:
-        return base * steps**scaled.rule.lr_power
-    return base * (steps * scaled.denominator_factor(k))
+    def factor(k: Scalar, steps: Scalar) -> Scalar:
+        if scaled.rule.lr_power is not None:
+            return steps**scaled.rule.lr_power
+        return steps * scaled.denominator_factor(k)
+
+    return base * scaled.guarded(k, factor)
 
 
 def _decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
@@ -477,10 +508,9 @@ def _by_q(text: str) -> Callable[[Scaled], str]:
 
 def _weight_decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     # Where the guard holds the learning rate back, the decay that it multiplies is held back too.
-    steps = scaled.base_steps(k)
     if scaled.rule.weight_decay_power is not None:
-        return base * steps**scaled.rule.weight_decay_power
-    return base * (steps / scaled.lr_factor(k))
+        return base * k**scaled.rule.weight_decay_power
+    return base * (k / scaled.free_lr_factor(k, k))
 
 
 def _weight_decay_formula(scaled: Scaled) -> str:
@@ -503,12 +533,12 @@ def _weight_decay_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
 
 def _weight_decay_normalized(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     if scaled.rule.weight_decay_power is not None:
-        return base * scaled.base_steps(k) ** scaled.rule.weight_decay_power
+        return base * k**scaled.rule.weight_decay_power
     return base / scaled.denominator_factor(k)
 
 
 def _weight_decay_independent(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return 1 - (1 - base) ** scaled.base_steps(k) if scaled.rule.time_constants else base
+    return 1 - (1 - base) ** (k * scaled.held_back(k)) if scaled.rule.time_constants else base
 
 
 def _gradient_norm(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:

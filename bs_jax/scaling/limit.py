@@ -20,15 +20,15 @@ SMALLEST_GUARD_DECAY = 0.8
 GUARD_ERRORS = 1.0
 
 
-def step_share(k: Scalar, phi: Scalar, least_power: float = 0.0) -> Scalar:
-    r"""Return the guard: the share of k by which a step may grow.
+def step_share(k: Scalar, phi: Scalar) -> Scalar:
+    r"""Return the guard: the share of k by which every step may grow.
 
     A batch of k base sizes replaces k steps by one. Where noise dominates (k below phi, the noise
     scale over the base batch size), the k steps would have gone in k random directions, and one
     step k times as long ends where they do. Where the signal dominates they would have followed
     the curvature on their way, and a step k times as long overshoots. So::
 
-        learning rate = base learning rate * k * share,   k share = min(k, max(k^a, phi))
+        k share = min(k, max(1, phi))
 
     and 1 for k <= 1.
 
@@ -36,7 +36,6 @@ def step_share(k: Scalar, phi: Scalar, least_power: float = 0.0) -> Scalar:
         k: batch size over base batch size.
         phi: noise scale over base batch size, in the metric that the optimizer moves in; 0 where
             it is not known.
-        least_power: a, in [0, 1]: beyond the noise scale steps grow by k^a at least.
 
     Returns:
         share, in (0, 1].
@@ -52,8 +51,8 @@ def step_share(k: Scalar, phi: Scalar, least_power: float = 0.0) -> Scalar:
     if isinstance(k, (int, float)) and k <= 1:
         return 1.0
     if isinstance(k, (int, float)) and isinstance(phi, (int, float)):
-        return min(1.0, max(k**least_power, phi) / k)
-    return jnp.minimum(1.0, jnp.maximum(k**least_power, phi) / k)
+        return min(1.0, max(1.0, phi) / k)
+    return jnp.minimum(1.0, jnp.maximum(1.0, phi) / k)
 
 
 def guard_decay(k: Scalar) -> Scalar:

@@ -23,7 +23,8 @@ class MicrobatchStats(NamedTuple):
     """What n micro-batches of one update say about the noise of the gradient.
 
     The micro-batches must be random parts of the batch: parts sorted by label, length or source
-    differ by more than noise, and every noise scale made of them is too large.
+    differ by more than noise, and every noise scale made of them is too large: ``"noise_aware"``
+    becomes ``"sqrt"``, and a guard holds nothing back. Nothing warns of it.
 
     Attributes:
         mean_square: mean over micro-batches of the elementwise squared gradient, each weighted as

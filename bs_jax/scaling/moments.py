@@ -336,6 +336,8 @@ class BaseMoment:
         square: v0 and its noise part, from ``noise.base_square``.
         floor: smallest share of the averaged noise part.
         eps: what the optimizer adds to each squared gradient.
+        share: of k, by which every step may grow (see ``limit.step_share``).
+        power: a: steps of coordinates whose signal dominates grow by k**a at least.
         known: whether the optimizer is in the table, so that it squares the gradients as given;
             what a user's own squares (behind clipping, say) is found by a trial update.
     """
@@ -346,7 +348,24 @@ class BaseMoment:
     square: tuple[PyTree, PyTree]
     floor: float = VARIANCE_FLOOR
     eps: Scalar = 0.0
+    share: Scalar = 1.0
+    power: float = 0.5
     known: bool = False
+
+    def guarded(self, target: jax.Array, mean: jax.Array, wide: jax.Array) -> jax.Array:
+        r"""Return the second moment that a step is divided by, larger beyond the noise scale.
+
+        ``k nu' - (k - 1) W'`` is k times the batch's own averaged square: divided by its root, a
+        step of k times the base's rate is the square-root rule's. No coordinate needs more, and
+        none gets less than ``share`` of its step.
+        """
+        if is_number(self.share) and self.share == 1:
+            return target
+        longest = jnp.maximum(target, self.k * mean - (self.k - 1) * wide)
+        if self.power != 0.5:
+            ratio = longest / jnp.where(target > 0, target, 1.0)
+            longest = target * ratio ** (2 * (1 - self.power))
+        return jnp.minimum(longest, target / self.share**2)
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
@@ -405,6 +424,7 @@ def update_with_base_moment(
         wide = keep * real_wide + add * reduce(noise + moment.eps, old_wide)
         own = own_add * reduce(square + moment.eps, mean)
         target = jnp.maximum(jnp.maximum(mean, moment.floor * wide), _ROUNDING_FLOOR * own)
+        target = moment.guarded(target, mean, wide)
         # Float32 stays where the state is bfloat16, but gives way to float64 and complex states.
         dtype = jnp.promote_types(old.dtype, jnp.float32)
         return ((target - own) / own_keep).astype(dtype), mean, wide

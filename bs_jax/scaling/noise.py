@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from bs_jax.errors import UserError
+from bs_jax.scaling.hyperparameters import check_batch_sizes
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
 from bs_jax.scaling.rules import Scalar
 
@@ -307,6 +308,113 @@ def update_noise_scale(
     """
     found = sample(grads, stats, batch_size=batch_size, metric=metric)
     return average(state, found, decay=decay)
+
+
+class NoiseByGroupState(NamedTuple):
+    """State of ``noise_by_group``.
+
+    Attributes:
+        groups: label -> running estimate.
+    """
+
+    groups: dict[str, NoiseScaleState]
+
+
+def noise_by_group(
+    labels: PyTree | Callable[[PyTree], PyTree],
+    *,
+    batch_size: int,
+    metric: str = "plain",
+    decay: float = DECAY,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Measure the gradient noise scale of each group of parameters; changes no update.
+
+    ``B_noise = tr(Sigma)/|g|^2``, the sums taken over the group's coordinates alone. An embedding,
+    of which an example touches few rows, may have ten times the noise scale of the rest. Put it
+    first in a chain, in front of what rescales gradients, and read ``noise_scale_by_group(state)``.
+
+    Args:
+        labels: a tree of strings that is a prefix of the parameters' tree, or a function from
+            parameters to one, as for ``optax.multi_transform``.
+        batch_size: examples in one update, unless ``update`` is given another.
+        metric: as in ``sample``.
+        decay: of the running averages, per update.
+
+    Returns:
+        A transformation whose ``update`` takes ``microbatch=`` and ``batch_size=``.
+
+    Raises:
+        UserError: for labels that are no prefix of the parameters, or an update without statistics.
+
+    Example:
+        >>> tx = optax.chain(noise_by_group({"embedding": "embedding", "head": "rest"},
+        ...     batch_size=64), optax.adam(1e-3))
+        >>> params = {"embedding": jnp.ones((9, 3)), "head": jnp.ones(3)}
+        >>> stats = MicrobatchStats(jax.tree.map(lambda p: 2 * p, params), 4, mean=params)
+        >>> _, state = tx.update(params, tx.init(params), params, microbatch=stats)
+        >>> sorted(state[0].groups)
+        ['embedding', 'rest']
+
+    Reference:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018.
+    """
+    check_batch_sizes(batch_size, batch_size)
+    if not 0 <= decay < 1:
+        raise UserError(f"decay is {decay!r}; give a decay below 1, e.g. {DECAY}")
+
+    def split(tree: PyTree, *rest: PyTree) -> dict[str, tuple[list[Any], ...]]:
+        """Return the leaves of each group, of every tree."""
+        named = labels(tree) if callable(labels) else labels
+        names, treedef = jax.tree.flatten(named)
+        try:
+            columns = [treedef.flatten_up_to(t) for t in (tree, *rest)]
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"the labels are no prefix of the parameters' tree: {error}; give one string for"
+                " each subtree, as for optax.multi_transform"
+            ) from error
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise UserError(f"{wrong[0]!r} is no label of a group; give strings")
+        found: dict[str, tuple[list[Any], ...]] = {}
+        for name, *parts in zip(names, *columns, strict=True):
+            group = found.setdefault(name, tuple([] for _ in columns))
+            for leaves, part in zip(group, parts, strict=True):
+                leaves.extend(jax.tree.leaves(part))
+        return found
+
+    def init(params: PyTree) -> NoiseByGroupState:
+        return NoiseByGroupState({name: init_noise_scale() for name in sorted(split(params))})
+
+    def update(
+        updates: PyTree,
+        state: NoiseByGroupState,
+        params: PyTree = None,
+        *,
+        microbatch: MicrobatchStats | None = None,
+        batch_size: Scalar = batch_size,
+        **extra_args: Any,
+    ) -> tuple[PyTree, NoiseByGroupState]:
+        if microbatch is None:
+            raise UserError(
+                "noise_by_group measures micro-batches and was given none: give"
+                " update(..., microbatch=) from bs_jax.value_grad_and_stats"
+            )
+        check_microbatch(microbatch, updates)
+        mean = updates if microbatch.mean is None else microbatch.mean
+        groups = {
+            name: update_noise_scale(
+                state.groups[name],
+                own,
+                MicrobatchStats(squares, microbatch.count, means),
+                batch_size=batch_size,
+                decay=decay,
+                metric=metric,
+            )
+            for name, (own, squares, means) in split(updates, microbatch.mean_square, mean).items()
+        }
+        return updates, NoiseByGroupState(groups)
+
+    return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
 def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:

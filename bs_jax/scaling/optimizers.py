@@ -439,7 +439,9 @@ class Recipe:
         unknown = [
             name
             for name, value in self.arguments.items()
-            if name not in self.roles and (is_numeric(value) or _is_schedule(name, value))
+            if name not in self.roles
+            and "dtype" not in name  # inject_hyperparams calls a dtype, and hands a number on
+            and (is_numeric(value) or _is_schedule(name, value))
         ]
         if not unknown:
             return []

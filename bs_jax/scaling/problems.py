@@ -102,6 +102,8 @@ def spread_quadratic(
     *,
     sigma: float = 0.1,
     base_updates: int = 1000,
+    quarters: int = 4,
+    read: Callable[[Any, Any], Any] | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     r"""Train SGD with momentum on curvatures spread over ``SPREAD``: a problem with a limit.
@@ -114,10 +116,12 @@ def spread_quadratic(
         k: batch size over base batch size.
         sigma: deviation of the base batch's noise, over the root of the curvature.
         base_updates: length, in updates of the base batch size; cosine decay to 0.
+        quarters: number of equal stretches after which to look.
+        read: ``(x, state) -> what to take the mean of``; ``None``: h x^2 / 2, the loss.
         **kwargs: further arguments of ``scale_by_batch``.
 
     Returns:
-        Mean of h x^2 / 2 after each quarter, shape (4,).
+        The mean after each stretch, shape (quarters,).
     """
     schedule = optax.cosine_decay_schedule(0.1, base_updates)
 
@@ -134,7 +138,8 @@ def spread_quadratic(
         microbatches=max(2, round(k)),
         base_updates=base_updates,
         shape=SPREAD.shape,
-        read=lambda x, _: jnp.asarray(SPREAD / 2, jnp.float32) * jnp.square(x),
+        quarters=quarters,
+        read=read or (lambda x, _: jnp.asarray(SPREAD / 2, jnp.float32) * jnp.square(x)),
         curvature=SPREAD,
     )
     return losses

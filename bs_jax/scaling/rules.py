@@ -48,7 +48,9 @@ class ScalingRule:
         overrides: pairs (hyperparameter, factor on its k), or (hyperparameter, None): left alone.
         guard: whether steps grow with the batch only up to the noise scale (see ``limit``): the
             measured one for rules that measure, a given ``noise_scale=`` for every rule.
-        guard_power: beyond the noise scale steps still grow by k to this power.
+        guard_power: a: beyond the noise scale steps grow by k**a at least: 1/2 as under the
+            square-root rule, 0 not at all. Optimizers that move by the gradient's own size (SGD)
+            read it as 0.
         origin: where the rule comes from.
 
     Example:
@@ -68,7 +70,7 @@ class ScalingRule:
     offset: float = 1.0
     overrides: tuple[tuple[str, float | None], ...] = ()
     guard: bool = True
-    guard_power: float = 0.0
+    guard_power: float = 0.5
     origin: str = ""
 
     def __post_init__(self) -> None:
@@ -267,6 +269,8 @@ class Family:
         trace_after_lr: whether momentum is taken after the learning rate.
         metric: in which the noise scale that limits its steps is measured: ``"plain"``,
             ``"coordinate"`` or ``"layer"`` (see ``noise.sample``); ``None``: it takes no steps.
+        guards_moment: whether a guard can act coordinate by coordinate, in an invariant second
+            moment that alone sets the length of the step; elsewhere it holds the rate back.
         label: ``"exact"`` or ``"approximate"``, as the noisy quadratic shows.
         note: what a user should know.
         can_be_invariant: whether the second moment can be made that of the base batch size.
@@ -278,6 +282,7 @@ class Family:
     second_moment: str = "none"
     trace_after_lr: bool = False
     metric: str | None = "coordinate"
+    guards_moment: bool = False
     label: str = "exact"
     note: str = ""
     can_be_invariant: bool = dataclasses.field(init=False)
@@ -285,6 +290,11 @@ class Family:
     def __post_init__(self) -> None:
         invariant = self.second_moment in ("ema", "sum", "layer", "factored")
         object.__setattr__(self, "can_be_invariant", invariant)
+
+    @property
+    def moves_by_size(self) -> bool:
+        """Whether a gradient twice as large moves the parameters twice as far, as in SGD."""
+        return self.denominator == "none" and not self.normalized
 
     @property
     def lr_formula(self) -> str:
@@ -307,8 +317,14 @@ class Family:
 
 _FAMILIES = (
     Family("linear", metric="plain", note="linear in the gradient"),
-    Family("adam", "raw", second_moment="ema", note="filtered gradient / root of second moment"),
-    Family("rmsprop", "raw", second_moment="ema", trace_after_lr=True),
+    Family(
+        "adam",
+        "raw",
+        second_moment="ema",
+        guards_moment=True,
+        note="filtered gradient / root of second moment",
+    ),
+    Family("rmsprop", "raw", second_moment="ema", guards_moment=True, trace_after_lr=True),
     Family(
         "centered",
         "centered",
@@ -354,8 +370,8 @@ _FAMILIES = (
     ),
     Family("lars", "raw", trace_after_lr=True, metric="layer"),
     Family("adagrad", "sum", second_moment="sum"),
-    Family("adafactor", "raw", second_moment="factored", trace_after_lr=True),
-    Family("novograd", "raw", second_moment="layer", metric="layer"),
+    Family("adafactor", "raw", second_moment="factored", guards_moment=True, trace_after_lr=True),
+    Family("novograd", "raw", second_moment="layer", guards_moment=True, metric="layer"),
     Family("wrapper", metric=None, note="has no learning rate of its own"),
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}

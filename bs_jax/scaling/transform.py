@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,12 @@ from bs_jax.scaling.hyperparameters import (
 )
 from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree
-from bs_jax.scaling.noise import NoiseScale, NoiseScaleState
+from bs_jax.scaling.noise import NoiseByGroupState, NoiseScale, NoiseScaleState
 from bs_jax.scaling.optimizers import Recipe, missing_noise, resolve_factory
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule
 
 P = ParamSpec("P")
+_State = TypeVar("_State")
 # A noise scale that the user gives: as noise, or as a schedule of examples.
 Known: TypeAlias = Noise | Callable[[Any], Any] | None
 
@@ -63,6 +65,32 @@ class InForce:
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""
         return dict(zip(self.names, self.values, strict=True))
+
+
+@jax.tree_util.register_pytree_node_class
+class ReadOnly(dict[str, Any]):
+    """Values in force, which nobody may set: a value put here would be ignored without a word."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Refuse, and say what to do.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{name} in force follows from what the factory was given, at every update; to set it"
+            " while training use optax.inject_hyperparams(bs_jax.scale_by_batch(...)), then"
+            f" optax.tree.set(state, {name}=...), at the base batch size"
+        )
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """Return values and names, for JAX."""
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> ReadOnly:
+        """Return the values by name again."""
+        return cls(zip(names, values, strict=True))
 
 
 class ScaleByBatchState(NamedTuple):
@@ -95,9 +123,19 @@ class ScaleByBatchState(NamedTuple):
         return self.clock.examples
 
     @property
-    def hyperparams(self) -> dict[str, jax.Array]:
-        """The hyperparameters of the last update by name."""
-        return self.in_force.to_dict()
+    def hyperparams(self) -> Mapping[str, jax.Array]:
+        """The hyperparameters of the last update by name, to read."""
+        return ReadOnly(self.in_force.to_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where a field of the optimizer's own state is.
+
+        Raises:
+            AttributeError: always.
+        """
+        where = f"; the optimizer's own state has it: use state.inner_state.{name}"
+        own = hasattr(self.inner_state, name)
+        raise AttributeError(f"ScaleByBatchState has no {name!r}{where if own else ''}")
 
 
 def scale_by_batch(
@@ -121,10 +159,10 @@ def scale_by_batch(
     serves unchanged: an update reads it at the middle of the base-size updates that it stands for.
 
     Beyond the gradient noise scale no rule that keeps the movement per example can be right. So a
-    rule that measures is guarded: at k > 1 the learning rate grows by ``min(k, max(k^a, phi))``
-    instead of k, with phi the noise scale over the base batch size, measured while training in the
-    metric that the optimizer moves in, and a the rule's ``guard_power``, 0 by default. Up to the
-    noise scale it is the rule unguarded.
+    rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the
+    noise scale over the base batch size, measured while training in the metric that the optimizer
+    moves in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
+    square-root rule's, coordinate by coordinate where the second moment is invariant.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
@@ -215,6 +253,8 @@ def _transformation(
     kind = recipe.invariant_moment(rule)
     decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
     metric = recipe.metric(rule)
+    # What clips and takes no step stands in front of something that does.
+    clips = bool(at_k.with_role("gradient_norm")) and not at_k.with_role("learning_rate")
     # kind: the second moment that is made the base's, or None. measures: q needs measured noise.
     # guarded: steps have a limit; guards: one that is measured here. static: numbers are known.
     measures = known_noise is None and recipe.needs_noise(rule)
@@ -299,6 +339,13 @@ def _transformation(
                 raise missing_noise(recipe, rule, by_coordinate=kind is not None)
             return state
         noise.check_microbatch(microbatch, updates)
+        if clips and microbatch.mean is None:
+            raise UserError(
+                f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
+                " optimizer behind it would compare the clipped gradient with statistics of the"
+                " raw one: give the mean gradient before clipping, microbatch._replace(mean=grads);"
+                " value_grad_and_stats and GradientAccumulator keep it"
+            )
         new_noise, limit = state.noise, state.limit
         if isinstance(new_noise, NoiseScaleState):
             decay = _noise_decay(noise_decay, recipe) ** k
@@ -356,6 +403,7 @@ def _transformation(
             size = given_size
             if is_number(size) or not is_numeric(size):
                 check_batch_sizes(size, base_batch_size)
+        _refuse_injected(recipe, state.inner_state)
         k = size / base_batch_size
         state = running_noise(state, updates, size, microbatch)
         noise_now, limit = noise_at(state.clock, size, state)
@@ -394,6 +442,8 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
+                share=scaled.guard if scaled.guards_moment else 1.0,
+                power=rule.guard_power,
                 known=scaled.known,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
@@ -433,6 +483,18 @@ def _transformation(
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+
+
+def _refuse_injected(recipe: Recipe, inner_state: Any) -> None:
+    """Raise a ``UserError`` where an optimizer's own state would overrule what is traced."""
+    injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+    is_injected = lambda x: isinstance(x, injected)  # noqa: E731
+    if any(map(is_injected, jax.tree.leaves(inner_state, is_leaf=is_injected))):
+        raise UserError(
+            f"{recipe.optimizer.name}: optax.inject_hyperparams inside scale_by_batch keeps the"
+            " values of the first update, so those that change while training would be ignored;"
+            " put it outside: optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+        )
 
 
 def _at_start(known: Known) -> Noise | None:
@@ -490,8 +552,9 @@ def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
 def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     """Return the hyperparameters in force in the last update.
 
-    Under a guard ``"guard"`` is the share of k by which steps may grow (1 inside the noise scale),
-    and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is known.
+    Under a guard ``"guard"`` is the share of k by which every step may grow (1 inside the noise
+    scale), and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is
+    known.
 
     Args:
         state: the state of a ``scale_by_batch`` transformation, or of anything that holds one: a
@@ -499,7 +562,8 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
         as_floats: whether to return Python floats, for logging, instead of float32 scalars.
 
     Returns:
-        name -> value; prefixed ``"0/"``, ``"1/"``, ... if the state holds several.
+        name -> value. Where a state holds several transformations (a scaled clip beside its
+        optimizer, say), a name that more than one has is prefixed ``"0/"``, ``"1/"``, ...
 
     Raises:
         UserError: if the state holds none.
@@ -509,9 +573,12 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
         raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
     if as_floats:
         found = [{name: float(value) for name, value in values.items()} for values in found]
-    if len(found) == 1:
-        return found[0]
-    return {f"{i}/{name}": v for i, values in enumerate(found) for name, v in values.items()}
+    held = collections.Counter(name for values in found for name in values)
+    return {
+        f"{i}/{name}" if held[name] > 1 else name: value
+        for i, values in enumerate(found)
+        for name, value in values.items()
+    }
 
 
 def guard_share(state: Any) -> Any:
@@ -543,12 +610,33 @@ def noise_scale_estimate(state: Any) -> NoiseScale | None:
     return noise.estimate(running[0])._replace(preconditioned=limit)
 
 
-def _states_in(state: Any) -> list[ScaleByBatchState]:
-    """Return the states of ``scale_by_batch`` transformations inside a state."""
+def noise_scale_by_group(state: Any) -> dict[str, NoiseScale]:
+    """Return the noise scale of each group of parameters that ``noise_by_group`` measures.
+
+    Args:
+        state: an optimizer state that holds a ``noise_by_group`` transformation's.
+
+    Returns:
+        label -> estimate with its range, NaN where nothing is known yet.
+
+    Raises:
+        UserError: if the state holds none.
+    """
+    found = _states_in(state, NoiseByGroupState)
+    if not found:
+        raise UserError(
+            "the state measures no groups; put noise_by_group(labels, ...) in its chain"
+        )
+    groups = {name: running for one in found for name, running in one.groups.items()}
+    return {name: noise.estimate(_plain_arrays(running)) for name, running in groups.items()}
+
+
+def _states_in(state: Any, kind: type[_State] = ScaleByBatchState) -> list[_State]:
+    """Return the states of one kind inside a state."""
     # flax's nnx.Optimizer is no pytree of its optimizer's state.
     state = getattr(state, "opt_state", state)
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBatchState))
-    return [x for x in leaves if isinstance(x, ScaleByBatchState)]
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
 def _plain_arrays(tree: Any) -> Any:

@@ -130,8 +130,8 @@ def notes(sweep: Sweep, same: Mapping[str, str]) -> list[str]:
     guarded = sorted({run.scaled.rule for run in sweep.runs if run.scaled.k > 1 and run.is_guarded})
     if guarded:
         lines.append(
-            f"guard: learning rates of {' and '.join(guarded)} above the base batch size grow only "
-            "up to the measured noise scale; --config.scaling.guard=False lets them"
+            f"guard: beyond the measured noise scale steps of {' and '.join(guarded)} are those of "
+            "the square-root rule; --config.scaling.guard=False lets them grow on"
         )
     return [*lines, *(f"warning: {warning}" for warning in sweep.warnings)]
 
