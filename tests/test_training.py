@@ -15,7 +15,7 @@ from bs_jax.data import AugmentSpec, augment, pipeline
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
-from bs_jax.training import optimizers, step
+from bs_jax.training import checks, optimizers, step
 from bs_jax.training.train import Interrupted, Trainer
 
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
@@ -331,6 +331,22 @@ def test_the_data_do_not_fit_the_batch(tmp_path):
 def test_the_batch_does_not_divide_by_the_devices(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 15 is not divisible by 2 devices; use 14 or"):
         train(tmp_path, {"batch_size": 15, "ghost_batch_size": 0}, devices=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ({}, 4),  # 16 examples in ghost batches of 4
+        ({"batch_size": 15, "ghost_batch_size": 0}, 5),
+        ({"batch_size": 32, "scaling.rule": "invariant"}, 2),  # in micro-batches of 16
+        ({"batch_size": 13, "ghost_batch_size": 0}, 1),
+        ({"batch_size": 32, "ghost_batch_size": 0}, 8),
+    ],
+)
+def test_a_sweep_takes_as_many_devices_as_a_batch_can_be_split_among(overrides, most):
+    run = resolve(tiny_config(**overrides))
+    assert checks.most_devices(run, 8) == most
+    checks.check_devices(run, most)
 
 
 def test_augmentation_is_the_same_at_every_batch_size():
