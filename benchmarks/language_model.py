@@ -68,7 +68,7 @@ class Problem:
     width: int = 64
     layers: int = 2
     vocabulary: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     base_batch_size: int = 16
     examples: int = 10_240
     chunk_examples: int = 512  # between two looks at the noise scale

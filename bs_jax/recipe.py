@@ -814,6 +814,11 @@ class ResolvedRun(Training):
         return self.batch_ramp.kind != "off"
 
     @property
+    def is_guarded(self) -> bool:
+        """Whether steps grow with the batch only up to the noise scale that training measures."""
+        return isinstance(self.optimizer, ScaledWhileTraining) and self.optimizer.scaling.guard
+
+    @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Every batch size that it may come to, ascending; of most runs there is one."""
         return self.batch_ramp.sizes(self.batch_size, self.micro_batch_size)

@@ -47,6 +47,7 @@ def test_train_step_tells_its_share_of_the_peak(tmp_path):
     assert "ratio_torch_over_ours" not in result
 
 
+@pytest.mark.long
 def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
     tiny = gpu.Size(
         model="resnet4_patch",

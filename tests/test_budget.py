@@ -56,11 +56,13 @@ def test_a_cohort_side_by_side_has_the_priority_of_its_first_unfinished_run():
 def test_the_budget_stops_as_a_signal_does_and_says_that_it_was_the_time():
     before = signal.getsignal(signal.SIGTERM)
     began = time.monotonic()
-    with budget.Budget(0.02, 20.0, began) as limit, StopRequest(30.0) as stop:
+    said = []
+    with budget.Budget(0.02, 20.0, began, said.append) as limit, StopRequest(30.0) as stop:
         while not stop() and time.monotonic() - began < 5:
             time.sleep(0.005)
         assert stop.number == signal.SIGTERM
     assert limit.over
+    assert said == ["the time of --budget_minutes is nearly over"]
     assert not limit.room_for_report
     assert 0.5 < time.monotonic() - began < 1.2  # a third is kept for saving and the report
     assert limit.grace_seconds == pytest.approx(0.2)

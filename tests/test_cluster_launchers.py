@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from helpers import commands
 from helpers.runs import fake_run
 
 from bs_jax.errors import UserError
@@ -101,11 +102,13 @@ def test_on_ray_every_run_finishes_once_though_a_node_is_lost(tmp_path):
     assert sorted(done) == sorted(result["planned"])
 
 
+RECIPE = ("--config=tests/faults/recipe.py", "--sweep=tiny")
+
+
 def main(*flags):
-    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", "--sweep=tiny", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    code, out = commands.run(*flags, recipe=RECIPE)
+    assert code == 0, out
+    return out
 
 
 @needs_ray
@@ -132,8 +135,6 @@ def test_printed_commands_train_each_run_and_the_report_follows(tmp_path):
 
 
 def test_an_unknown_run_is_refused(tmp_path):
-    command = [sys.executable, "main.py", "--config=tests/faults/recipe.py", "--sweep=tiny"]
-    command += ["--only=b16-s0-nothing", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 2
-    assert "unknown run in --only 'b16-s0-nothing'" in done.stderr
+    code, out = commands.run("--only=b16-s0-nothing", f"--workdir={tmp_path}", recipe=RECIPE)
+    assert code == 2
+    assert "unknown run in --only 'b16-s0-nothing'" in out

@@ -1,17 +1,17 @@
 """Help, version, wrong flags and fields: what a newcomer types, answered in a line or a page."""
 
-import contextlib
 import fcntl
 import os
 import re
+import select
 import struct
-import subprocess
-import sys
+import tempfile
 import termios
 import types
 from pathlib import Path
 
 import pytest
+from helpers import commands
 
 from bs_jax.cli import config, fields, help, recipes
 from bs_jax.errors import UserError
@@ -21,15 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def said(*words, code=0, cwd=ROOT):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder, "errors")
+        process = commands.start(*words, recipe=(), cwd=cwd, errors=errors)
+        found, out = commands.finish(process)
+        told = errors.read_text()
+    assert found == code, told
+    return out if code == 0 else told
 
 
 def test_help_lists_every_flag_and_every_field_of_the_recipe_with_its_comment():
@@ -176,19 +174,16 @@ def test_tables_fit_a_terminal_of_80_columns(words):
     """Of a real terminal; every hyperparameter is there, and no cell is cut."""
     main, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(ROOT / "main.py"), *words]
-    environment = {**os.environ, "TERM": "dumb"}
-    environment.pop("COLUMNS", None)
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=terminal, stderr=subprocess.STDOUT, env=environment
+    process = commands.start(
+        *words, recipe=(), output=Path(os.ttyname(terminal)), TERM="dumb", COLUMNS=""
     )
-    os.close(terminal)
     found = b""
-    with contextlib.suppress(OSError):  # the terminal's other end is closed
-        while part := os.read(main, 1 << 16):
-            found += part
+    while process.poll() is None or select.select([main], [], [], 0)[0]:
+        if select.select([main], [], [], 0.05)[0]:
+            found += os.read(main, 1 << 16)
     os.close(main)
-    assert process.wait(timeout=60) == 0, found
+    os.close(terminal)
+    assert process.returncode == 0, found
     lines = re.sub(r"\x1b\[[0-9;]*m", "", found.decode()).replace("\r", "").splitlines()
     assert max(len(line) for line in lines if " points: " not in line) <= 80
     text = " ".join(lines)

@@ -1,5 +1,6 @@
 """The examples run in a short form, and the study that is built on one counts right."""
 
+import functools
 import importlib
 import itertools
 import json
@@ -42,7 +43,8 @@ def test_merged_tokens_decode_to_the_text(raw):
         assert not any((a, b) == pair for a, b in itertools.pairwise(merged))
 
 
-def test_the_language_model_learns_while_its_batch_may_follow_the_noise():
+def test_the_language_model_learns_while_its_batch_may_follow_the_noise(monkeypatch):
+    monkeypatch.setattr(example, "GPT", functools.partial(example.GPT, width=64, layers=1))
     flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
 
@@ -93,6 +95,14 @@ class TestStudy:
     def small(self, monkeypatch):
         monkeypatch.setattr(study, "TINY", self.problem)
 
+    def test_a_row_says_what_was_trained(self, tmp_path):
+        flags = ["--tiny", "--seeds=0", "--arms=base", f"--out={tmp_path / 'rows.jsonl'}"]
+        (base,) = study.main(flags)
+        assert (base["arm"], base["k"], base["seed"], base["updates"]) == ("base", 1.0, 0, 32)
+        assert base["validation_loss"] < math.log(256)
+        assert study.main(flags) == [base]
+
+    @pytest.mark.long
     def test_rows_are_kept_and_not_trained_again(self, tmp_path, capsys):
         out = tmp_path / "rows.jsonl"
         flags = ["--tiny", "--seeds=0", "--scales=2", f"--out={out}"]

@@ -223,6 +223,28 @@ def test_the_page_and_the_terminal_show_every_finding():
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_finding_says_how_many_runs_it_waits_for():
+    results = sweep_of(PUBLISHED_TRUTH)
+    gone = {run_id for run_id in results.runs if run_id.startswith("bn_lin-256")}
+    missing = {"status": "unfinished", "metrics": {}}
+    results = dataclasses.replace(
+        results,
+        rows=tuple(
+            dataclasses.replace(row, **missing) if row.run_id in gone else row
+            for row in results.rows
+        ),
+        runs={
+            i: dataclasses.replace(run, **missing) if i in gone else run
+            for i, run in results.runs.items()
+        },
+    )
+    found = analysis.analyse(results)
+    waits = [answer.waits_for for answer in findings.answer(found)]
+    assert waits == [len(gone), 0, 0, 0, 0, len(gone)]  # BatchNorm's, and what is held against it
+    page = shown.section(results, found, None).html()
+    assert page.count(f"0 seeds a point; it waits for {len(gone)} runs.") == 2
+
+
 def test_controls_and_measuring_rules_stand_beside_the_findings():
     results = sweep_of(PUBLISHED_TRUTH, sd=1e-6)
     curve = {"optim/learning_rate": Curve(np.array([64, 128]), np.array([0.1, 0.1]))}

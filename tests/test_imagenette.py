@@ -1,14 +1,12 @@
 """The published recipe and its sweeps: every point, every hyperparameter, without data."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import commands
 from PIL import Image
 
 from bs_jax.errors import UserError
@@ -207,26 +205,15 @@ def test_the_listing_has_a_line_a_point_and_says_what_is_measured(seed_sweep):
 
 
 def test_a_dry_run_needs_no_data_and_lists_300_points():
-    command = "main.py --config=configs/imagenette.py --mode=sweep --sweep=seed --dry_run"
-    done = subprocess.run(
-        [sys.executable, *command.split(), "--config.data.name=folder:/nowhere"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    flags = ("--config=configs/imagenette.py", "--mode=sweep", "--sweep=seed", "--dry_run")
+    code, out = commands.run(*flags, "--config.data.name=folder:/nowhere", recipe=())
+    assert code == 0, out
+    lines = out.splitlines()
     assert sum(line.split()[0] in SCALED for line in lines) == 300
     assert "300 points, 218 runs" in lines
-    wrong = subprocess.run(
-        [sys.executable, "main.py", "--config=configs/imagenette.py:quik", "--dry_run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert wrong.stderr.startswith("error: configs/imagenette.py has no form 'quik'")
+    code, out = commands.run("--config=configs/imagenette.py:quik", "--dry_run", recipe=())
+    assert code == 2
+    assert out.startswith("error: configs/imagenette.py has no form 'quik'")
 
 
 @pytest.mark.long
@@ -252,16 +239,14 @@ def test_the_controls_run_from_a_folder_of_images_and_answer_the_findings(tmp_pa
         "config.train_epochs": "1",
         "config.model.name": "resnet4_patch",
     }
-    done = subprocess.run(
-        [sys.executable, "main.py", *(f"--{name}={value}" for name, value in flags.items())],
-        cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=900,
+    process = commands.start(
+        *(f"--{name}={value}" for name, value in flags.items()),
+        recipe=(),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "The published findings" in done.stdout
+    code, out = commands.finish(process, 900)
+    assert code == 0, out[-2000:]
+    assert "The published findings" in out
     page = (tmp_path / "work/report/index.html").read_text()
     assert "2 weight decay" in page
     assert "Weight decay alone at the base batch size 64" in page

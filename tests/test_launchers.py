@@ -162,7 +162,8 @@ def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number
     process = start("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
     wait_until_one_trains(tmp_path, process)
     if number == signal.SIGINT:  # Ctrl-C comes to the whole group
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
     else:
         process.send_signal(number)
     out, _ = process.communicate(timeout=120)

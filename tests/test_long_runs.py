@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from helpers.process import open_files, resident_mib
-from helpers.training import rows, tiny_config, tiny_data
+from helpers.training import rows, tiny_config, tiny_data, trainer_of
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep import worker
@@ -20,7 +20,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /pr
 @linux
 def test_run_after_run_leaves_no_file_open(tmp_path):
     runs = [resolve(tiny_config(seed=seed, tensorboard=True)) for seed in range(5)]
-    trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1])
+    trainer = trainer_of(runs[0])
     trainer.train([RunFolder(tmp_path / "0", runs[0])])
     before = open_files()
     for number, run in enumerate(runs[1:], 1):

@@ -3,11 +3,11 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "cluster"
@@ -101,9 +101,7 @@ def test_the_indexed_job_numbers_its_processes():
 
 
 def test_every_flag_that_is_shown_exists():
-    helped = subprocess.run(
-        [sys.executable, "main.py", "--helpfull"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
+    _, helped = commands.run("--helpfull", recipe=())
     known = set(re.findall(r"^\s+--(?:\[no\])?([\w.]+):", helped, re.M))
     texts = [path.read_text() for path in (*SCRIPTS, *MANIFESTS, ROOT / "docs" / "cluster.md")]
     for text in texts:

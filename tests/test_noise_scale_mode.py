@@ -4,16 +4,13 @@ import csv
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import commands
 from helpers.training import tiny_config, tiny_data
 
 from bs_jax import models
@@ -26,7 +23,6 @@ from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.statistics import noise_curve
 from bs_jax.training.train import Interrupted, Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 BATCH, BASE = 64, 32
 
 
@@ -79,6 +75,21 @@ def test_the_running_estimate_follows_a_shrinking_gradient():
     assert curve.rows[-1]["largest_k"] > 4 * curve.rows[0]["largest_k"]
 
 
+def test_the_ramp_that_the_noise_allows_is_advised_with_what_it_saves():
+    """Half of the lower end allows 64 after 200 examples, and 128 after 600 of 1,000."""
+    lows = {100: math.nan, 200: 130.0, 400: 200.0, 600: 256.0, 800: math.inf, 1000: 1e6}
+    curve = noise_curve.NoiseScaleCurve(
+        BATCH, BASE, [{"examples": at, "low": low} for at, low in lows.items()]
+    )
+    assert curve.ramp() == [(0, 32), (200, 64), (600, 128)]
+    updates = 200 / 32 + 400 / 64 + 400 / 128
+    assert f"That is {updates:,.0f} updates for 31 at 32 throughout, 50 % fewer" in curve.advice()
+    assert "--config.batch_size=128 --config.batch_ramp.kind=stages" in curve.advice()
+    assert "stages=((0, 32), (200, 64), (600, 128))'" in curve.advice()
+    low = [{"examples": at, "low": 60.0} for at in (100, 200)] + [{"examples": 300, "low": 1e9}]
+    assert "no ramp is advised" in noise_curve.NoiseScaleCurve(BATCH, BASE, low).advice()
+
+
 def test_no_signal_is_said_and_not_invented(tmp_path):
     curve = curve_of(synthetic_rows(400.0, [0.0] * 5))
     assert all(math.isinf(row["high"]) for row in curve.rows)
@@ -94,7 +105,7 @@ def test_the_table_and_the_figure():
     lines = curve.to_text().splitlines()
     assert len(lines) <= 18
     assert lines[0].split()[:4] == ["examples", "B_noise", "from", "to"]
-    assert lines[-2].split()[0] == "64,000"
+    assert lines[-3].split()[0] == "64,000"
     figure = plots.noise_scale_figure(curve.rows, BATCH, BASE, errors=2.0)
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
@@ -201,14 +212,14 @@ def test_records_without_noise_are_named(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [
-        sys.executable, "main.py", "--mode=noise_scale", "--config.scaling.rule=none",
+    flags = [
+        "--mode=noise_scale", "--config.scaling.rule=none",
         "--config.train_examples=1024", "--config.eval_every_examples=1024",
         "--config.log_every_examples=256", "--config.model.name=resnet4_patch",
         f"--workdir={tmp_path}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
-    assert "largest k inside" in done.stdout
+    code, out = commands.run(*flags, recipe=())
+    assert code == 0, out
+    assert "largest k inside" in out
     written = {path.name for path in tmp_path.glob("noise_scale.*")}
     assert written == {"noise_scale.csv", "noise_scale.json", "noise_scale.png"}

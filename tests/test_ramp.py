@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers.training import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train, trainer_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +26,9 @@ STAGES = {
     "batch_ramp.kind": "stages",
     "batch_ramp.stages": ((0, 8), (0.25, 16), (96, 32)),
     "scaling.rule": "sqrt",
+    "schedule.name": "constant",
     "ema_decay": 0.9,
+    "checkpoint_every_examples": 48,
 }
 NOISE = {
     "batch_size": 64,
@@ -34,35 +36,58 @@ NOISE = {
     "batch_ramp.kind": "noise",
     "batch_ramp.share": 50.0,  # so that the few, noisy updates of a test let it grow
     "scaling.rule": "noise_aware",
+    "checkpoint_every_examples": 48,
 }
-# What depends on the state is the harder; the other repeats it.
-RAMPS = [pytest.param(STAGES, id="stages", marks=pytest.mark.long), pytest.param(NOISE, id="noise")]
 
 
 def sizes(found):
     return [(row["examples"], row["batch_size"]) for row in found]
 
 
-def test_given_stages_begin_at_the_first_update_past_their_start(tmp_path):
-    found = train(tmp_path, STAGES)
+class Whole:
+    """A ramp that nobody disturbed."""
+
+    def __init__(self, overrides, path):
+        self.run = resolve(tiny_config(**overrides))
+        self.trainer = trainer_of(self.run)
+        self.path = path
+        self.trainer.train([RunFolder(path, self.run)])
+        self.rows = rows(path)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return Whole(STAGES, tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    return Whole(NOISE, tmp_path_factory.mktemp("noise"))
+
+
+@pytest.fixture(params=["stages", "noise"])
+def whole(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_given_stages_begin_at_the_first_update_past_their_start(stages):
+    found = stages.rows
     # From 48 examples on 16 an update, from 96 on 32; a logging point every 32 examples.
     assert sizes(found) == [(32, 8), (48, 8), (64, 16), (96, 16), (128, 32), (160, 32), (192, 32)]
     assert [row["step"] for row in found] == [4, 6, 7, 9, 10, 11, 12]
     assert [row["examples"] for row in found if "eval/loss" in row] == [96, 192]
-    assert "batch_size" not in json.loads((tmp_path / "summary.json").read_text())["final"]
+    assert "batch_size" not in json.loads((stages.path / "summary.json").read_text())["final"]
 
 
-def test_hyperparameters_follow_the_size_in_force(tmp_path):
-    overrides = STAGES | {"schedule.name": "constant"}
-    found = train(tmp_path, overrides)
-    config = tiny_config(**overrides)
+def test_hyperparameters_follow_the_size_in_force(stages):
+    found, run = stages.rows, stages.run
+    config = tiny_config(**STAGES)
     base = config["optimizer"]["hyperparams"]
     for row in found:
         k = row["batch_size"] / 16
         if row["examples"] in (48, 96):  # windows that end at a change hold one size too
             assert row["optim/b1"] == pytest.approx(base["b1"] ** k, rel=1e-5)
         assert row["optim/learning_rate"] == pytest.approx(base["learning_rate"] * k**0.5, rel=1e-5)
-    run = resolve(config)
     for size in run.batch_sizes:
         own = step.run_inputs(run, size).hyperparams
         assert float(own["bn_decay"]) == pytest.approx(config["bn_decay"] ** (size / 16))
@@ -84,8 +109,8 @@ def test_a_ramp_of_one_size_trains_as_that_size_does(tmp_path):
         )
 
 
-def test_the_batch_follows_the_noise_and_the_record_says_why(tmp_path):
-    found = train(tmp_path, NOISE)
+def test_the_batch_follows_the_noise_and_the_record_says_why(noise):
+    found = noise.rows
     assert found[0]["batch_size"] == 16
     assert found[-1]["batch_size"] == 64
     for before, after in itertools.pairwise(found):
@@ -94,8 +119,6 @@ def test_the_batch_follows_the_noise_and_the_record_says_why(tmp_path):
         grown = after["batch_size"] > before["batch_size"]
         low = before["noise_scale_low"]
         assert grown == (before["batch_size"] < 64 and 2 * before["batch_size"] <= 50 * low)
-    held = train(tmp_path / "held", NOISE | {"batch_ramp.share": 1e-6})
-    assert {row["batch_size"] for row in held} == {16}
 
 
 def stop_after(chunks):
@@ -103,29 +126,52 @@ def stop_after(chunks):
     return lambda: next(calls) + 1 >= chunks
 
 
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, overrides):
-    """Interrupted at each chunk's end, changes of size among them; for kills see test_faults.py."""
-    run = resolve(tiny_config(**overrides))
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
-    whole = RunFolder(tmp_path / "whole", run)
-    trainer.train([whole])
-    changes = {b for a, b in itertools.pairwise(row["batch_size"] for row in rows(whole.path))}
+def test_a_ramp_goes_on_to_the_same_bits_from_every_chunk(tmp_path, whole):
+    """Interrupted at each chunk's end, changes of size among them."""
+    changes = {b for a, b in itertools.pairwise(row["batch_size"] for row in whole.rows)}
     assert len(changes) > 1
-    folder, interruptions = RunFolder(tmp_path / "parts", run), 0
+    folder, interruptions = RunFolder(tmp_path, whole.run), 0
     while not folder.done:
         try:
-            trainer.train([folder], should_stop=stop_after(1))
+            whole.trainer.train([folder], should_stop=stop_after(1))
         except Interrupted:
             interruptions += 1
     assert interruptions >= 2
-    assert rows(folder.path) == rows(whole.path)
+    assert rows(folder.path) == whole.rows
+
+
+class Killed(BaseException):
+    """Stands for a signal that no handler sees: nothing is saved after it."""
+
+
+def test_a_ramp_that_is_killed_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path, whole):
+    changed = [
+        after["examples"]
+        for before, after in itertools.pairwise(whole.rows)
+        if before["batch_size"] != after["batch_size"]
+    ]
+    assert len(changed) == 2
+    folder = RunFolder(tmp_path, whole.run)
+
+    def kill(event):
+        if event["event"] == "progress" and event["examples"] >= changed[0]:
+            changed.pop(0)
+            raise Killed
+
+    for _ in range(2):  # as soon as the first update of the new size is recorded
+        with pytest.raises(Killed):
+            whole.trainer.train([folder], kill)
+    whole.trainer.train([folder])
+    assert rows(folder.path) == whole.rows
 
 
 @two_devices
-@pytest.mark.parametrize("overrides", RAMPS)
-def test_two_devices_agree_on_the_size_and_train_like_one(tmp_path, overrides):
-    one, two = train(tmp_path / "one", overrides), train(tmp_path / "two", overrides, devices=2)
+def test_two_devices_agree_on_the_size_and_train_like_one(tmp_path, noise):
+    grown = next(i for i, row in enumerate(noise.rows) if row["batch_size"] > 16)
+    end = noise.rows[grown]["examples"]  # each further size would be another program to compile
+    trainer = Trainer(noise.run, tiny_data(), jax.devices()[:2])
+    trainer.train([RunFolder(tmp_path, noise.run)], until_examples=end)
+    one, two = noise.rows[: grown + 1], rows(tmp_path)
     assert sizes(two) == sizes(one)
     losses = [[row["train/loss"] for row in found] for found in (one, two)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
@@ -144,12 +190,12 @@ def test_checkpoints_and_streaming_do_not_move_a_change(tmp_path):
     ]
 
 
-stages = st.lists(
+later_stages = st.lists(
     st.tuples(st.integers(1, 400), st.integers(1, 64)), max_size=4, unique_by=lambda pair: pair[0]
 )
 
 
-@given(stages, st.integers(1, 64))
+@given(later_stages, st.integers(1, 64))
 def test_every_stage_begins_as_soon_as_an_update_ends_past_its_start(later, first):
     given_stages = ((0, first), *sorted(later))
     most = max(size for _, size in given_stages)
@@ -176,6 +222,7 @@ def test_a_noise_scale_that_is_not_known_never_lets_the_batch_grow(low):
     ramp = FollowNoise((16, 32), share=1e9, every_examples=16)
     assert ramp.batch_size(16, 16, lambda: low) == 16
     assert ramp.batch_size(16, 16, lambda: 1.0) == 32
+    assert FollowNoise((16, 32), share=0.5, every_examples=16).batch_size(16, 16, lambda: 63) == 16
 
 
 def test_a_ramp_is_part_of_a_runs_name_only_where_it_is_on():
@@ -244,6 +291,4 @@ def test_a_ramp_does_not_go_on_from_another_run(tmp_path):
     run = resolve(tiny_config(**STAGES))
     other = OtherRun(tmp_path / "other", Recipe.parse(tiny_config(**STAGES)))
     with pytest.raises(UserError, match="begin a ramp with the run"):
-        Trainer(run, tiny_data(), jax.devices()[:1]).train(
-            [RunFolder(tmp_path / "new", run)], other_run=other
-        )
+        trainer_of(run).train([RunFolder(tmp_path / "new", run)], other_run=other)

@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers.training import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train, trainer_of
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe
@@ -18,7 +18,7 @@ from bs_jax.sweep.points import resolve
 from bs_jax.training import step
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.checkpoint import Checkpoints
-from bs_jax.training.train import Interrupted, Trainer
+from bs_jax.training.train import Interrupted
 
 
 def losses(found):
@@ -31,7 +31,7 @@ def interrupted(path, devices=1, chunks=1, **overrides):
     folder = RunFolder(path, run)
     calls = iter(range(chunks))
     with pytest.raises(Interrupted):
-        Trainer(run, tiny_data(), jax.devices()[:devices]).train(
+        trainer_of(run, devices=devices).train(
             [folder], should_stop=lambda: next(calls, None) == chunks - 1
         )
     return folder
@@ -85,14 +85,14 @@ def test_at_the_same_batch_size_a_restored_run_is_the_rest_of_the_other(tmp_path
     whole = train(tmp_path / "whole")
     other = other_run(tmp_path, tiny_config())
     folder = RunFolder(tmp_path / "rest", resolve(tiny_config()))
-    Trainer(folder.run, tiny_data(), jax.devices()[:1]).train([folder], other_run=other)
+    trainer_of(folder.run).train([folder], other_run=other)
     assert rows(folder.path) == [row for row in whole if row["examples"] > 96]
 
 
 def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     recipe = tiny_config(**{"batch_size": 32, "scaling.rule": "sqrt", "eval_every_examples": 32})
     other, run = other_run(tmp_path, recipe), resolve(recipe)
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
+    trainer = trainer_of(run)
     whole, parts = RunFolder(tmp_path / "whole", run), RunFolder(tmp_path / "parts", run)
     trainer.train([whole], other_run=other)
     assert [row["examples"] for row in rows(whole.path)] == [128, 160, 192]
@@ -145,7 +145,7 @@ def test_a_changed_config_is_refused_with_what_changed_and_the_flag_that_permits
     assert "label_smoothing is" in str(refused.value)
     assert "--allow_config_change" in str(refused.value)
     folder = RunFolder(tmp_path, longer, allow_change=True)
-    Trainer(longer, tiny_data(), jax.devices()[:1]).train([folder])
+    trainer_of(longer).train([folder])
     assert rows(tmp_path)[-1]["examples"] == 288
     assert folder.done
     assert json.loads((tmp_path / "config.json").read_text())["train_examples"] == 288

@@ -59,7 +59,7 @@ def family_of(check):
     return Recipe.of(check.factory, kwargs=check.recipe).family
 
 
-def train(check, k, rule):
+def train(check, k, rule, **way):
     def make(batch_size, base_batch_size):
         scaled = scale_by_batch(
             check.factory,
@@ -72,7 +72,7 @@ def train(check, k, rule):
 
     return problems.run(
         make, k=k, sigmas=problems.SIGMAS, microbatches=2 if k != 1 else 1, shape=check.shape,
-        read=check.evaluate,
+        read=check.evaluate, **way,
     )  # fmt: skip
 
 
@@ -83,10 +83,12 @@ def test_eight_times_the_batch_follows_the_base(name):
     assert off <= STRAY.get(name, problems.EXACT_WITHIN)
 
 
-@pytest.mark.parametrize("name", ["lion", "novograd", "adagrad", "adabelief", "ranger"])
+@pytest.mark.parametrize("name", ["lion", "adagrad", "ranger"])
 def test_a_quarter_of_the_batch_follows_the_base(name):
+    """The first quarter of the way; the whole way of every optimizer in the long form."""
     rule = "invariant" if family_of(CHECKS[name]).can_be_invariant else "noise_aware"
-    assert np.abs(train(CHECKS[name], 0.25, rule) - BASE[name]).max() <= problems.EXACT_WITHIN
+    found = train(CHECKS[name], 0.25, rule, base_updates=1000, quarters=1)
+    assert np.abs(found - BASE[name][:, :1]).max() <= problems.EXACT_WITHIN
 
 
 @pytest.mark.long

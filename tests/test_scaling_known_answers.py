@@ -46,9 +46,15 @@ def adam(rule, **kwargs):
     return make
 
 
+def run(make_optimizer, k, **kwargs):
+    """The way of the table; at a quarter of the batch, where it takes longest, half of it."""
+    half = {"base_updates": 2000, "quarters": 2} if k < 1 else {}
+    return problems.run(make_optimizer, k=k, sigmas=SIGMAS, **half, **kwargs)
+
+
 @pytest.fixture(scope="module")
 def base():
-    return problems.run(adam("none"), k=1, sigmas=SIGMAS)
+    return run(adam("none"), k=1)
 
 
 def test_the_base_run(base):
@@ -59,12 +65,12 @@ def test_the_base_run(base):
 def test_the_table(k, rule, base):
     measured = rule in ("noise_aware", "invariant")
     # The table's invariant rows were made with a floor of .05 under the second moment.
-    make = adam(rule, variance_floor=0.05)
-    got = problems.run(make, k=k, sigmas=SIGMAS, microbatches=2 if measured else 1)
-    np.testing.assert_allclose(got, TABLE[k, rule], atol=NOISE)
-    off = np.abs(got - base).max()
+    got = run(adam(rule, variance_floor=0.05), k=k, microbatches=2 if measured else 1)
+    shown = got.shape[1]
+    np.testing.assert_allclose(got, np.array(TABLE[k, rule])[:, :shown], atol=NOISE)
+    base = base[:, :shown]
     if measured:
-        assert off < 0.01
+        assert np.abs(got - base).max() < 0.01
     else:
         # Each published rule is right at its own end of the noise and wrong at the other.
         wrong, right = (
@@ -77,13 +83,13 @@ def test_the_table(k, rule, base):
 
 
 def test_the_default_floor_comes_closer_than_the_tables(base):
-    got = problems.run(adam("invariant"), k=0.25, sigmas=SIGMAS, microbatches=2)
-    np.testing.assert_allclose(got, base, atol=0.006)
+    got = run(adam("invariant"), k=0.25, microbatches=2)
+    np.testing.assert_allclose(got, base[:, : got.shape[1]], atol=0.006)
 
 
 @pytest.mark.parametrize("microbatches", [4, 8])
 def test_more_micro_batches_come_closer(microbatches, base):
-    got = problems.run(adam("invariant"), k=8, sigmas=SIGMAS, microbatches=microbatches)
+    got = run(adam("invariant"), k=8, microbatches=microbatches)
     np.testing.assert_allclose(got, base, atol=0.006)
 
 

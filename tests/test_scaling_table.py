@@ -162,7 +162,10 @@ AROUND = {
 
 @each(AROUND, one_in=4)
 def test_inside_other_transformations_it_is_the_hand_scaled_one(name, column):
-    """To the bit, at batch sizes and under rules that change from row to row."""
+    """At batch sizes and under rules that change from row to row.
+
+    Up to the last digits: in a program of its own XLA may fuse the same operations otherwise.
+    """
     (factory, recipe), around, row = TABLE[name], AROUND[column], list(TABLE).index(name)
     k = 1 if factory in REBUILT else (4, 0.25, 1.5)[row % 3]
     rule = UNMEASURED[row % len(UNMEASURED)]
@@ -176,7 +179,7 @@ def test_inside_other_transformations_it_is_the_hand_scaled_one(name, column):
     grads = gradients(4)
     got, state, updates = train(around(scaled(factory, rule, k)(**recipe)), grads)
     expected, _, expected_updates = train(around(factory(**recipe | by_hand)), grads)
-    assert_equal((got, updates), (expected, expected_updates))
+    assert_close((got, updates), (expected, expected_updates), rtol=5e-6, atol=1e-9)
     shown = hyperparams(state, as_floats=True)
     assert shown == pytest.approx({n: v for n, v in by_hand.items() if n in shown}, rel=1e-6)
 
@@ -251,6 +254,7 @@ def test_a_value_in_force_is_read_only():
     state = scaled(optax.adam, "sqrt")(1e-2).init(PARAMS)
     with pytest.raises(UserError, match=r"learning_rate in force.*inject_hyperparams"):
         state.hyperparams["learning_rate"] = 0.0
+    assert not {"update", "pop", "setdefault"} & set(dir(state.hyperparams))
     assert float(jax.jit(lambda s: s.hyperparams)(state)["learning_rate"]) == pytest.approx(2e-2)
 
 

@@ -1,12 +1,11 @@
 """SGD with and without momentum trains through the whole trainer."""
 
 import pytest
-from helpers.training import tiny_config, tiny_data
+from helpers.training import tiny_config, trainer_of
 
 from bs_jax.recipe import FixedValues
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
-from bs_jax.training.train import Trainer
 
 
 @pytest.mark.parametrize("rule", ["linear", "noise_aware"])
@@ -14,13 +13,12 @@ from bs_jax.training.train import Trainer
     "hyperparams", [{"learning_rate": 0.1}, {"learning_rate": 0.02, "momentum": 0.9}]
 )
 def test_sgd_trains(tmp_path, rule, hyperparams):
-    import jax
 
     config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "optimizer.name": "sgd"})
     config["optimizer"]["hyperparams"] = hyperparams
     run = resolve(config)
     # SGD is linear in the gradient: nothing has to be measured, whatever the noise.
     assert isinstance(run.optimizer, FixedValues)
-    (summary,) = Trainer(run, tiny_data(), jax.devices()[:1]).train([RunFolder(tmp_path, run)])
+    (summary,) = trainer_of(run).train([RunFolder(tmp_path, run)])
     assert summary.status == "done"
     assert summary.final["train/loss"] < 1.2

@@ -7,15 +7,14 @@ import struct
 import sys
 import types
 
-import jax
 import pytest
-from helpers.training import tiny_config, tiny_data
+from helpers.training import tiny_config, trainer_of
 
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
 from bs_jax.training import trackers
-from bs_jax.training.train import Interrupted, Trainer
+from bs_jax.training.train import Interrupted
 
 LONG = {"train_examples": 256, "eval_every_examples": 64, "log_every_examples": 32}
 
@@ -25,7 +24,7 @@ def run_of(**overrides):
 
 
 def interrupted_and_resumed(folder, run):
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
+    trainer = trainer_of(run)
     calls = iter(range(9))
     with pytest.raises(Interrupted):
         trainer.train([RunFolder(folder, run)], should_stop=lambda: next(calls) >= 1)

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.training import rows, tiny_config, tiny_data, train
+from helpers.training import rows, tiny_config, tiny_data, train, trainer_of
 
 from bs_jax import models
 from bs_jax.data import AugmentSpec, augment, pipeline
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
-from bs_jax.training import optimizers, step
+from bs_jax.training import checks, optimizers, step
 from bs_jax.training.train import Interrupted, Trainer
 
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
@@ -142,7 +142,7 @@ def test_vmapped_runs_equal_looped_ones(tmp_path, rule):
     runs = [resolve(config) for config in configs]
     found = {}
     for vmapped in (False, True):
-        trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1], vmapped=vmapped)
+        trainer = trainer_of(runs[0], vmapped=vmapped)
         folders = [RunFolder(tmp_path / f"{vmapped}{run.run_id}", run) for run in runs]
         trainer.train(folders)
         found[vmapped] = [losses(rows(folder.path)) for folder in folders]
@@ -192,7 +192,7 @@ def stop_after(chunks):
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, rule, vmapped):
     config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "ema_decay": 0.9})
     run = resolve(config)
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1], vmapped=vmapped)
+    trainer = trainer_of(run, vmapped=vmapped)
     for name, interrupt in (("whole", False), ("parts", True)):
         folder = RunFolder(tmp_path / name, run)
         if interrupt:
@@ -246,7 +246,7 @@ def test_vmapped_runs_meet_at_a_step_that_all_have_and_keep_their_lanes(tmp_path
     """One run is ahead by a checkpoint, one has finished: what is left has the same bits."""
     shape = {"checkpoint_every_examples": 48, "optimizer.hyperparams.learning_rate": 1e-2}
     runs = [resolve(tiny_config(**shape, seed=seed)) for seed in (0, 1, 2)]
-    trainer = Trainer(runs[0], tiny_data(), jax.devices()[:1], vmapped=True)
+    trainer = trainer_of(runs[0], vmapped=True)
     whole = [RunFolder(tmp_path / f"whole{n}", run) for n, run in enumerate(runs)]
     trainer.train(whole)
     parts = [RunFolder(tmp_path / f"parts{n}", run) for n, run in enumerate(runs)]
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     whole = train(tmp_path / "whole", {"checkpoint_every_examples": 48})
     run = resolve(tiny_config(checkpoint_every_examples=48))
     folder = RunFolder(tmp_path / "damaged", run)
-    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
+    trainer = trainer_of(run)
     with pytest.raises(Interrupted):
         trainer.train([folder], should_stop=stop_after(3))
     newest = max((folder.path / "checkpoints").iterdir(), key=lambda path: int(path.name))
@@ -284,8 +284,9 @@ def test_data_that_do_not_fit_on_the_device_are_streamed(tmp_path, monkeypatch):
     pytest.importorskip("grain")
     resident = train(tmp_path / "resident")
     monkeypatch.setattr("bs_jax.training.feed._RESIDENT_SHARE", 0.0)
-    streamed = train(tmp_path / "streamed")
-    assert streamed[-1] == resident[-1]
+    run = resolve(tiny_config())
+    Trainer(run, tiny_data(), jax.devices()[:1]).train([RunFolder(tmp_path / "streamed", run)])
+    assert rows(tmp_path / "streamed")[-1] == resident[-1]
 
 
 def test_tensorboard_files_hold_the_metrics(tmp_path):
@@ -330,6 +331,22 @@ def test_the_data_do_not_fit_the_batch(tmp_path):
 def test_the_batch_does_not_divide_by_the_devices(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 15 is not divisible by 2 devices; use 14 or"):
         train(tmp_path, {"batch_size": 15, "ghost_batch_size": 0}, devices=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [
+        ({}, 4),  # 16 examples in ghost batches of 4
+        ({"batch_size": 15, "ghost_batch_size": 0}, 5),
+        ({"batch_size": 32, "scaling.rule": "invariant"}, 2),  # in micro-batches of 16
+        ({"batch_size": 13, "ghost_batch_size": 0}, 1),
+        ({"batch_size": 32, "ghost_batch_size": 0}, 8),
+    ],
+)
+def test_a_sweep_takes_as_many_devices_as_a_batch_can_be_split_among(overrides, most):
+    run = resolve(tiny_config(**overrides))
+    assert checks.most_devices(run, 8) == most
+    checks.check_devices(run, most)
 
 
 def test_augmentation_is_the_same_at_every_batch_size():

@@ -32,7 +32,7 @@ def write_report(workdir: Path) -> None:
 
     from bs_jax import studies
     from bs_jax.records import results
-    from bs_jax.report import terminal
+    from bs_jax.report import terminal, words
     from bs_jax.report import write as report
     from bs_jax.statistics import analysis
 
@@ -44,4 +44,6 @@ def write_report(workdir: Path) -> None:
     console.print(terminal.verdict_table(analysed))
     for extra in extras:
         console.print(extra.terminal)
+    if open_yet := words.progress(found, analysed):
+        console.print(open_yet, markup=False, highlight=False)
     print(f"Report: {path}")

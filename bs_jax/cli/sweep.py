@@ -171,7 +171,7 @@ def _sweep() -> int:
             wanted, len(wanted) - len(pending), quiet=not distributed.is_first()
         )
         schedule = _schedule(pending, planned)
-        limit = budget.Budget(FLAGS.budget_minutes, FLAGS.grace_seconds, _BEGAN)
+        limit = budget.Budget(FLAGS.budget_minutes, FLAGS.grace_seconds, _BEGAN, display.note)
         with display, limit:
             display.pending(pending)
             try:

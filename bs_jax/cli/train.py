@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from bs_jax.cli import common, config, processes
-from bs_jax.recipe import Recipe, ResolvedRun, ScaledWhileTraining
+from bs_jax.recipe import Recipe, ResolvedRun
 from bs_jax.records import stores
 
 FLAGS = flags.FLAGS
@@ -107,9 +107,7 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     for name, value in planned.scaled.values.items():
         shown = "estimated while training" if value is None else f"{value:.6g}"
         print(f"  {name}: {planned.scaled.base[name]:.6g} -> {shown}")
-    optimizer = planned.optimizer
-    guarded = isinstance(optimizer, ScaledWhileTraining) and optimizer.scaling.guard
-    if guarded and planned.scaled.k > 1:
+    if planned.is_guarded and planned.scaled.k > 1:
         print("  guard: beyond the measured noise scale steps are those of the square-root rule;")
         print("         --config.scaling.guard=False lets them grow on")
     for warning in planned.scaled.warnings:

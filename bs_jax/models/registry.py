@@ -87,9 +87,9 @@ def create(
         >>> import jax, jax.numpy as jnp
         >>> model = create("resnet8_patch", num_classes=10)
         >>> images = jnp.zeros((2, 28, 28, 1))
-        >>> variables = jax.jit(model.init, static_argnames="train")(
-        ...     jax.random.key(0), images, train=False)
-        >>> model.apply(variables, images, train=False).shape
+        >>> init, apply = (jax.jit(f, static_argnames="train") for f in (model.init, model.apply))
+        >>> variables = init(jax.random.key(0), images, train=False)
+        >>> apply(variables, images, train=False).shape
         (2, 10)
     """
     if name not in _CATALOGUE:

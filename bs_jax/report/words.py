@@ -251,7 +251,7 @@ def progress(results: Results, analysis: Analysis) -> str:
         missing = {
             row.run_id: row.batch_size
             for row in results.rows
-            if row.arm == arm.arm and row.run_id in waiting
+            if row.arm == arm.arm and row.offset == 1 and row.run_id in waiting  # what it is about
         }
         # What differs at one point stays different; to be equivalent takes every point.
         closed = bool(arm.groups) and not missing and arm.verdict == Verdict.EQUIVALENT

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
@@ -68,15 +68,25 @@ class InForce:
 
 
 @jax.tree_util.register_pytree_node_class
-class ReadOnly(dict[str, Any]):
+class ReadOnly(Mapping[str, Any]):
     """Values in force, which nobody may set: a value put here would be ignored without a word."""
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        """Refuse, and say what to do.
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
 
-        Raises:
-            UserError: always.
-        """
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
         raise UserError(
             f"{name} in force follows from what the factory was given, at every update; to set it"
             " while training use optax.inject_hyperparams(bs_jax.scale_by_batch(...)), then"
@@ -85,12 +95,12 @@ class ReadOnly(dict[str, Any]):
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         """Return values and names, for JAX."""
-        return tuple(self.values()), tuple(self)
+        return tuple(self._values.values()), tuple(self._values)
 
     @classmethod
     def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> ReadOnly:
         """Return the values by name again."""
-        return cls(zip(names, values, strict=True))
+        return cls(dict(zip(names, values, strict=True)))
 
 
 class ScaleByBatchState(NamedTuple):

@@ -58,7 +58,7 @@ class NoiseScaleCurve:
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in cells
         ]
-        return "\n".join([*lines, self.conclusion()])
+        return "\n".join([*lines, self.conclusion(), self.advice()])
 
     def _cells(self, row: Mapping[str, float]) -> tuple[str, ...]:
         return (
@@ -80,6 +80,35 @@ class NoiseScaleCurve:
             f"Batch size {self.batch_size} lies inside the noise scale in {100 * inside:.0f} % of "
             f"training and past it in {100 * past:.0f} %, both beyond {ERRORS:g} standard errors. "
             "Past it a larger batch buys little and no rule follows the base."
+        )
+
+    def ramp(self) -> list[tuple[int, int]]:
+        """The stages (examples, batch size) that a `scaling.BatchRamp` from the base would take."""
+        from bs_jax.scaling import BatchRamp
+
+        size, end = self.base_batch_size, int(self.rows[-1]["examples"])
+        asked = BatchRamp(batch_size=size, largest=max(end, size), patience=1)
+        stages = [(0, size)]
+        for row in self.rows:
+            if asked.next_batch_size(row["low"]) != stages[-1][1]:
+                stages.append((int(row["examples"]), asked.batch_size))
+        return [stages[0], *(stage for stage in stages[1:] if sum(stage) <= end)]
+
+    def advice(self) -> str:
+        """Return the ramp in words, what it saves, and how to train it."""
+        (_, base), *rises = stages = self.ramp()
+        if not rises:
+            return f"It never allows twice the base batch size of {base}: no ramp is advised."
+        end = int(self.rows[-1]["examples"])
+        ends = [start for start, _ in rises] + [end]
+        updates = sum((to - at) / size for (at, size), to in zip(stages, ends, strict=True))
+        shown = ", ".join(f"{size} from {start:,} examples" for start, size in rises)
+        flags = f"--config.batch_size={rises[-1][1]} --config.batch_ramp.kind"
+        return (
+            f"A ramp at half of its lower end: {base}, {shown}. That is {updates:,.0f} updates for "
+            f"{end / base:,.0f} at {base} throughout, {100 * (1 - updates * base / end):.0f} % "
+            f"fewer. To train it: {flags}=noise, which measures for itself, or "
+            f"{flags}=stages '--config.batch_ramp.stages={tuple(stages)}'"
         )
 
     def to_csv(self) -> str:

@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,21 @@ class Budget:
         minutes: from `began` to the end of the process; 0: as long as it takes.
         grace_seconds: that saving may take.
         began: time of the process's begin, of `time.monotonic`.
+        say: called with a line for the user before this process is asked to stop.
 
     Attributes:
         over: whether the time was up.
         grace_seconds: what is left for saving where the budget is short.
     """
 
-    def __init__(self, minutes: float, grace_seconds: float, began: float) -> None:
+    def __init__(
+        self,
+        minutes: float,
+        grace_seconds: float,
+        began: float,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._say = say
         reserve = min(grace_seconds + _REPORT_SECONDS, 60 * minutes / 3)
         self.grace_seconds = min(grace_seconds, reserve / 2) if minutes else grace_seconds
         self._end_at = began + 60 * minutes if minutes else math.inf
@@ -64,6 +72,7 @@ class Budget:
         while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             if self._left.wait(0.05):
                 return
+        self._say("the time of --budget_minutes is nearly over")  # who else would send a signal?
         os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *failure: Any) -> None:

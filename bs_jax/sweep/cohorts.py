@@ -150,7 +150,7 @@ class CohortTrainer:
             Interrupted: `should_stop` said so; the states are saved.
             UserError: a mistake of the user's.
         """
-        from bs_jax.training import compilation, inputs, optimizers, parallel, train
+        from bs_jax.training import checks, compilation, inputs, optimizers, parallel, train
 
         run = folders[0].run
         key = (optimizers.cohort_key(run), vmapped)
@@ -161,9 +161,10 @@ class CohortTrainer:
             source = inputs.data_key(run.data)
             if source not in self._data:
                 self._data[source] = inputs.load_data(run.data)
-            self._trainer = train.Trainer(
-                run, self._data[source], parallel.training_devices(), vmapped=vmapped
-            )
+            devices = parallel.training_devices()
+            if distributed.process_count() == 1:  # a small batch cannot be split among many
+                devices = devices[: checks.most_devices(run, len(devices))]
+            self._trainer = train.Trainer(run, self._data[source], devices, vmapped=vmapped)
             self._key = key
         with contextlib.ExitStack() as stack:
 

@@ -127,6 +127,12 @@ def notes(sweep: Sweep, same: Mapping[str, str]) -> list[str]:
     """
     lines = [f"at all points: {', '.join(f'{n} {v}' for n, v in same.items())}"] if same else []
     lines.append(f"{len(sweep.rows)} points, {len(sweep.runs)} runs")
+    guarded = sorted({run.scaled.rule for run in sweep.runs if run.scaled.k > 1 and run.is_guarded})
+    if guarded:
+        lines.append(
+            f"guard: beyond the measured noise scale steps of {' and '.join(guarded)} are those of "
+            "the square-root rule; --config.scaling.guard=False lets them grow on"
+        )
     return [*lines, *(f"warning: {warning}" for warning in sweep.warnings)]
 
 

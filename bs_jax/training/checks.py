@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 
 from bs_jax.errors import UserError
@@ -13,6 +14,15 @@ def check_devices(run: ResolvedRun, devices: int) -> None:
     """Raise a UserError unless every batch of a run can be spread evenly over so many devices."""
     for batch_size in run.batch_sizes:
         _check_devices(run, batch_size, devices)
+
+
+def most_devices(run: ResolvedRun, devices: int) -> int:
+    """The most devices, at most so many, over which every batch of a run can be spread evenly."""
+    for count in range(devices, 1, -1):
+        with contextlib.suppress(UserError):
+            check_devices(run, count)
+            return count
+    return 1
 
 
 def _check_devices(run: ResolvedRun, batch: int, devices: int) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from .campaign import run_campaign, table
+from .faults import ALL
 
 
 def main() -> int:
@@ -21,11 +22,19 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="at least so many SIGKILLs")
     parser.add_argument("--others", type=int, default=10, help="of each other fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", action="append", choices=list(ALL), help="these alone")
     arguments = parser.parse_args()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="bs_jax-faults-"))
     try:
-        results = run_campaign(folder, arguments.kills, arguments.others, arguments.seed, say=print)
+        results = run_campaign(
+            folder,
+            arguments.kills,
+            arguments.others,
+            arguments.seed,
+            kinds=arguments.kind or ALL,
+            say=print,
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(table(results))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from .zygote import Command, Zygote
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE / "recipe.py"
@@ -39,86 +38,35 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._buffer, self._ended = b"", {}
-        self._pids: list[int] = []
         self._wanted: dict[tuple[str, ...], dict] = {}
         self.seconds: dict[tuple[str, ...], float] = {}
         self.changes: dict[tuple[str, ...], list[str]] = {}
 
     def __enter__(self) -> Bench:
         environment = {
-            **os.environ,
-            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-                "JAX_COMPILATION_CACHE_DIR", str(self.folder / "cache")
-            ),
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **os.environ,
             "JAX_PLATFORMS": "cpu",
         }
-        self._zygote = subprocess.Popen(
-            [sys.executable, str(HERE / "zygote.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        self._zygote = Zygote(environment)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        assert self._zygote.stdin is not None
-        self._zygote.stdin.close()
-        self._zygote.wait(30)
-        assert self._zygote.stdout is not None
-        self._zygote.stdout.close()
+        self._zygote.close()
 
-    def start(self, kind: tuple[str, ...], workdir: Path, *more: str, **request: object) -> int:
-        """Start the command of a kind on a work folder; its process id."""
-        request |= {
-            "flags": [f"--config={RECIPE}", *kind, f"--workdir={workdir}", *more],
-            "output": str(self.output(workdir)),
-        }
-        assert self._zygote.stdin is not None
-        self._zygote.stdin.write(json.dumps(request).encode() + b"\n")
-        self._zygote.stdin.flush()
-        while not self._pids:
-            self._pump(10)
-        return self._pids.pop()
+    def start(self, kind: tuple[str, ...], workdir: Path, *more: str, **request: Any) -> Command:
+        """Start the command of a kind on a work folder."""
+        flags = [f"--config={RECIPE}", *kind, f"--workdir={workdir}", *more]
+        return self._zygote.start(flags, self.output(workdir), **request)
 
     def output(self, workdir: Path) -> Path:
         """What the commands on a work folder wrote, one after another."""
         return self.folder / f"{workdir.name}.out"
 
-    def wait(self, pid: int, seconds: float = 120) -> int:
-        """Wait for a command; its exit code, negative for a signal."""
-        deadline = time.monotonic() + seconds
-        while pid not in self._ended:
-            if time.monotonic() > deadline:
-                os.killpg(pid, signal.SIGKILL)
-                raise TimeoutError(f"process {pid} did not end within {seconds} seconds")
-            self._pump(0.2)
-        return self._ended.pop(pid)
-
-    def running(self, pid: int) -> bool:
-        """Whether a command has not ended yet."""
-        self._pump(0)
-        return pid not in self._ended
-
-    def run(self, kind: tuple[str, ...], workdir: Path, *more: str, **request: object) -> int:
-        """Do a command to its end."""
-        return self.wait(self.start(kind, workdir, *more, **request))
-
-    def _pump(self, seconds: float) -> None:
-        assert self._zygote.stdout is not None
-        if not select.select([self._zygote.stdout], [], [], seconds)[0]:
-            return
-        read = os.read(self._zygote.stdout.fileno(), 1 << 16)
-        if not read:
-            raise RuntimeError("the zygote ended")
-        *lines, self._buffer = (self._buffer + read).split(b"\n")
-        for line in lines:
-            answer = json.loads(line)
-            if "pid" in answer:
-                self._pids.append(answer["pid"])
-            else:
-                self._ended[answer["ended"]] = answer["code"]
+    def run(self, kind: tuple[str, ...], workdir: Path, *more: str, **request: Any) -> int:
+        """Do a command to its end; its exit code, negative for a signal."""
+        return self.start(kind, workdir, *more, **request).wait()
 
     def undisturbed(self, kind: tuple[str, ...]) -> dict:
         """What the command leaves if nothing happens to it; timed and its changes listed once."""

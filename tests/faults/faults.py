@@ -54,13 +54,13 @@ def kill_at_a_time(kind: tuple[str, ...], number: signal.Signals = signal.SIGKIL
         bench.undisturbed(kind)
         done = []
         for _ in range(_CHAIN):
-            pid = bench.start(kind, workdir)
+            command = bench.start(kind, workdir)
             seconds = rng.uniform(0.15, 0.9) * bench.seconds[kind]
             time.sleep(seconds)
-            if not bench.running(pid):
+            if command.poll() is not None:
                 break
-            os.kill(pid, number)
-            code = bench.wait(pid)
+            command.send_signal(number)
+            code = command.wait()
             if code == 0:
                 break
             # Before the handler is there the signal has its usual effect.
@@ -140,11 +140,11 @@ def damage_a_finished_record(bench: Bench, workdir: Path, rng: random.Random) ->
 
 def second_process(bench: Bench, workdir: Path, rng: random.Random) -> list[str]:
     """The same command twice at once."""
-    pids = []
+    started = []
     for _ in range(2):
-        pids.append(bench.start(TRAIN, workdir))
+        started.append(bench.start(TRAIN, workdir))
         time.sleep(rng.uniform(0, 0.3))
-    codes = [bench.wait(pid) for pid in pids]
+    codes = [command.wait() for command in started]
     assert codes == [0, 0], codes
     return ["two processes at once: codes 0 and 0"]
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import itertools
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from faults.zygote import Command, Zygote
+
 ROOT = Path(__file__).resolve().parents[2]
+_NUMBERS = itertools.count()
 TINY = (
     "--config.data.name=synthetic:3x192",
     "--config.data.image_size=8",
@@ -28,29 +33,58 @@ TINY = (
 )
 
 
+@functools.cache
+def _forked() -> tuple[Zygote, Path]:
+    """The process that all commands of this one are forked from, and a folder for their output.
+
+    The imports of a command take longer than most commands themselves.
+    """
+    zygote, folder = Zygote(), tempfile.TemporaryDirectory(prefix="bs_jax-commands-")
+    atexit.register(folder.cleanup)
+    atexit.register(zygote.close)
+    return zygote, Path(folder.name)
+
+
 def start(
-    *flags: str, devices: int = 1, recipe: Sequence[str] = TINY, **environment: str
-) -> subprocess.Popen[str]:
-    """Start ``python main.py`` with the tiny recipe, or another, and more flags."""
-    return subprocess.Popen(
-        [sys.executable, "main.py", *recipe, *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # a group of its own, as at a terminal
-        env={
-            **os.environ,
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-            + f" --xla_force_host_platform_device_count={devices}",
-            **environment,
-        },
+    *flags: str,
+    devices: int = 1,
+    recipe: Sequence[str] = TINY,
+    cwd: Path = ROOT,
+    output: Path | None = None,
+    errors: Path | None = None,
+    **environment: str,
+) -> Command:
+    """Start ``python main.py`` with the tiny recipe, or another, and more flags.
+
+    Args:
+        *flags: further flags.
+        devices: CPU devices that it sees.
+        recipe: flags before those.
+        cwd: its working directory.
+        output: a file or terminal that it writes to in place of one of its own.
+        errors: the same for its standard error alone.
+        **environment: variables beside this process's.
+    """
+    zygote, folder = _forked()
+    devices_flag = f" --xla_force_host_platform_device_count={devices}"
+    variables = {
+        **os.environ,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + devices_flag,
+        **environment,
+    }
+    return zygote.start(
+        [*recipe, *flags],
+        output or folder / f"{next(_NUMBERS)}.out",
+        errors=errors,
+        cwd=cwd,
+        environment=variables,
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
-    """Wait for a process; its exit code and output."""
+def finish(process: Command, seconds: float = 300) -> tuple[int, str]:
+    """Wait for a command; its exit code and output."""
     out, _ = process.communicate(timeout=seconds)
+    assert process.returncode is not None
     return process.returncode, out
 
 
@@ -64,7 +98,7 @@ def run(
 @contextlib.contextmanager
 def joined(
     count: int, *flags: str, devices: int = 1, recipe: Sequence[str] = TINY
-) -> Iterator[list[subprocess.Popen[str]]]:
+) -> Iterator[list[Command]]:
     """Processes that train one run; those still alive at the end are killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

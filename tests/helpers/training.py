@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from bs_jax.data.image_data import ArraySplit, ImageData
+from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import apply_overrides, resolve
+from bs_jax.training import optimizers
 from bs_jax.training.train import Trainer
 
 SIZE = 8  # pixels
@@ -65,11 +67,26 @@ def tiny_config(**overrides) -> dict:
     return apply_overrides(config, small | overrides)
 
 
+_TRAINERS: dict[tuple[str, int, bool], Trainer] = {}
+
+
+def trainer_of(run: ResolvedRun, *, devices: int = 1, vmapped: bool = False) -> Trainer:
+    """The trainer on the tiny data of every run that shares this run's programs.
+
+    Tracing and compiling them takes far longer than a run. A test that changes what a trainer is
+    made of makes its own.
+    """
+    key = (optimizers.cohort_key(run), devices, vmapped)
+    if key not in _TRAINERS:
+        made = Trainer(run, tiny_data(), jax.devices()[:devices], vmapped=vmapped)
+        _TRAINERS[key] = made
+    return _TRAINERS[key]
+
+
 def train(path: Path, overrides: dict | None = None, *, devices: int = 1, **kwargs) -> list[dict]:
     """Train one run of the tiny recipe and return its rows of metrics."""
     run = resolve(tiny_config(**(overrides or {})))
-    folder = RunFolder(path, run)
-    Trainer(run, tiny_data(), jax.devices()[:devices]).train([folder], **kwargs)
+    trainer_of(run, devices=devices).train([RunFolder(path, run)], **kwargs)
     return rows(path)
 
 

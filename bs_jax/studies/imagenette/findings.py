@@ -141,6 +141,7 @@ class Effect:
       low, high: its 95 % interval; NaN where no seed noise is known.
       batch_sizes, pairs: how many of each it is the mean of.
       seeds: fewest finished seeds of a point in it.
+      groups: the points that it is made of, the rival's included.
       diverged: runs in it that diverged.
       p_supported: small says that the direction is as claimed; NaN if it could not be tested.
       p_contradicted: small says that it is the opposite.
@@ -154,6 +155,7 @@ class Effect:
     batch_sizes: tuple[int, ...]
     pairs: int
     seeds: int
+    groups: tuple[Group, ...]
     diverged: int
     p_supported: float
     p_contradicted: float
@@ -176,6 +178,16 @@ class Answer:
     p_supported: float
     p_contradicted: float
     verdict: str
+
+    @property
+    def waits_for(self) -> int:
+        """Runs of its points that are neither finished nor diverged."""
+        groups = {
+            (group.arm, group.batch_size, group.offset): group
+            for effect in self.effects
+            for group in effect.groups
+        }
+        return sum(group.unfinished for group in groups.values())
 
 
 def answer(analysis: Analysis, findings: Sequence[Finding] = PUBLISHED) -> tuple[Answer, ...]:
@@ -256,8 +268,9 @@ def _effect(contrast: Contrast, sides: Mapping[str, Groups], analysis: Analysis)
         shared = {size for size, _, _ in matched} & {size for size, _, _ in rivals}
         matched = [entry for entry in matched if entry[0] in shared]
         rivals = [entry for entry in rivals if entry[0] in shared]
-    everyone = [group for _, *both in (*matched, *rivals) for group in both]
-    diverged = sum({id(group): group.diverged for group in everyone}.values())
+    both_sides = [group for _, *both in (*matched, *rivals) for group in both]
+    everyone = tuple({(g.arm, g.batch_size, g.offset): g for g in both_sides}.values())
+    diverged = sum(group.diverged for group in everyone)
     ours, theirs = _weights(matched), _weights(rivals)
     estimate = _estimate(ours, analysis)
     p_supported = p_contradicted = low = high = math.nan
@@ -278,6 +291,7 @@ def _effect(contrast: Contrast, sides: Mapping[str, Groups], analysis: Analysis)
         batch_sizes=tuple(dict.fromkeys(size for size, _, _ in matched)),
         pairs=len({(first.arm, second.arm) for _, first, second in matched}),
         seeds=min((len(group.values) for group in everyone), default=0),
+        groups=everyone,
         diverged=diverged,
         p_supported=p_supported,
         p_contradicted=p_contradicted,

@@ -116,7 +116,9 @@ def _line(found: Answer, second: Answer | None, analysis: Analysis) -> Html:
     kind, sign, _ = _BADGES[found.verdict]
     sides = {effect.contrast.side: effect for effect in reversed(found.effects)}
     notes = [_in_words(effect, found, analysis) for effect in reversed(sides.values())]
-    notes.append(f"{count(min(e.seeds for e in found.effects if e.pairs), 'seed')} a point.")
+    seeds = count(min(e.seeds for e in found.effects if e.pairs), "seed")
+    waits = f"; it waits for {count(found.waits_for, 'run')}" if found.waits_for else ""
+    notes.append(f"{seeds} a point{waits}.")
     if second is not None:
         notes.append(f"By the smoothed accuracy: {second.verdict}.")
     return tag(
