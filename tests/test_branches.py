@@ -42,6 +42,7 @@ def of_training(found, start=0):
     return [row["train/loss"] for row in found if row["examples"] > start]
 
 
+@pytest.mark.long
 def test_a_branch_like_its_trunk_is_the_run_itself_however_often_it_is_stopped(tmp_path):
     cadences = {"eval_every_examples": 64, "checkpoint_every_examples": 64}
     whole = train(tmp_path / "whole", cadences)

@@ -86,6 +86,7 @@ def test_a_run_that_a_lost_node_recorded_and_did_not_tell_of_is_told_once(tmp_pa
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @needs_ray
 def test_on_ray_every_run_finishes_once_though_a_node_is_lost(tmp_path):
     found = subprocess.run(

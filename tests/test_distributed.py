@@ -27,6 +27,7 @@ def until_end(processes):
     return [finish(process) for process in processes]
 
 
+@pytest.mark.long
 def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
     code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=2)
     assert code == 0, out

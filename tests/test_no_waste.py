@@ -168,6 +168,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert 12000 <= memory.peak_bytes(loop, x) <= 20000
 
 
+@pytest.mark.long
 def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
     runs = folders(tmp_path, *({"seed": seed} for seed in range(5)))
     one, sizes = [], []

@@ -127,6 +127,7 @@ def measuring(overrides, data=None):
     return measure
 
 
+@pytest.mark.long
 def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
     """Learning rate 0: mean and variance of the gradient of a ghost batch by brute force."""
     ghost, data = 4, tiny_data(train=960)

@@ -236,14 +236,17 @@ def test_explain_says_what_is_known_before_training_and_what_is_not():
     assert "not known before training" in unknown
     assert "with noise_scale=256 to x4" in unknown
     (known,) = notes(noise_scale=205.0)
-    assert "lets steps grow to x3.2 of the base's instead of x8" in known
+    assert "lets every step grow to x3.2 of the base's instead of x8" in known
+    assert "the coordinates whose signal dominates, to x2.83 at least" in known
     (free,) = notes(noise_scale=1000.0)
     assert "leaves k = 8 free" in free
     for nothing in ({"batch_size": 16}, {"rule": "sqrt"}, {"rule": "seed"}):
         assert notes(**nothing) == []
     assert notes(rule=bs_jax.RULES["invariant"].replace(guard=False)) == []
-    table = bs_jax.explain("adamw", **SIZES, noise_scale=205.0, rule="invariant", learning_rate=1.0)
-    assert table.rows[0]["new"] == pytest.approx(205 / 64)
+    for optimizer, rate in (("adamw", 8.0), ("sgd", 205 / 64)):
+        given = {"noise_scale": 205.0, "rule": "invariant", "learning_rate": 1.0}
+        table = bs_jax.explain(optimizer, **SIZES, **given)
+        assert table.rows[0]["new"] == pytest.approx(rate)
 
 
 # Values that were silent

@@ -62,7 +62,8 @@ def scaled(factory, rule, k=4):
 
 
 def statistics(grads, count=4):
-    return MicrobatchStats(jax.tree.map(lambda g: 1.5 * jnp.square(g) + 0.1, grads), count)
+    square = jax.tree.map(lambda g: 1.5 * jnp.square(g) + 0.1, grads)
+    return MicrobatchStats(square, count, mean=grads)
 
 
 @each(EVERY_RULE)

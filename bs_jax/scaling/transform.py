@@ -349,12 +349,15 @@ def _transformation(
                 raise missing_noise(recipe, rule, by_coordinate=kind is not None)
             return state
         noise.check_microbatch(microbatch, updates)
-        if clips and microbatch.mean is None:
-            raise UserError(
+        if clips and rule.measures and microbatch.mean is None:
+            # By itself the clip is right; what stands behind it is not seen from here.
+            warnings.warn(
                 f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
                 " optimizer behind it would compare the clipped gradient with statistics of the"
                 " raw one: give the mean gradient before clipping, microbatch._replace(mean=grads);"
-                " value_grad_and_stats and GradientAccumulator keep it"
+                " value_grad_and_stats and GradientAccumulator keep it",
+                ScalingWarning,
+                stacklevel=3,
             )
         new_noise, limit = state.noise, state.limit
         if isinstance(new_noise, NoiseScaleState):
