@@ -334,5 +334,5 @@ def test_one_update_is_a_short_walk_through_few_files():
     walk = functions_run(lambda: tx.update(PARAMS, state, PARAMS, microbatch=stats))
     files = [file for file, _ in walk]
     assert len(set(files)) <= 8, sorted(set(files))
-    assert len(set(walk)) <= 57, sorted(set(walk))
-    assert sum(a != b for a, b in itertools.pairwise(files)) <= 44
+    assert len(set(walk)) <= 56, sorted(set(walk))
+    assert sum(a != b for a, b in itertools.pairwise(files)) <= 43

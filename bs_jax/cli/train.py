@@ -108,8 +108,8 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
         shown = "estimated while training" if value is None else f"{value:.6g}"
         print(f"  {name}: {planned.scaled.base[name]:.6g} -> {shown}")
     if planned.is_guarded and planned.scaled.k > 1:
-        print("  guard: beyond the measured noise scale steps are those of the square-root rule;")
-        print("         --config.scaling.guard=False lets them grow on")
+        print("  guard: beyond the measured noise scale steps fall back to the square-root rule's")
+        print("         (SGD's to the base's); --config.scaling.guard=False lets them grow on")
     for warning in planned.scaled.warnings:
         print(f"warning: {warning}")
     if FLAGS.dry_run:

@@ -328,11 +328,14 @@ class Scaled:
         """Return F: the change of the learning rate, momentum's gain apart."""
         return self.guarded(k, self.free_lr_factor)
 
-    def free_lr_factor(self, k: Scalar, steps: Scalar) -> Scalar:
-        """Return F of an update that makes up for so many base-size ones."""
+    def free_lr_factor(self, k: Scalar, steps: Scalar, divided: bool = False) -> Scalar:
+        """Return F of an update that makes up for so many base-size ones.
+
+        ``divided``: of the rate of a part whose second moment alone sets the length of a step.
+        """
         if self.rule.lr_power is not None:
             return steps**self.rule.lr_power
-        if self.family is not None and self.family.normalized:
+        if self.family is not None and self.family.normalized and not divided:
             return steps
         return steps * self.denominator_factor(k)
 
@@ -345,7 +348,7 @@ class Scaled:
 
         Returns:
             ``factor(k, k)``; beyond the noise scale ``factor(k, phi)``, but k**a at least, with a
-            the rule's ``guard_power``.
+            the rule's ``guard_power`` (0 for what moves by the gradient's own size).
         """
         free = factor(k, k)
         if self.guards_moment or (is_number(self.guard) and self.guard == 1):
@@ -433,12 +436,7 @@ def _learning_rate_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
 
 
 def _divided_learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    def factor(k: Scalar, steps: Scalar) -> Scalar:
-        if scaled.rule.lr_power is not None:
-            return steps**scaled.rule.lr_power
-        return steps * scaled.denominator_factor(k)
-
-    return base * scaled.guarded(k, factor)
+    return base * scaled.guarded(k, functools.partial(scaled.free_lr_factor, divided=True))
 
 
 def _decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:

@@ -361,11 +361,11 @@ class BaseMoment:
         """
         if is_number(self.share) and self.share == 1:
             return target
-        longest = jnp.maximum(target, self.k * mean - (self.k - 1) * wide)
+        largest = jnp.maximum(target, self.k * mean - (self.k - 1) * wide)
         if self.power != 0.5:
-            ratio = longest / jnp.where(target > 0, target, 1.0)
-            longest = target * ratio ** (2 * (1 - self.power))
-        return jnp.minimum(longest, target / self.share**2)
+            ratio = largest / jnp.where(target > 0, target, 1.0)
+            largest = target * ratio ** (2 * (1 - self.power))
+        return jnp.minimum(largest, target / self.share**2)
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
@@ -386,10 +386,11 @@ def update_with_base_moment(
 
     The optimizer computes ``decay * nu + (1 - decay) * g^2`` itself. It is handed the nu for which
     this comes out as ``max(nu', floor W')``, where nu' and W' are the moving averages of v0 and of
-    its noise part; afterwards nu' itself is put into the state. So every optimizer that keeps its
-    second moment in this way is served, and the floor never accumulates. Per leaf: what the
-    optimizer will add itself is ``own``; it is handed ``(target - own) / own_keep``, so that it
-    computes ``target``; afterwards what is kept (nu') is written into the state.
+    its noise part (beyond the noise scale as ``BaseMoment.guarded`` says); afterwards nu' itself is
+    put into the state. So every optimizer that keeps its second moment in this way is served, and
+    the floor never accumulates. Per leaf: what the optimizer will add itself is ``own``; it is
+    handed ``(target - own) / own_keep``, so that it computes ``target``; afterwards what is kept
+    (nu') is written into the state.
 
     Args:
         step: the optimizer's own update.

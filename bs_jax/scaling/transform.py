@@ -172,7 +172,8 @@ def scale_by_batch(
     rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the
     noise scale over the base batch size, measured while training in the metric that the optimizer
     moves in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
-    square-root rule's, coordinate by coordinate where the second moment is invariant.
+    square-root rule's, coordinate by coordinate where the second moment is invariant. SGD's alone
+    falls back to the base's: it grows with the gradient by itself.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
@@ -264,7 +265,9 @@ def _transformation(
     decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
     metric = recipe.metric(rule)
     # What clips and takes no step stands in front of something that does.
-    clips = bool(at_k.with_role("gradient_norm")) and not at_k.with_role("learning_rate")
+    has_norms = bool(at_k.with_role("gradient_norm"))
+    clips = has_norms and not at_k.with_role("learning_rate")
+    in_moment = kind is not None and at_k.guards_moment
     # kind: the second moment that is made the base's, or None. measures: q needs measured noise.
     # guarded: steps have a limit; guards: one that is measured here. static: numbers are known.
     measures = known_noise is None and recipe.needs_noise(rule)
@@ -436,7 +439,7 @@ def _transformation(
             used = {**values, decay_name: _usable_decay(values[decay_name])}
         optimizer = recipe.build(used, clock)
         seen = updates
-        if scaled.with_role("gradient_norm"):
+        if has_norms:
             # optax's clips select between what is clipped and a product with the threshold, which
             # is float32 here where a Python float would have taken the gradient's type.
             seen = _widened(updates)
@@ -455,7 +458,7 @@ def _transformation(
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
                 eps=used["eps"] if kind == "factored" else 0.0,
-                share=scaled.guard if scaled.guards_moment else 1.0,
+                share=scaled.guard if in_moment else 1.0,
                 power=rule.guard_power,
                 known=scaled.known,
             )
