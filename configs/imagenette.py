@@ -4,7 +4,7 @@ Command:  python main.py --config=configs/imagenette.py --mode=train
           --config.data.name=folder:PATH/imagenette2-160.tgz
 Forms:    configs/imagenette.py:WORD[,WORD...] with an architecture (xresnet50, xse_resnext50), a
           length (20epochs, 5epochs) or quick (a small model, small images, few epochs)
-Sweeps:   --mode=sweep --sweep=seed (or anchor, study, controls, ghost, quick); --dry_run lists them
+Sweeps:   --mode=sweep --sweep=seed (or anchor, study, controls, ghost, limit, quick); --dry_run lists them
 Run time and expected accuracy: docs/imagenette.md
 """
 
@@ -246,6 +246,39 @@ def sweep_ghost() -> list[Point]:
         {name: overrides | ghost for name, overrides in arms.items()},
         batch_size=(16, 32, 64, 128, 256),
         seed=SEEDS,
+    )
+
+
+# From 64 to 256 while training, as the noise scale allows.
+RAMP = {"batch_ramp.kind": "noise"}
+
+
+def sweep_limit() -> list[Point]:
+    """39 points: what happens beyond the noise scale; three seeds, ghost batches of 8.
+
+    The base; the rule that measures the noise with its guard, without it, and with a batch that
+    grows with the noise; the square-root and the linear rule. At 256, 128 and 16.
+    """
+    arms: dict[str, dict[str, Any]] = {
+        "invariant": {"scaling.rule": "invariant"},
+        "sqrt": {"scaling.rule": "sqrt"},
+        "unguarded invariant": {"scaling.rule": "invariant", "scaling.guard": False},
+        "linear": {"scaling.rule": "linear"},
+        "invariant, ramp": {"scaling.rule": "invariant"} | RAMP,
+    }
+    arms = {name: overrides | {"ghost_batch_size": 8} for name, overrides in arms.items()}
+    both_ways = {name: arms[name] for name in ("invariant", "sqrt")}
+    up = {name: arms[name] for name in ("invariant", "sqrt", "unguarded invariant", "linear")}
+    points = [
+        *product(both_ways, batch_size=(64,), seed=SEEDS),
+        *product(arms, batch_size=(256,), seed=SEEDS),
+        *product(up, batch_size=(128,), seed=SEEDS),
+        *product(both_ways, batch_size=(16,), seed=SEEDS),
+    ]
+    return prioritized(
+        points,
+        lambda point: point["batch_size"] == 64,
+        lambda point: point["batch_size"] == 256,
     )
 
 

@@ -141,7 +141,7 @@ def test_ghost_batches_are_the_same_at_every_batch_size():
     assert len(planned("seed").warnings) == 1
 
 
-@pytest.mark.parametrize("name", ["anchor", "quick"])
+@pytest.mark.parametrize("name", ["anchor", "limit", "quick"])
 def test_the_other_sweeps_can_be_trained(name):
     sweep = planned(name, "quick")
     assert {run.model.name for run in sweep.runs} == {"xresnet10_small"}
