@@ -4,7 +4,8 @@ Command:  python main.py --config=configs/imagenette.py --mode=train
           --config.data.name=folder:PATH/imagenette2-160.tgz
 Forms:    configs/imagenette.py:WORD[,WORD...] with an architecture (xresnet50, xse_resnext50), a
           length (20epochs, 5epochs) or quick (a small model, small images, few epochs)
-Sweeps:   --mode=sweep --sweep=seed (or anchor, study, controls, ghost, limit, quick); --dry_run lists them
+Sweeps:   --mode=sweep --sweep=seed (or anchor, study, controls, ghost, limit, quick); --dry_run
+          lists them
 Run time and expected accuracy: docs/imagenette.md
 """
 

@@ -50,9 +50,10 @@ BASE = {
 }
 CHECKS = problems.checks()
 # What the check showed (docs/optimizers.md): these stray beyond EXACT_WITHIN under both rules.
-APPROXIMATE = {"amsgrad", "adamax", "adamaxw", "rmsprop, centered", "muon"}
-# How far those stray at k = 8, at most.
-STRAY = {"amsgrad": 0.04, "adamax": 0.22, "adamaxw": 0.17, "rmsprop, centered": 0.09, "muon": 0.03}
+APPROXIMATE = {"amsgrad", "adamax", "adamaxw", "muon"}
+# How far those stray at k = 8, at most. AdaBelief divides by noise alone, of which two
+# micro-batches know little: with four it strays by 0.004.
+STRAY = {"amsgrad": 0.04, "adamax": 0.22, "adamaxw": 0.17, "muon": 0.03, "adabelief": 0.014}
 
 
 def family_of(check):

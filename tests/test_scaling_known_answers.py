@@ -1,10 +1,12 @@
 """The noisy quadratic: what every batch size should give is known, and Adam is held against it."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from bs_jax.scaling import problems, scale_by_batch
+from bs_jax.scaling import MicrobatchStats, problems, scale_by_batch
 
 SIGMAS = (10.0, 1.0, 0.3)  # phi about 100, 1 and growing, 0.1
 # Mean of x after each quarter of 4,000 base updates' worth of examples, Adam 1e-3, b .9/.99.
@@ -98,3 +100,51 @@ def test_a_noise_scale_frozen_at_its_first_value_is_wrong_later():
     rule = adam("noise_aware", noise_scale=64.0)
     got = problems.run(rule, k=8, sigmas=[1.0])
     np.testing.assert_allclose(got, [[0.383, 0.066, 0.009, 0.001]], atol=NOISE)
+
+
+@pytest.mark.parametrize("k", [8, 4, 0.25])
+@pytest.mark.parametrize(
+    ("factory", "recipe", "expected"),
+    [
+        # Behind a gradient that moves by 1 an update the average lags by 1/(1 - b) updates.
+        (optax.adabelief, {"b1": 0.9, "b2": 0.95, "eps_root": 0.0}, (0.9 / 0.1) ** 2),
+        (optax.adabelief, {"b1": 0.9, "b2": 0.95, "eps_root": 2.0}, 81.0 + 2.0 / 0.05),
+        (optax.adabelief, {"b1": 0.0, "b2": 0.95, "eps_root": 2.0}, 2.0 / 0.05),
+    ],
+)
+def test_the_lag_of_a_centering_average_is_the_base_s(k, factory, recipe, expected):
+    """Without noise, behind a gradient that grows by a constant amount an example."""
+    tx = scale_by_batch(factory, batch_size=round(64 * k), base_batch_size=64, guard=False)
+    tx = tx(1e-3, **recipe)
+    params = {"x": jnp.zeros(2)}
+    state, follow = tx.init(params), jax.jit(tx.update)
+    for update in range(1, round(200 / k)):
+        grads = {"x": jnp.full(2, update * k)}
+        stats = MicrobatchStats({"x": jnp.square(grads["x"])}, 2)
+        _, state = follow(grads, state, params, microbatch=stats)
+    np.testing.assert_allclose(state.inner_state[0].nu["x"], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("k", [8, 0.25])
+@pytest.mark.parametrize("factory", [optax.adabelief, optax.rmsprop])
+def test_pure_noise_shows_in_a_centered_moment_as_in_the_base_s(k, factory):
+    """The mean over many coordinates of what the step is divided by, after it has settled."""
+    recipe = {"b1": 0.9, "b2": 0.9} if factory is optax.adabelief else {"decay": 0.9}
+    settings = recipe if factory is optax.adabelief else {**recipe, "centered": True}
+    tx = scale_by_batch(factory, batch_size=round(64 * k), base_batch_size=64, guard=False)
+    tx = tx(1e-3, **settings)
+    rng = np.random.default_rng(0)
+    params = {"x": jnp.zeros(4_000)}
+    state, follow, found = tx.init(params), jax.jit(tx.update), []
+    for _ in range(round(60 / k) + 6):
+        parts = rng.normal(size=(4, 4_000)) * np.sqrt(4 / k)
+        stats = MicrobatchStats({"x": jnp.asarray(np.square(parts).mean(0), jnp.float32)}, 4)
+        grads = {"x": jnp.asarray(parts.mean(0), jnp.float32)}
+        _, state = follow(grads, state, params, microbatch=stats)
+        inner = state.inner_state[0]
+        spread = inner.nu["x"]
+        if factory is optax.rmsprop:
+            spread = spread - jnp.square(inner.mu["x"])
+        found.append(float(jnp.mean(spread)))
+    shown = {optax.adabelief: 2 * 0.81 / 1.9, optax.rmsprop: 2 * 0.9 / 1.9}[factory]
+    assert np.mean(found[-6:]) == pytest.approx(shown, rel=0.04)

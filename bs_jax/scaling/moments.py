@@ -85,6 +85,8 @@ _SECOND: dict[str, dict[str, _Reduce]] = {
     "sum": {"sum_of_squares": lambda square, leaf: square},
     "layer": {"nu": lambda square, leaf: jnp.sum(square)},
     "factored": {"v_row": _mean_over(1), "v_col": _mean_over(2), "v": _unfactored},
+    "centered": {"nu": lambda square, leaf: square},
+    "centered_raw": {"nu": lambda square, leaf: square},
 }
 
 
@@ -325,12 +327,60 @@ def at_count(step: Step, count: Scalar, *, known: bool = False) -> Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Centering:
+    r"""The average m of the gradient about which an optimizer takes its second moment.
+
+    AdaBelief adds ``(g - m)^2`` with an m that holds g already, ``m = b m' + (1 - b) g``. So it
+    adds ``b^2 (g - m')^2``: of the noise ``2 b^2/(1 + b)`` of a batch's, and of the signal the lag
+    of m'. Behind a gradient that moves by a constant amount an example, m' lags by
+    ``k/(1 - b)`` base-size updates. Both parts are restated for the base's decay b0.
+
+    Attributes:
+        decay: b, in force.
+        base_decay: b0.
+        k: batch size over base batch size.
+    """
+
+    decay: Scalar
+    base_decay: Scalar
+    k: Scalar
+
+    @property
+    def lag(self) -> Scalar:
+        """By what the base's error, that of the signal, exceeds g - m'."""
+        return self.base_decay * (1 - self.decay) / ((1 - self.base_decay) * self.k)
+
+    @property
+    def base_noise(self) -> Scalar:
+        """The share of a base batch's noise that the base's squared error shows."""
+        return 2 * self.base_decay**2 / (1 + self.base_decay)
+
+    @property
+    def gains(self) -> tuple[Scalar, Scalar]:
+        """How k times the batch's own signal and noise part exceed the base's."""
+        if is_number(self.base_decay) and self.base_decay == 0:  # no error, of either
+            return self.k, 1.0
+        noise = 2 * self.decay**2 / (1 + self.decay)
+        return self.k * (self.decay / self.lag) ** 2, noise / self.base_noise
+
+    def squared_mean(self, grad: jax.Array, mean: jax.Array) -> jax.Array:
+        """Return the square of the average that holds the gradient."""
+        return abs_square(self.decay * mean + (1 - self.decay) * grad)
+
+    def squares(self, grad: jax.Array, mean: jax.Array, noise: jax.Array) -> Any:
+        """Return the squared error that the optimizer adds, the base's, and its noise part."""
+        square = abs_square(grad - mean)
+        shown = square - 2 / (1 + self.decay) * noise / self.k
+        wide = self.base_noise * noise
+        return self.decay**2 * square, self.lag**2 * shown + wide, wide
+
+
+@dataclasses.dataclass(frozen=True)
 class BaseMoment:
     """A second moment as the base batch size would show it: what one update adds to it.
 
     Attributes:
-        kind: how the optimizer keeps its second moment: ``"ema"``, ``"sum"``, ``"layer"`` or
-            ``"factored"``.
+        kind: how the optimizer keeps its second moment (see ``Family``).
         decay: in force, or a function of the optimizer's count (unused for ``"sum"``).
         k: batch size over base batch size.
         square: v0 and its noise part, from ``noise.base_square``.
@@ -340,6 +390,7 @@ class BaseMoment:
         power: a: steps of coordinates whose signal dominates grow by k**a at least.
         known: whether the optimizer is in the table, so that it squares the gradients as given;
             what a user's own squares (behind clipping, say) is found by a trial update.
+        centering: of the centered kinds.
     """
 
     kind: str
@@ -351,17 +402,21 @@ class BaseMoment:
     share: Scalar = 1.0
     power: float = 0.5
     known: bool = False
+    centering: Centering | None = None
 
     def guarded(self, target: jax.Array, mean: jax.Array, wide: jax.Array) -> jax.Array:
         r"""Return the second moment that a step is divided by, larger beyond the noise scale.
 
-        ``k nu' - (k - 1) W'`` is k times the batch's own averaged square: divided by its root, a
+        ``k (nu' - W') + W'`` is k times the batch's own averaged square: divided by its root, a
         step of k times the base's rate is the square-root rule's. No coordinate needs more, and
         none gets less than ``share`` of its step.
         """
         if is_number(self.share) and self.share == 1:
             return target
-        largest = jnp.maximum(target, self.k * mean - (self.k - 1) * wide)
+        gains = self.k, 1.0
+        if self.kind == "centered" and self.centering is not None:
+            gains = self.centering.gains
+        largest = jnp.maximum(target, gains[0] * (mean - wide) + gains[1] * wide)
         if self.power != 0.5:
             ratio = largest / jnp.where(target > 0, target, 1.0)
             largest = target * ratio ** (2 * (1 - self.power))
@@ -416,6 +471,7 @@ def update_with_base_moment(
         v0: jax.Array,
         noise: jax.Array,
         square: jax.Array,
+        center: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return what the field is handed as, what is kept of it, and its new W."""
         keep, add, own_keep, own_add = weights
@@ -424,8 +480,9 @@ def update_with_base_moment(
         mean = keep * real + add * reduce(v0 + moment.eps, old)
         wide = keep * real_wide + add * reduce(noise + moment.eps, old_wide)
         own = own_add * reduce(square + moment.eps, mean)
-        target = jnp.maximum(jnp.maximum(mean, moment.floor * wide), _ROUNDING_FLOOR * own)
-        target = moment.guarded(target, mean, wide)
+        spread = mean - center
+        target = jnp.maximum(jnp.maximum(spread, moment.floor * wide), _ROUNDING_FLOOR * own)
+        target = moment.guarded(target, spread, wide) + center
         # Float32 stays where the state is bfloat16, but gives way to float64 and complex states.
         dtype = jnp.promote_types(old.dtype, jnp.float32)
         return ((target - own) / own_keep).astype(dtype), mean, wide
@@ -441,8 +498,15 @@ def update_with_base_moment(
         weights, hand = moment.weights(node), dict[str, Any]()
         if trial is not None:
             own, square = _as_seen(trial[i], weights[3], given, moment.square)
+        about: tuple[PyTree, ...] = ()
+        if moment.centering is not None:
+            if moment.kind == "centered":
+                parts = tree_map(moment.centering.squares, grads, node.mu, square[1], outputs=3)
+                own, square = parts[0], parts[1:]
+            else:
+                about = (tree_map(moment.centering.squared_mean, grads, node.mu),)
         for name, reduce in fields.items():
-            trees = getattr(node, name), next(old_widths), *square, own
+            trees = getattr(node, name), next(old_widths), *square, own, *about
             found = tree_map(functools.partial(leaf, reduce, weights), *trees, outputs=3)
             hand[name], kept[i][name], wide = found
             widths.append(wide)

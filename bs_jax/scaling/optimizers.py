@@ -63,6 +63,14 @@ class Optimizer:
     known: bool = False
 
 
+# By how an optimizer keeps its second moment: the role of the decay that averages it.
+SECOND_MOMENT_DECAY = {
+    "ema": "second_moment_decay",
+    "layer": "second_moment_decay",
+    "centered": "second_moment_decay",
+    "centered_raw": "variance_decay",
+}
+
 _TABLE: dict[Factory, Optimizer] = {}
 
 
@@ -415,12 +423,15 @@ class Recipe:
         if not rule.invariant or self.family is None or not self.family.can_be_invariant:
             return None
         kind = self.family.second_moment
-        if kind in ("ema", "layer"):
-            self.at(rule, 1.0).only("second_moment_decay")
-        if kind == "factored" and not self.optimizer.known:
+        if kind in SECOND_MOMENT_DECAY:
+            self.at(rule, 1.0).only(SECOND_MOMENT_DECAY[kind])
+        if kind == "centered":
+            self.at(rule, 1.0).only("centering_decay")
+        only = {"factored": "adafactor", "centered": "adabelief", "centered_raw": "rmsprop"}
+        if kind in only and not self.optimizer.known:
             raise UserError(
-                f"{self.optimizer.name}: rule {rule.name!r} knows the factored second moment of"
-                " optax.adafactor alone; use rule='noise_aware', or another family"
+                f"{self.optimizer.name}: rule {rule.name!r} knows the {kind} second moment of"
+                f" optax.{only[kind]} alone; use rule='noise_aware', or another family"
             )
         return kind
 

@@ -264,8 +264,9 @@ class Family:
             own gradient), ``"sum"`` (squares summed over steps), ``"centered"`` (variance).
         normalized: whether the update is normalised once more afterwards, so that F = k.
         second_moment: how the optimizer keeps it: ``"ema"``, ``"sum"``, ``"layer"`` (one number a
-            leaf), ``"factored"``; these can be made invariant; ``"max"``, ``"centered"``,
-            ``"centered_raw"`` or ``"none"`` cannot.
+            leaf), ``"factored"``; about an average of the gradient as ``"centered"`` (squared
+            errors) or ``"centered_raw"`` (squares, less the squared average). These can be made
+            invariant; ``"max"`` or ``"none"`` cannot.
         trace_after_lr: whether momentum is taken after the learning rate.
         metric: in which the noise scale that limits its steps is measured: ``"plain"``,
             ``"coordinate"`` or ``"layer"`` (see ``noise.sample``); ``None``: it takes no steps.
@@ -288,8 +289,7 @@ class Family:
     can_be_invariant: bool = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        invariant = self.second_moment in ("ema", "sum", "layer", "factored")
-        object.__setattr__(self, "can_be_invariant", invariant)
+        object.__setattr__(self, "can_be_invariant", self.second_moment not in ("max", "none"))
 
     @property
     def moves_by_size(self) -> bool:
@@ -329,14 +329,15 @@ _FAMILIES = (
         "centered",
         "centered",
         second_moment="centered",
-        note="divides by the spread about its own average, which holds the batch's noise alone",
+        guards_moment=True,
+        note="divides by the spread about its own average: the batch's noise, and that one's lag",
     ),
     Family(
         "centered_rmsprop",
         "centered",
         second_moment="centered_raw",
+        guards_moment=True,
         trace_after_lr=True,
-        label="approximate",
         note="the lag of its average behind a moving gradient counts as spread, beside the noise",
     ),
     Family(

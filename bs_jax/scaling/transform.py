@@ -32,7 +32,12 @@ from bs_jax.scaling.hyperparameters import (
 from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree
 from bs_jax.scaling.noise import NoiseByGroupState, NoiseScale, NoiseScaleState
-from bs_jax.scaling.optimizers import Recipe, missing_noise, resolve_factory
+from bs_jax.scaling.optimizers import (
+    SECOND_MOMENT_DECAY,
+    Recipe,
+    missing_noise,
+    resolve_factory,
+)
 from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule
 
 P = ParamSpec("P")
@@ -262,7 +267,10 @@ def _transformation(
     at_k = recipe.at(rule, k, start, limit=None if start is None else start.scale)
     second_moment = recipe.family.second_moment if recipe.family is not None else "none"
     kind = recipe.invariant_moment(rule)
-    decay_name = at_k.only("second_moment_decay") if kind in ("ema", "layer") else ""
+    decay_name = at_k.only(SECOND_MOMENT_DECAY[kind]) if kind in SECOND_MOMENT_DECAY else ""
+    center_name = {"centered": "centering_decay", "centered_raw": "variance_decay"}.get(kind or "")
+    center_name = at_k.only(center_name) if center_name else ""
+    eps_sums = at_k.with_role("eps_sum") if kind == "centered" else []
     metric = recipe.metric(rule)
     # What clips and takes no step stands in front of something that does.
     has_norms = bool(at_k.with_role("gradient_norm"))
@@ -457,10 +465,17 @@ def _transformation(
                 k=k,
                 square=noise.base_square(updates, microbatch, k),
                 floor=floor,
-                eps=used["eps"] if kind == "factored" else 0.0,
+                eps=used["eps"]
+                if kind == "factored"
+                else sum(used[n] for n in eps_sums) / (1 - used[decay_name])
+                if eps_sums
+                else 0.0,
                 share=scaled.guard if in_moment else 1.0,
                 power=rule.guard_power,
                 known=scaled.known,
+                centering=moments.Centering(used[center_name], base[center_name], k)
+                if center_name
+                else None,
             )
             new_updates, inner_state, variance = moments.update_with_base_moment(
                 step, inner_state, updates, state.variance, moment
