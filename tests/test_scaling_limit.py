@@ -15,7 +15,7 @@ import bs_jax
 from bs_jax.errors import UserError
 from bs_jax.scaling import RULES, BatchRamp, MicrobatchStats, noise, problems
 from bs_jax.scaling.hyperparameters import ROLES, Noise
-from bs_jax.scaling.limit import guard_decay, step_share
+from bs_jax.scaling.noise import step_share
 from bs_jax.scaling.optimizers import Recipe, registered
 from bs_jax.scaling.rules import FAMILIES
 
@@ -47,10 +47,13 @@ def test_steps_grow_up_to_the_noise_scale(k, phi, steps):
 
 
 def test_the_noise_scale_is_averaged_over_fifty_base_updates_and_five_of_ones_own():
-    assert guard_decay(1.0) == 0.98
-    assert guard_decay(4.0) == pytest.approx(0.98**4)
-    assert guard_decay(64.0) == 0.8  # 0.27: three updates tell no spread
-    assert float(guard_decay(jnp.float32(4.0))) == pytest.approx(0.98**4, rel=1e-6)
+    # Of one update k base sizes large: 0.98^64 is 0.27, and three updates tell no spread.
+    tx = bs_jax.scale_by_batch(optax.sgd, batch_size=64, base_batch_size=64)(0.1)
+    params, stats = jnp.ones(3), MicrobatchStats(jnp.full(3, 2.0), 4)
+    for k, decay in ((1, 0.98), (4, 0.98**4), (64, 0.8)):
+        for size in ({"batch_size": 64 * k}, {"batch_size": jnp.int32(64 * k)}):
+            _, state = tx.update(params, tx.init(params), params, microbatch=stats, **size)
+            assert float(state.limit.weight) == pytest.approx(1 - decay, rel=1e-5)
 
 
 # What a step is multiplied by, of every optimizer that takes steps: of its own rate, nothing else.
@@ -59,6 +62,10 @@ ARGUMENTS = {
 }
 STEPPING = sorted(name for name, known in ARGUMENTS.items() if "learning_rate" in known)
 assert len(STEPPING) > 18, STEPPING
+
+
+def all_of(scaled):
+    return {name: scaled.value(name) for name in scaled.values}
 
 
 @pytest.mark.parametrize("rule", ["invariant", "noise_aware"])
@@ -72,15 +79,15 @@ def test_of_every_optimizer_the_guard_shortens_the_steps_and_nothing_else(name, 
     recipe = Recipe.of(name, kwargs={n: v for n, v in values.items() if n in ARGUMENTS[name]})
     for phi in PHIS:
         q = Noise(1.0, 3.0)  # the noise that q follows need not be the guard's
-        unguarded, held = (recipe.at(RULES[rule], K, q, limit=x) for x in (None, phi))
-        free, divided = unguarded.all(), K * unguarded.denominator_factor(K)
+        unguarded, held = (recipe.at(RULES[rule], K, q, phi=x) for x in (None, phi))
+        free, divided = all_of(unguarded), K * unguarded.denominator_factor(K)
         share = min(K, max(1.0, phi)) / K
         least = 1.0 if recipe.family.moves_by_size else math.sqrt(K)
         held_back, held_divided = (
             1.0 if held.guards_moment else max(share, min(1.0, least / factor))
             for factor in (unguarded.lr_factor(K), divided)
         )
-        for argument, value in held.all().items():
+        for argument, value in all_of(held).items():
             role, before = recipe.roles[argument].name, free[argument]
             if role == "learning_rate":
                 assert value == pytest.approx(held_back * before)
@@ -99,7 +106,7 @@ def test_weight_decay_times_the_rate_is_held_back_with_it():
     for rule in ("invariant", "noise_aware", "sqrt", "linear"):
         free = recipe.at(RULES[rule], K, Noise(1.0, 3.0)).value("learning_rate")
         for phi in PHIS[:-1]:
-            held = recipe.at(RULES[rule], K, Noise(1.0, 3.0), limit=phi).all()
+            held = all_of(recipe.at(RULES[rule], K, Noise(1.0, 3.0), phi=phi))
             product = held["learning_rate"] * held["weight_decay"]
             assert product == pytest.approx(0.1 * 0.05 * K * held["learning_rate"] / free)
 

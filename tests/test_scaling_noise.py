@@ -288,7 +288,9 @@ def test_the_noise_scale_is_right_within_its_stated_spread(n):
     def step(state, key):
         parts = grad[None] + deviation * jax.random.normal(key, (n, dim))
         stats = MicrobatchStats((parts**2).mean(0), n)
-        new = lib.update_noise_scale(state, parts.mean(0), stats, batch_size=batch_size, decay=0.98)
+        new = lib.average(
+            state, lib.sample(parts.mean(0), stats, batch_size=batch_size), decay=0.98
+        )
         return new, lib.estimate(new)
 
     @jax.jit
@@ -380,11 +382,10 @@ def test_statistics_keep_the_mean_that_narrow_gradients_round():
 
 def test_no_signal_reads_as_an_infinite_noise_scale():
     stats = MicrobatchStats(jnp.ones(4), 2)
-    state = lib.update_noise_scale(
-        lib.init_noise_scale(), jnp.zeros(4), stats, batch_size=64, decay=0.9
-    )
+    found = lib.sample(jnp.zeros(4), stats, batch_size=64)
+    state = lib.average(lib.init_noise_scale(), found, decay=0.9)
     assert not lib.estimate(state).is_known  # one update tells no spread
-    state = lib.update_noise_scale(state, jnp.zeros(4), stats, batch_size=64, decay=0.9)
+    state = lib.average(state, found, decay=0.9)
     assert np.isinf(lib.estimate(state).noise_scale)
     for nothing in (lib.init_noise_scale(), lib.init_noise_scale()._replace(weight=jnp.ones(()))):
         found = lib.estimate(nothing)

@@ -4,16 +4,16 @@ The rooms, each importing from those above it only:
 
     rules            a rule is data, and so is a family of optimizers
     clock            examples seen, exact at any length, and schedules read by them
-    limit            the guard on the length of steps, and a batch that follows the noise
     hyperparameters  what a hyperparameter means: its role's formula, bounds and words
+    noise            what the parts of a batch say: the noise scale, and how far steps may grow
     microbatch       the gradient of a batch in parts, and statistics of the parts
-    noise            the gradient noise scale
     clocked          optimizers that count their own updates, with that clock as a keyword
     optimizers       the table of optimizers, and a recipe: one call of a factory
     moments          what an optimizer's state holds
+    state            what a transformation keeps, and how to read it
     transform        scale_by_batch
     upgrade          optimizer states that an earlier version saved
-    schedules        batch sizes over training
+    schedules        batch sizes over training: planned, or following the noise
     explain          every hyperparameter before and after, and where a rule stops being true
     check            invariance_check
     critical_batch   up to which batch size the loss follows, by branches of a run
@@ -26,24 +26,19 @@ from bs_jax.scaling.clocked import ranger
 from bs_jax.scaling.critical_batch import CriticalBatch, critical_batch_size
 from bs_jax.scaling.explain import Explanation, explain
 from bs_jax.scaling.hyperparameters import ScalingWarning
-from bs_jax.scaling.limit import BatchRamp
-from bs_jax.scaling.microbatch import (
-    GradientAccumulator,
-    MicrobatchStats,
-    value_grad_and_stats,
-)
-from bs_jax.scaling.noise import NoiseScale, noise_by_group
+from bs_jax.scaling.microbatch import GradientAccumulator, value_grad_and_stats
+from bs_jax.scaling.noise import MicrobatchStats, NoiseScale, noise_by_group
 from bs_jax.scaling.noise import sample as noise_sample
 from bs_jax.scaling.optimizers import scale_hyperparams
 from bs_jax.scaling.rules import FAMILIES, RULES, ScalingRule, power, resolve_rule
-from bs_jax.scaling.transform import (
+from bs_jax.scaling.schedules import BatchRamp
+from bs_jax.scaling.state import (
     ScaleByBatchState,
     hyperparams,
-    invariant_adamw,
     noise_scale_by_group,
     noise_scale_estimate,
-    scale_by_batch,
 )
+from bs_jax.scaling.transform import invariant_adamw, scale_by_batch
 from bs_jax.scaling.upgrade import upgrade_state
 
 __all__ = [

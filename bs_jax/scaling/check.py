@@ -16,7 +16,7 @@ import optax
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import check_batch_sizes
 from bs_jax.scaling.microbatch import value_grad_and_stats
-from bs_jax.scaling.transform import guard_share
+from bs_jax.scaling.state import guard_share
 
 
 class Jump(NamedTuple):

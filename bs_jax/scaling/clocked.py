@@ -14,8 +14,7 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import Scaled, is_number
-from bs_jax.scaling.microbatch import PyTree
-from bs_jax.scaling.rules import Scalar
+from bs_jax.scaling.rules import PyTree, Scalar
 
 # The invariant second moment divides by its decay, and the optimizer multiplies by it: below this
 # it would overflow, and a memory this short is none.
@@ -125,7 +124,7 @@ def radam_clock(scaled: Scaled) -> dict[str, Scalar]:
     rule = scaled.rule
     k, lr_k = scaled.k_of("b2"), scaled.k_of("learning_rate")
     k = 1.0 if k is None else k
-    unrectified = 1.0 if lr_k is None else lr_k * scaled.guard / scaled.lr_factor(lr_k)
+    unrectified = 1.0 if lr_k is None else lr_k * scaled.share / scaled.lr_factor(lr_k)
     if not rule.own_clocks or (_is_one(k) and _is_one(unrectified)):
         return {}
     return {"k": k, "base_b2": scaled.values["b2"], "unrectified": unrectified}

@@ -16,6 +16,7 @@ from bs_jax.scaling.hyperparameters import (
     check_batch_sizes,
     is_number,
 )
+from bs_jax.scaling.noise import step_share
 from bs_jax.scaling.optimizers import Recipe
 from bs_jax.scaling.rules import ScalingRule, resolve_rule
 
@@ -138,8 +139,8 @@ def explain(
     if train_examples is not None and not is_number(train_examples):
         raise UserError(f"train_examples is {train_examples!r}; give a number, e.g. 60000")
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    limit = None if noise is None or recipe.metric(rule) is None else noise.scale
-    scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)
+    phi = None if noise is None else noise.phi
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise, phi=phi)
     rows = [_row(scaled, name, base_batch_size) for name in recipe.values]
     label = ""
     if recipe.family is None:
@@ -243,12 +244,12 @@ def _numbers_alone(recipe: Recipe, scaled: Scaled) -> list[str]:
             "these numbers hold at this noise scale alone, which grows while a model trains;"
             " scale_by_batch and the trainer measure it"
         )
-    if rate and rule.measures and recipe.metric(rule) and scaled.limit is None and scaled.k > 1:
+    if rate and rule.measures and recipe.metric(rule) and scaled.noise is None and scaled.k > 1:
         found.append(
             "these numbers alone have no guard: beyond the noise scale their steps are too long;"
             " give noise_scale= where it is known"
         )
-    if name not in ("radam", "ranger") and recipe.clock(scaled):
+    if name not in ("radam", "ranger") and scaled.clock():
         found.append(
             f"{name} counts or sums over updates by itself, which these numbers do not reach:"
             " scale_by_batch and the trainer keep it on the clock of base-size updates"
@@ -269,14 +270,14 @@ def _notes(
     if k <= 1 or recipe.metric(rule) is None or not (rule.measures or noise_scale is not None):
         return []
     if noise_scale is not None:
-        if scaled.guard == 1:
+        if scaled.share == 1:
             return [f"guard: a noise scale of {noise_scale:,.0f} examples leaves k = {k:g} free"]
         return [
             f"guard: a noise scale of {noise_scale:,.0f} examples lets every step grow to"
-            f" x{k * scaled.guard:.3g} of the base's instead of x{k:g}; {_beyond(scaled)}"
+            f" x{k * scaled.share:.3g} of the base's instead of x{k:g}; {_beyond(scaled)}"
         ]
     example = round(base_batch_size * k / 2)
-    share = dataclasses.replace(scaled, limit=example / base_batch_size).guard
+    share = step_share(k, example / base_batch_size)
     return [
         "not known before training: the noise scale. It is measured while training, and the guard"
         f" lets every step grow only up to it: with noise_scale={example} to x{k * share:.3g}; the"

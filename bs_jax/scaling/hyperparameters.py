@@ -20,7 +20,6 @@ import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.clock import rescaled
-from bs_jax.scaling.limit import step_share
 from bs_jax.scaling.rules import Family, Scalar, ScalingRule
 
 # Of one update: half of int32, so that the clock may add two of them.
@@ -64,6 +63,11 @@ def _shown(value: object) -> str:
 def _sqrt(x: Scalar) -> Scalar:
     # math.sqrt keeps Python floats in double precision.
     return math.sqrt(x) if isinstance(x, (int, float)) else x**0.5
+
+
+def larger(x: Scalar, y: Scalar) -> Scalar:
+    """Return the larger: of plain numbers in double precision."""
+    return max(x, y) if is_number(x) and is_number(y) else jnp.maximum(x, y)
 
 
 class NoiseScaleNeeded(Exception):
@@ -121,8 +125,8 @@ class Noise:
         return _sqrt((k * signal + noise) / (k * (signal + noise)))
 
     @property
-    def scale(self) -> Scalar:
-        """phi: the noise scale over the base batch size; infinite without a signal."""
+    def phi(self) -> Scalar:
+        """The noise scale over the base batch size; infinite without a signal."""
         if is_number(self.signal) and is_number(self.noise):
             return self.noise / self.signal if self.signal else math.inf
         return jnp.where(
@@ -189,9 +193,12 @@ class Scaled:
         rule: the scaling rule.
         k: batch size over base batch size.
         noise: the noise of the base batch's gradient; ``None`` where it is not known.
-        limit: the noise scale up to which steps may grow, over the base batch size; ``None``:
-            without limit.
+        share: of k, by which every step may grow (``noise.step_share``); 1 inside the noise scale
+            and without a guard.
+        guards_moment: whether a guard acts in the invariant second moment, coordinate by
+            coordinate, and not on the rate.
         known: whether the optimizer stands in the table, so that its state is known as well.
+        own_clock: what gives the keywords of an optimizer that counts its own updates.
     """
 
     optimizer: str
@@ -201,8 +208,10 @@ class Scaled:
     rule: ScalingRule
     k: Scalar
     noise: Noise | None = None
-    limit: Scalar | None = None
+    share: Scalar = 1.0
+    guards_moment: bool = False
     known: bool = False
+    own_clock: Callable[[Scaled], dict[str, Scalar]] | None = None
 
     @functools.cached_property
     def is_identity(self) -> bool:
@@ -232,10 +241,6 @@ class Scaled:
             return base
         return role.scale(self, base, k)
 
-    def all(self) -> dict[str, Any]:
-        """Return the values in force of every hyperparameter."""
-        return {name: self.value(name) for name in self.values}
-
     def with_base(self, name: str, base: Any) -> Any:
         """Return the value in force of one hyperparameter for another base value."""
         return dataclasses.replace(self, values={**self.values, name: base}).value(name)
@@ -247,6 +252,12 @@ class Scaled:
             return self.value(name)
         at_base = rescaled(schedule, self.k, middle=self.rule.reads_middle)
         return lambda step: self.with_base(name, at_base(step))
+
+    def clock(self) -> dict[str, Scalar]:
+        """Return the keywords by which an optimizer's own clock counts base-size updates."""
+        if self.own_clock is None or not self.rule.time_constants or self.is_identity:
+            return {}
+        return self.own_clock(self)
 
     def with_role(self, role: str) -> list[str]:
         """Return the names of the hyperparameters of one role that have a value."""
@@ -312,53 +323,34 @@ class Scaled:
                 gain = gain * root * _sqrt((1 + old) / (1 + new))
         return gain
 
-    @functools.cached_property
-    def guard(self) -> Scalar:
-        """The share of k by which every step may grow: 1 up to the noise scale, phi/k beyond it."""
-        if self.limit is None or not self.rule.guard:
-            return 1.0
-        return step_share(self.k, self.limit)
+    def lr_factor(self, k: Scalar, *, divided: bool = False) -> Scalar:
+        """Return F: the change of the learning rate, momentum's gain apart.
 
-    @property
-    def guards_moment(self) -> bool:
-        """Whether the guard acts in the invariant second moment, coordinate by coordinate."""
-        return self.rule.invariant and self.family is not None and self.family.guards_moment
+        Where the guard acts on the rate it is, beyond the noise scale, F of ``k share`` base-size
+        updates, but k**a at least, with a the rule's ``guard_power`` (0 for what moves by the
+        gradient's own size).
 
-    def lr_factor(self, k: Scalar) -> Scalar:
-        """Return F: the change of the learning rate, momentum's gain apart."""
-        return self.guarded(k, self.free_lr_factor)
-
-    def free_lr_factor(self, k: Scalar, steps: Scalar, divided: bool = False) -> Scalar:
-        """Return F of an update that makes up for so many base-size ones.
-
-        ``divided``: of the rate of a part whose second moment alone sets the length of a step.
+        Args:
+            k: batch size over base batch size.
+            divided: of the rate of a part whose second moment alone sets the length of a step.
         """
+        free = self.free_lr_factor(k, k, divided=divided)
+        if self.guards_moment or (is_number(self.share) and self.share == 1):
+            return free
+        by_size = self.family is not None and self.family.moves_by_size
+        least = k ** (0.0 if by_size else self.rule.guard_power)
+        held = self.free_lr_factor(k, k * self.share, divided=divided)
+        if is_number(free) and is_number(held):
+            return max(held, min(free, least))
+        return jnp.maximum(held, jnp.minimum(free, least))
+
+    def free_lr_factor(self, k: Scalar, steps: Scalar, *, divided: bool = False) -> Scalar:
+        """Return F, without a guard, of an update that makes up for so many base-size ones."""
         if self.rule.lr_power is not None:
             return steps**self.rule.lr_power
         if self.family is not None and self.family.normalized and not divided:
             return steps
         return steps * self.denominator_factor(k)
-
-    def guarded(self, k: Scalar, factor: Callable[[Scalar, Scalar], Scalar]) -> Scalar:
-        """Return what a step is multiplied by, held back where the guard acts on the rate.
-
-        Args:
-            k: batch size over base batch size.
-            factor: k and the base-size updates whose movement one update makes up for -> factor.
-
-        Returns:
-            ``factor(k, k)``; beyond the noise scale ``factor(k, phi)``, but k**a at least, with a
-            the rule's ``guard_power`` (0 for what moves by the gradient's own size).
-        """
-        free = factor(k, k)
-        if self.guards_moment or (is_number(self.guard) and self.guard == 1):
-            return free
-        by_size = self.family is not None and self.family.moves_by_size
-        least = k ** (0.0 if by_size else self.rule.guard_power)
-        held = factor(k, k * self.guard)
-        if is_number(free) and is_number(held):
-            return max(held, min(free, least))
-        return jnp.maximum(held, jnp.minimum(free, least))
 
     def held_back(self, k: Scalar) -> Scalar:
         """Return the share of the rule's own learning rate that the guard leaves."""
@@ -409,10 +401,6 @@ class Scaled:
         return family.lr_formula, {"centered": "c", "sum": "q k^-0.5"}.get(family.denominator, "q")
 
 
-def _learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * (scaled.lr_factor(k) * scaled.momentum_gain())
-
-
 def _learning_rate_formula(scaled: Scaled) -> str:
     momentum = " (1 - d^k)/(1 - d)" if scaled.with_role("undamped_momentum") else ""
     return f"x {scaled.symbols()[0]}{momentum}"
@@ -433,14 +421,6 @@ def _learning_rate_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
         return _MOVEMENT
     ends = {noise: ", where noise dominates", signal: ", where signal dominates"}
     return _MOVEMENT + ends.get(power, ", where noise and signal are alike")
-
-
-def _divided_learning_rate(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * scaled.guarded(k, functools.partial(scaled.free_lr_factor, divided=True))
-
-
-def _decay(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base**k if scaled.rule.time_constants else base
 
 
 def _decay_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
@@ -477,14 +457,6 @@ def _mixing_weight(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     if is_number(inside):
         return max(0.0, (1 - math.sqrt(max(inside, 0.0))) / (1 + r_new))
     return jnp.maximum(0.0, (1 - jnp.sqrt(jnp.maximum(inside, 0.0))) / (1 + r_new))
-
-
-def _eps(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * scaled.denominator_factor(k)
-
-
-def _eps_root(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * scaled.denominator_factor(k) ** 2
 
 
 def _eps_sum(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
@@ -539,17 +511,9 @@ def _weight_decay_independent(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar
     return 1 - (1 - base) ** (k * scaled.held_back(k)) if scaled.rule.time_constants else base
 
 
-def _gradient_norm(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * scaled.gradient_norm_factor(k)
-
-
 def _norm_formula(scaled: Scaled) -> str:
     q = scaled.symbols()[1]
     return f"x ({q})" if "^" in q else f"x {q}"
-
-
-def _update_norm(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
-    return base * (scaled.gradient_norm_factor(k) / scaled.denominator_factor(k))
 
 
 def _period(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
@@ -574,23 +538,36 @@ def _period_kept(scaled: Scaled, name: str, base_batch_size: int) -> str:
     return "examples per period"
 
 
-_A_DECAY: dict[str, Any] = {"scale": _decay, "high": 1.0, "is_decay": True}
+# Formulas of one line: s is the recipe at this k (``Scaled``).
+_decay = functools.partial(
+    Role,
+    kept=_decay_kept,
+    formula="decay^k",
+    scale=lambda s, base, k: base**k if s.rule.time_constants else base,
+    high=1.0,
+    is_decay=True,
+)
 
 _ROLES = (
     Role(
         "learning_rate",
         _learning_rate_kept,
         _learning_rate_formula,
-        _learning_rate,
+        lambda s, base, k: base * (s.lr_factor(k) * s.momentum_gain()),
         takes_schedule=True,
     ),
     # Of an optimizer inside another that normalises its own update (the Adam inside Muon).
-    Role("divided_learning_rate", _MOVEMENT, "x k q", _divided_learning_rate),
-    Role("decay", _decay_kept, "decay^k", **_A_DECAY),
-    Role("second_moment_decay", _decay_kept, "decay^k", **_A_DECAY),
-    Role("undamped_momentum", _decay_kept, "decay^k", **_A_DECAY),
-    Role("centering_decay", _decay_kept, "decay^k", **_A_DECAY),
-    Role("variance_decay", _decay_kept, "decay^k", **_A_DECAY),
+    Role(
+        "divided_learning_rate",
+        _MOVEMENT,
+        "x k q",
+        lambda s, base, k: base * s.lr_factor(k, divided=True),
+    ),
+    _decay("decay"),
+    _decay("second_moment_decay"),
+    _decay("undamped_momentum"),
+    _decay("centering_decay"),
+    _decay("variance_decay"),
     Role(
         "mixing_weight",
         "signal to noise of the mixed gradient",
@@ -598,8 +575,18 @@ _ROLES = (
         _mixing_weight,
         high=1.0,
     ),
-    Role("eps", "size beside the root of the second moment", _by_q("x q"), _eps),
-    Role("eps_root", "size beside the second moment", _by_q("x q^2"), _eps_root),
+    Role(
+        "eps",
+        "size beside the root of the second moment",
+        _by_q("x q"),
+        lambda s, base, k: base * s.denominator_factor(k),
+    ),
+    Role(
+        "eps_root",
+        "size beside the second moment",
+        _by_q("x q^2"),
+        lambda s, base, k: base * s.denominator_factor(k) ** 2,
+    ),
     Role(
         "eps_sum",
         "size beside the second moment it is added to at each update",
@@ -628,8 +615,18 @@ _ROLES = (
         takes_schedule=True,
     ),
     Role("l2", "size beside the gradient", "unchanged"),
-    Role("gradient_norm", "size beside a raw gradient norm", _norm_formula, _gradient_norm),
-    Role("update_norm", "size beside the update before the learning rate", "x q/d", _update_norm),
+    Role(
+        "gradient_norm",
+        "size beside a raw gradient norm",
+        _norm_formula,
+        lambda s, base, k: base * s.gradient_norm_factor(k),
+    ),
+    Role(
+        "update_norm",
+        "size beside the update before the learning rate",
+        "x q/d",
+        lambda s, base, k: base * (s.gradient_norm_factor(k) / s.denominator_factor(k)),
+    ),
     Role("period", _period_kept, "max(1, round(period/k))", _period, low=1.0),
     Role(
         "slow_step_size",

@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +15,8 @@ from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import ScalingWarning
-
-PyTree: TypeAlias = Any
-
-
-class MicrobatchStats(NamedTuple):
-    """What n micro-batches of one update say about the noise of the gradient.
-
-    The micro-batches must be random parts of the batch: parts sorted by label, length or source
-    differ by more than noise, and every noise scale made of them is too large: ``"noise_aware"``
-    becomes ``"sqrt"``, and a guard holds nothing back. Nothing warns of it.
-
-    Attributes:
-        mean_square: mean over micro-batches of the elementwise squared gradient, each weighted as
-            in the mean gradient; a tree like the gradients, float32.
-        count: n, the number of micro-batches (over all devices); at least 2.
-        mean: the mean gradient as it came from the loss. Only needed where something between the
-            loss and the optimizer rescales gradients (clipping); ``None``: the update's own.
-    """
-
-    mean_square: PyTree
-    count: Any
-    mean: PyTree = None
+from bs_jax.scaling.noise import MicrobatchStats, abs_square
+from bs_jax.scaling.rules import PyTree
 
 
 def value_grad_and_stats(
@@ -481,10 +461,3 @@ def _explicit_sharding(sharding: Any) -> Any:
     """Return a sharding that is part of an array's type, else ``None``: the compiler chooses."""
     types = getattr(getattr(sharding, "mesh", None), "axis_types", ())
     return sharding if jax.sharding.AxisType.Explicit in types else None
-
-
-def abs_square(x: jax.Array) -> jax.Array:
-    """Return the elementwise squared magnitude, float32; of complex numbers |x|^2."""
-    if jnp.iscomplexobj(x):
-        return abs_square(jnp.real(x)) + abs_square(jnp.imag(x))
-    return jnp.square(x.astype(jnp.float32))

@@ -20,9 +20,8 @@ import optax
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number
-from bs_jax.scaling.microbatch import PyTree, abs_square
-from bs_jax.scaling.noise import tree_map
-from bs_jax.scaling.rules import Family, Scalar
+from bs_jax.scaling.noise import abs_square, tree_map
+from bs_jax.scaling.rules import Family, PyTree, Scalar
 
 State: TypeAlias = Any
 Step: TypeAlias = Callable[[State], tuple[PyTree, State]]
@@ -386,7 +385,7 @@ class BaseMoment:
         square: v0 and its noise part, from ``noise.base_square``.
         floor: smallest share of the averaged noise part.
         eps: what the optimizer adds to each squared gradient.
-        share: of k, by which every step may grow (see ``limit.step_share``).
+        share: of k, by which every step may grow (see ``noise.step_share``).
         power: a: steps of coordinates whose signal dominates grow by k**a at least.
         known: whether the optimizer is in the table, so that it squares the gradients as given;
             what a user's own squares (behind clipping, say) is found by a trial update.
@@ -460,8 +459,7 @@ def update_with_base_moment(
     fields = _SECOND[moment.kind]
     first_field = next(iter(fields))
 
-    def holds(node: object) -> bool:
-        return first_field in _moments_of(node, moment.known)
+    holds = lambda node: first_field in _moments_of(node, moment.known)  # noqa: E731
 
     def leaf(
         reduce: _Reduce,

@@ -1,4 +1,8 @@
-"""The noise of the gradient: its scale, and the square that the base batch would have shown."""
+"""What the parts of a batch say about its gradient's noise.
+
+Statistics of micro-batches give the noise scale (running, with its range), the share of k by which
+steps may then grow, and the squared gradient that a batch of the base size would have shown.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,37 @@ from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.hyperparameters import check_batch_sizes
-from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
-from bs_jax.scaling.rules import Scalar
+from bs_jax.scaling.rules import PyTree, Scalar
 
 DECAY = 0.99  # of the running noise scale, per base-size update
 ERRORS = 2.0  # standard errors to either side that the range of a noise scale spans
 SAMPLE = ("signal", "noise", "signal_square", "noise_square", "product")  # what `sample` returns
+# The guard's noise scale is averaged over about fifty base-size updates, however large k is over
+# a few updates at least: a spread cannot be told from fewer.
+GUARD_DECAY = 0.98
+SMALLEST_GUARD_DECAY = 0.8
+# Standard errors that the guard takes off: what is not known must not lengthen a step.
+GUARD_ERRORS = 1.0
+
+
+class MicrobatchStats(NamedTuple):
+    """What n micro-batches of one update say about the noise of the gradient.
+
+    The micro-batches must be random parts of the batch: parts sorted by label, length or source
+    differ by more than noise, and every noise scale made of them is too large: ``"noise_aware"``
+    becomes ``"sqrt"``, and a guard holds nothing back. Nothing warns of it.
+
+    Attributes:
+        mean_square: mean over micro-batches of the elementwise squared gradient, each weighted as
+            in the mean gradient; a tree like the gradients, float32.
+        count: n, the number of micro-batches (over all devices); at least 2.
+        mean: the mean gradient as it came from the loss. Only needed where something between the
+            loss and the optimizer rescales gradients (clipping); ``None``: the update's own.
+    """
+
+    mean_square: PyTree
+    count: Any
+    mean: PyTree = None
 
 
 def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, outputs: int = 1) -> Any:
@@ -45,8 +74,11 @@ def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, outputs: int =
     return tuple(treedef.unflatten([x[i] for x in done]) for i in range(outputs))
 
 
-def _tree_sum(tree: PyTree) -> jax.Array:
-    return sum((jnp.sum(x) for x in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
+def abs_square(x: jax.Array) -> jax.Array:
+    """Return the elementwise squared magnitude, float32; of complex numbers |x|^2."""
+    if jnp.iscomplexobj(x):
+        return abs_square(jnp.real(x)) + abs_square(jnp.imag(x))
+    return jnp.square(x.astype(jnp.float32))
 
 
 def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
@@ -61,11 +93,13 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
             f"microbatch.count is {stats.count}: the noise shows only between micro-batches; split"
             " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
         )
+    # Of an array or a number; a tree has none.
+    shape = lambda x: None if isinstance(x, (dict, list, tuple)) else getattr(x, "shape", ())  # noqa: E731
     for name, tree in (("mean_square", stats.mean_square), ("mean", stats.mean)):
         if tree is None:
             continue
         try:
-            same = tree_map(lambda g, s: _shape(g) == _shape(s), grads, tree)
+            same = tree_map(lambda g, s: shape(g) == shape(s), grads, tree)
         except (ValueError, TypeError):
             same = False
         if not all(jax.tree.leaves(same)):
@@ -74,11 +108,6 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
                 " bs_jax.value_grad_and_stats returned them (optax.flatten changes the shapes of"
                 " gradients alone, so it cannot wrap what reads statistics)"
             )
-
-
-def _shape(x: Any) -> Any:
-    """Return the shape of an array or number; a tree has none."""
-    return None if isinstance(x, (dict, list, tuple)) else getattr(x, "shape", ())
 
 
 def signal_and_noise(square: Any, mean_square: Any, count: Any) -> tuple[Any, Any]:
@@ -236,16 +265,24 @@ def sample(
         # as the parameters, and writes it to memory.
         square = abs_square(jax.lax.optimization_barrier(mean))
         mean_square = mean_square.astype(jnp.float32)
-        if metric == "coordinate":
-            # s/sqrt(s) is a root: a second use of the inverse would have XLA write it to memory.
-            return jnp.sum(square * _inverse_root(mean_square)), jnp.sum(jnp.sqrt(mean_square))
-        square, mean_square = jnp.sum(square), jnp.sum(mean_square)
-        inverse = _inverse_root(mean_square) if metric == "layer" else 1.0
-        return square * inverse, mean_square * inverse
+        if metric != "coordinate":
+            square, mean_square = jnp.sum(square), jnp.sum(mean_square)
+        if metric == "plain":
+            return square, mean_square
+        positive = mean_square > 0
+        p = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, mean_square, 1.0)), 0.0)
+        if metric == "layer":
+            return square * p, mean_square * p
+        # s/sqrt(s) is a root: a second use of p would have XLA write it to memory.
+        return jnp.sum(square * p), jnp.sum(jnp.sqrt(mean_square))
 
     # Mapped over the gradients first: under optax.masked they have fewer leaves than statistics.
     squares, mean_squares = tree_map(sums, grads, mean, stats.mean_square, outputs=2)
-    signal, noise = signal_and_noise(_tree_sum(squares), _tree_sum(mean_squares), stats.count)
+    square, mean_square = (
+        sum(jax.tree.leaves(found), start=jnp.zeros((), jnp.float32))
+        for found in (squares, mean_squares)
+    )
+    signal, noise = signal_and_noise(square, mean_square, stats.count)
     noise = noise * (batch_size / stats.count)
     return {
         "signal": signal,
@@ -254,10 +291,6 @@ def sample(
         "noise_square": noise * noise,
         "product": signal * noise,
     }
-
-
-def _inverse_root(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, jax.lax.rsqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def average(
@@ -281,33 +314,79 @@ def average(
     return NoiseScaleState(**averaged, weight_square=weight_square)
 
 
-def update_noise_scale(
-    state: NoiseScaleState,
-    grads: PyTree,
-    stats: MicrobatchStats,
-    *,
-    batch_size: Scalar,
-    decay: Scalar = DECAY,
-    metric: str = "plain",
-) -> NoiseScaleState:
-    """Take one update's micro-batch statistics into the running estimate.
+def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
+    """Read the noise scale and its spread out of the running estimate.
 
     Args:
-        state: the estimate so far.
-        grads: mean gradient (used where ``stats.mean`` is ``None``).
-        stats: of this update.
-        batch_size: examples in this update, over all micro-batches.
-        decay: of the average, per update.
-        metric: as in ``sample``.
+        state: the running estimate.
+        errors: standard errors to either side that ``low`` and ``high`` span.
+    """
+    weight = jnp.where(state.weight > 0, state.weight, 1.0)
+    signal, noise = state.signal / weight, state.noise / weight
+    var_signal = jnp.maximum(state.signal_square / weight - signal**2, 0.0)
+    var_noise = jnp.maximum(state.noise_square / weight - noise**2, 0.0)
+    covariance = state.product / weight - signal * noise
+    # With x = signal/noise, dx = (d signal - x d noise)/noise; the sample variance of an average
+    # over few updates is too small by 1 - share.
+    share = state.weight_square / weight**2
+    x = _ratio(signal, noise)
+    spread = jnp.maximum(var_signal - 2 * x * covariance + x**2 * var_noise, 0.0)
+    few = (share > 1 - 1e-5) | (state.weight == 0) | ((signal == 0) & (noise == 0))
+    error = jnp.sqrt(spread * share / jnp.where(few, 1.0, 1 - share))
+    # Squares of very large gradients overflow: then the spread is not known either.
+    few = few | ~jnp.isfinite(error)
+    error = jnp.where(few, jnp.inf, _ratio(error, noise))
+    scale = _ratio(noise, jnp.maximum(signal, 0.0))
+    one = jnp.ones(())
+    return NoiseScale(
+        noise_scale=jnp.where(few, jnp.nan, scale),
+        standard_error=jnp.where(few | jnp.isinf(scale), jnp.inf, error * scale**2),
+        low=jnp.where(few, 0.0, _ratio(one, jnp.maximum(x + errors * error, 0.0))),
+        high=jnp.where(few, jnp.inf, _ratio(one, jnp.maximum(x - errors * error, 0.0))),
+        signal=signal,
+        noise=noise,
+    )
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """A quotient that is infinite, never undefined, where its denominator is zero."""
+    positive = denominator > 0
+    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), jnp.inf)
+
+
+def step_share(k: Scalar, phi: Scalar | None) -> Scalar:
+    r"""Return the guard: the share of k by which every step may grow.
+
+    A batch of k base sizes replaces k steps by one. Where noise dominates (k below phi, the noise
+    scale over the base batch size), the k steps would have gone in k random directions, and one
+    step k times as long ends where they do. Where the signal dominates they would have followed
+    the curvature on their way, and a step k times as long overshoots. So::
+
+        k share = min(k, max(1, phi))
+
+    and 1 for k <= 1.
+
+    Args:
+        k: batch size over base batch size.
+        phi: noise scale over base batch size, in the metric that the optimizer moves in; 0 where
+            it is not known yet, ``None`` where nothing limits steps.
 
     Returns:
-        The new estimate.
+        share, in (0, 1].
 
-    Raises:
-        UserError: if the statistics come from a single micro-batch.
+    Example:
+        >>> step_share(8.0, 4.0), step_share(8.0, 0.5), step_share(8.0, 100.0)
+        (0.5, 0.125, 1.0)
+
+    Reference:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, has the smooth form
+        (1 + phi)/(1 + phi/k) for the best rate; docs/limit.md compares both.
     """
-    found = sample(grads, stats, batch_size=batch_size, metric=metric)
-    return average(state, found, decay=decay)
+    if phi is None or (isinstance(k, (int, float)) and k <= 1):
+        return 1.0
+    if isinstance(k, (int, float)) and isinstance(phi, (int, float)):
+        return min(1.0, max(1.0, phi) / k)
+    return jnp.minimum(1.0, jnp.maximum(1.0, phi) / k)
 
 
 class NoiseByGroupState(NamedTuple):
@@ -402,56 +481,18 @@ def noise_by_group(
         check_microbatch(microbatch, updates)
         mean = updates if microbatch.mean is None else microbatch.mean
         groups = {
-            name: update_noise_scale(
+            name: average(
                 state.groups[name],
-                own,
-                MicrobatchStats(squares, microbatch.count, means),
-                batch_size=batch_size,
+                sample(
+                    own,
+                    MicrobatchStats(squares, microbatch.count, means),
+                    batch_size=batch_size,
+                    metric=metric,
+                ),
                 decay=decay,
-                metric=metric,
             )
             for name, (own, squares, means) in split(updates, microbatch.mean_square, mean).items()
         }
         return updates, NoiseByGroupState(groups)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
-
-
-def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
-    """Read the noise scale and its spread out of the running estimate.
-
-    Args:
-        state: the running estimate.
-        errors: standard errors to either side that ``low`` and ``high`` span.
-    """
-    weight = jnp.where(state.weight > 0, state.weight, 1.0)
-    signal, noise = state.signal / weight, state.noise / weight
-    var_signal = jnp.maximum(state.signal_square / weight - signal**2, 0.0)
-    var_noise = jnp.maximum(state.noise_square / weight - noise**2, 0.0)
-    covariance = state.product / weight - signal * noise
-    # With x = signal/noise, dx = (d signal - x d noise)/noise; the sample variance of an average
-    # over few updates is too small by 1 - share.
-    share = state.weight_square / weight**2
-    x = _ratio(signal, noise)
-    spread = jnp.maximum(var_signal - 2 * x * covariance + x**2 * var_noise, 0.0)
-    few = (share > 1 - 1e-5) | (state.weight == 0) | ((signal == 0) & (noise == 0))
-    error = jnp.sqrt(spread * share / jnp.where(few, 1.0, 1 - share))
-    # Squares of very large gradients overflow: then the spread is not known either.
-    few = few | ~jnp.isfinite(error)
-    error = jnp.where(few, jnp.inf, _ratio(error, noise))
-    scale = _ratio(noise, jnp.maximum(signal, 0.0))
-    one = jnp.ones(())
-    return NoiseScale(
-        noise_scale=jnp.where(few, jnp.nan, scale),
-        standard_error=jnp.where(few | jnp.isinf(scale), jnp.inf, error * scale**2),
-        low=jnp.where(few, 0.0, _ratio(one, jnp.maximum(x + errors * error, 0.0))),
-        high=jnp.where(few, jnp.inf, _ratio(one, jnp.maximum(x - errors * error, 0.0))),
-        signal=signal,
-        noise=noise,
-    )
-
-
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """A quotient that is infinite, never undefined, where its denominator is zero."""
-    positive = denominator > 0
-    return jnp.where(positive, numerator / jnp.where(positive, denominator, 1.0), jnp.inf)

@@ -30,6 +30,7 @@ from bs_jax.scaling.hyperparameters import (
     is_number,
     is_numeric,
 )
+from bs_jax.scaling.noise import step_share
 from bs_jax.scaling.rules import FAMILIES, Family, Scalar, ScalingRule, nearest, resolve_rule
 
 Factory = Callable[..., Any]
@@ -63,12 +64,13 @@ class Optimizer:
     known: bool = False
 
 
-# By how an optimizer keeps its second moment: the role of the decay that averages it.
-SECOND_MOMENT_DECAY = {
-    "ema": "second_moment_decay",
-    "layer": "second_moment_decay",
-    "centered": "second_moment_decay",
-    "centered_raw": "variance_decay",
+# By how an optimizer keeps its second moment: the role of the decay that averages it, and of that
+# of the average which it is taken about.
+MOMENT_DECAYS = {
+    "ema": ("second_moment_decay",),
+    "layer": ("second_moment_decay",),
+    "centered": ("second_moment_decay", "centering_decay"),
+    "centered_raw": ("variance_decay", "variance_decay"),
 }
 
 _TABLE: dict[Factory, Optimizer] = {}
@@ -341,7 +343,7 @@ class Recipe:
         k: Scalar,
         noise: Noise | None = None,
         values: Mapping[str, Any] | None = None,
-        limit: Scalar | None = None,
+        phi: Scalar | None = None,
     ) -> Scaled:
         """Return the recipe under one rule at one k.
 
@@ -350,7 +352,7 @@ class Recipe:
             k: batch size over base batch size.
             noise: of the base batch's gradient, where it is known.
             values: base values in place of the recipe's own (schedules read, say).
-            limit: the noise scale up to which steps may grow, over the base batch size.
+            phi: noise scale over the base batch size, up to which a guard lets steps grow.
 
         Returns:
             Every hyperparameter in force.
@@ -363,37 +365,13 @@ class Recipe:
             rule=rule,
             k=k,
             noise=noise,
-            limit=limit,
+            share=step_share(k, phi if self.metric(rule) is not None else None),
+            guards_moment=(
+                rule.invariant and self.family is not None and self.family.guards_moment
+            ),
             known=self.optimizer.known,
+            own_clock=self.optimizer.clock,
         )
-
-    def clock(self, scaled: Scaled) -> dict[str, Scalar]:
-        """Return the keywords by which an optimizer's own clock counts base-size updates."""
-        if self.optimizer.clock is None or not scaled.rule.time_constants or scaled.is_identity:
-            return {}
-        return self.optimizer.clock(scaled)
-
-    def build(
-        self, values: Mapping[str, Any], clock: Mapping[str, Any] | None = None
-    ) -> optax.GradientTransformationExtraArgs:
-        """Build the optimizer.
-
-        Args:
-            values: name -> value in force, in place of the recipe's; numbers, traced scalars or
-                schedules. A number in place of a schedule is wrapped as a constant schedule, so
-                that the state keeps its structure.
-            clock: from ``clock``; with it the clocked factory is built.
-
-        Returns:
-            The transformation.
-        """
-        arguments = {**self.arguments, **values}
-        for name in self.schedules:
-            if not callable(arguments[name]):
-                arguments[name] = lambda _, value=arguments[name]: value
-        if clock and self.optimizer.clocked is not None:
-            return optax.with_extra_args_support(self.optimizer.clocked(**arguments, **clock))
-        return optax.with_extra_args_support(self.optimizer.factory(**arguments))
 
     def metric(self, rule: ScalingRule) -> str | None:
         """Return the metric in which a rule's guard measures the noise scale; ``None``: unguarded.
@@ -409,7 +387,9 @@ class Recipe:
         """Whether a rule needs the noise to scale this recipe."""
         stand_ins = {n: v if is_number(v) else 0.5 for n, v in self.values.items()}
         try:
-            self.at(rule, 2.0, values=stand_ins).all()
+            scaled = self.at(rule, 2.0, values=stand_ins)
+            for name in stand_ins:
+                scaled.value(name)
         except NoiseScaleNeeded:
             return True
         return False
@@ -423,10 +403,8 @@ class Recipe:
         if not rule.invariant or self.family is None or not self.family.can_be_invariant:
             return None
         kind = self.family.second_moment
-        if kind in SECOND_MOMENT_DECAY:
-            self.at(rule, 1.0).only(SECOND_MOMENT_DECAY[kind])
-        if kind == "centered":
-            self.at(rule, 1.0).only("centering_decay")
+        for role in MOMENT_DECAYS.get(kind, ()):
+            self.at(rule, 1.0).only(role)
         only = {"factored": "adafactor", "centered": "adabelief", "centered_raw": "rmsprop"}
         if kind in only and not self.optimizer.known:
             raise UserError(
@@ -701,8 +679,8 @@ def scale_hyperparams(
             stacklevel=2,
         )
     noise = None if noise_scale is None else Noise.from_scale(noise_scale, base_batch_size)
-    limit = None if noise is None or recipe.metric(rule) is None else noise.scale
-    scaled = recipe.at(rule, batch_size / base_batch_size, noise, limit=limit)
+    phi = None if noise is None else noise.phi
+    scaled = recipe.at(rule, batch_size / base_batch_size, noise, phi=phi)
     try:
         return {
             name: scaled.schedule_or_value(name) if name in recipe.values else value

@@ -12,7 +12,7 @@ import optax
 from optax import contrib
 
 from bs_jax.scaling.clocked import ranger
-from bs_jax.scaling.microbatch import MicrobatchStats
+from bs_jax.scaling.noise import MicrobatchStats
 from bs_jax.scaling.rules import RULES, ScalingRule
 from bs_jax.scaling.transform import scale_by_batch
 

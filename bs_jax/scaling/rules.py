@@ -18,6 +18,7 @@ from bs_jax.errors import UserError
 
 # A Python float, or a scalar array that may be traced: every formula of this package serves both.
 Scalar: TypeAlias = Any
+PyTree: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)

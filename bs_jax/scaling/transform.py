@@ -1,14 +1,15 @@
-"""scale_by_batch: any optax optimizer, its hyperparameters scaled to the batch size in use."""
+"""scale_by_batch: any optax optimizer, its hyperparameters scaled to the batch size in use.
+
+``_Plan`` is what is decided before training; ``update`` is one update from top to bottom.
+"""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,130 +28,24 @@ from bs_jax.scaling.hyperparameters import (
     is_narrow,
     is_number,
     is_numeric,
+    larger,
     rounded_away,
 )
-from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
-from bs_jax.scaling.microbatch import MicrobatchStats, PyTree
-from bs_jax.scaling.noise import NoiseByGroupState, NoiseScale, NoiseScaleState
-from bs_jax.scaling.optimizers import (
-    SECOND_MOMENT_DECAY,
-    Recipe,
-    missing_noise,
-    resolve_factory,
+from bs_jax.scaling.noise import (
+    GUARD_DECAY,
+    GUARD_ERRORS,
+    SMALLEST_GUARD_DECAY,
+    MicrobatchStats,
+    NoiseScaleState,
+    step_share,
 )
-from bs_jax.scaling.rules import Scalar, ScalingRule, resolve_rule
+from bs_jax.scaling.optimizers import MOMENT_DECAYS, Recipe, missing_noise, resolve_factory
+from bs_jax.scaling.rules import PyTree, Scalar, ScalingRule, resolve_rule
+from bs_jax.scaling.state import InForce, ScaleByBatchState
 
 P = ParamSpec("P")
-_State = TypeVar("_State")
 # A noise scale that the user gives: as noise, or as a schedule of examples.
 Known: TypeAlias = Noise | Callable[[Any], Any] | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InForce:
-    """The hyperparameters of one update: float32 scalars, their names apart.
-
-    The names are no keys of the state: optax's ``tree_get(state, "learning_rate")`` finds what a
-    user may set, and a value that is computed at every update may not be set.
-
-    Attributes:
-        values: in the order of ``names``.
-        names: of the factory's arguments; then ``"guard"`` and ``"noise_scale"`` under a guard.
-    """
-
-    values: tuple[jax.Array, ...]
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> InForce:
-        """Return the values as float32 scalars."""
-        return cls(tuple(jnp.asarray(v, jnp.float32) for v in values.values()), tuple(values))
-
-    def to_dict(self) -> dict[str, jax.Array]:
-        """Return name -> value."""
-        return dict(zip(self.names, self.values, strict=True))
-
-
-@jax.tree_util.register_pytree_node_class
-class ReadOnly(Mapping[str, Any]):
-    """Values in force, which nobody may set: a value put here would be ignored without a word."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        return repr(self._values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise UserError(
-            f"{name} in force follows from what the factory was given, at every update; to set it"
-            " while training use optax.inject_hyperparams(bs_jax.scale_by_batch(...)), then"
-            f" optax.tree.set(state, {name}=...), at the base batch size"
-        )
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-        """Return values and names, for JAX."""
-        return tuple(self._values.values()), tuple(self._values)
-
-    @classmethod
-    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> ReadOnly:
-        """Return the values by name again."""
-        return cls(dict(zip(names, values, strict=True)))
-
-
-class ScaleByBatchState(NamedTuple):
-    """State of a ``scale_by_batch`` transformation; one structure for every kind of update.
-
-    Attributes:
-        clock: examples seen, in base-size updates.
-        batch_size: examples in the last update; int32 scalar.
-        in_force: the hyperparameters of the last update; read them by ``hyperparams``.
-        noise: running noise scale of the gradient, as the rule averages it; ``()`` for what takes
-            no steps and needs none.
-        limit: running noise scale in the metric that the optimizer moves in, for the guard; ``()``
-            for what takes no steps.
-        variance: averaged noise part of each second moment, or ``()`` where it is not made
-            invariant.
-        inner_state: the optimizer's own state.
-    """
-
-    clock: ExampleClock
-    batch_size: jax.Array
-    in_force: InForce
-    noise: NoiseScaleState | tuple[()]
-    limit: NoiseScaleState | tuple[()]
-    variance: tuple[PyTree, ...]
-    inner_state: Any
-
-    @property
-    def examples(self) -> Any:
-        """Examples seen: exact int64 outside jit; a rounded float32 inside."""
-        return self.clock.examples
-
-    @property
-    def hyperparams(self) -> Mapping[str, jax.Array]:
-        """The hyperparameters of the last update by name, to read."""
-        return ReadOnly(self.in_force.to_dict())
-
-    def __getattr__(self, name: str) -> Any:
-        """Say where a field of the optimizer's own state is.
-
-        Raises:
-            AttributeError: always.
-        """
-        where = f"; the optimizer's own state has it: use state.inner_state.{name}"
-        own = hasattr(self.inner_state, name)
-        raise AttributeError(f"ScaleByBatchState has no {name!r}{where if own else ''}")
 
 
 def scale_by_batch(
@@ -207,6 +102,7 @@ def scale_by_batch(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from bs_jax.scaling import hyperparams
         >>> tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule="sqrt")(
         ...     learning_rate=1e-3, weight_decay=0.1)
         >>> state = tx.init({"w": jnp.ones(3)})
@@ -234,7 +130,7 @@ def scale_by_batch(
         check_decays(recipe.at(rule, batch_size / base_batch_size, _at_start(known)))
         for caution in recipe.cautions(rule):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
-        return _transformation(
+        plan = _Plan.of(
             recipe,
             rule,
             batch_size=int(batch_size),
@@ -243,262 +139,182 @@ def scale_by_batch(
             noise_decay=noise_decay,
             floor=variance_floor,
         )
+        return _transformation(plan)
 
     return scaled_factory
 
 
-def _transformation(
-    recipe: Recipe,
-    rule: ScalingRule,
-    *,
-    batch_size: int,
-    base_batch_size: int,
-    known_noise: Known,
-    noise_decay: float | None,
-    floor: float,
-) -> optax.GradientTransformationExtraArgs:
-    """Return a recipe's transformation: updates are static where all numbers are known before.
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is decided before training; an update only reads it.
 
-    The static update is plain optax's, with numbers scaled beforehand; the traced one scales while
-    training: a batch size that is given, values that are arrays, noise that is measured.
+    Attributes:
+        recipe: the optimizer's arguments and what they mean.
+        scaled: the recipe under the rule at the batch size given. An update puts the values, k,
+            noise and share of now in place of its own.
+        batch_size: examples in one update, unless an update is given another number.
+        base_batch_size: examples per update that the recipe was tuned at.
+        known_noise: the noise as the user gave it; ``None``: it is measured, where it is needed.
+        noise_decay: decay per base-size update of the running noise that q is made of.
+        floor: smallest share of the averaged noise part that an invariant second moment may be.
+        second_moment: how the optimizer keeps it (see ``rules.Family``).
+        invariant: whether it is made what the base batch size would have shown.
+        moment_decay: the name of its decay then; empty where it has none of that role.
+        centering_decay: the name of the decay of the average that it is taken about; or empty.
+        moment_eps: the name of what is added to it at each update; or empty.
+        metric: in which the noise scale is measured that limits steps.
+        steps: whether the optimizer has a learning rate; a clip or an average has none.
+        clips: whether it compares raw gradient norms with a threshold.
+        guarded: whether steps grow only up to a noise scale.
+        measures_q: whether q follows the noise measured here.
+        measures_phi: whether the guard goes by the noise scale measured here.
+        plain: optax's optimizer with numbers scaled beforehand, where all of them are known.
+        unscaled: never run: its updates' dtypes, with Python numbers, are those that ours follow.
     """
-    k = batch_size / base_batch_size
-    start = _at_start(known_noise)
-    at_k = recipe.at(rule, k, start, limit=None if start is None else start.scale)
-    second_moment = recipe.family.second_moment if recipe.family is not None else "none"
-    kind = recipe.invariant_moment(rule)
-    decay_name = at_k.only(SECOND_MOMENT_DECAY[kind]) if kind in SECOND_MOMENT_DECAY else ""
-    center_name = {"centered": "centering_decay", "centered_raw": "variance_decay"}.get(kind or "")
-    center_name = at_k.only(center_name) if center_name else ""
-    eps_sums = at_k.with_role("eps_sum") if kind == "centered" else []
-    metric = recipe.metric(rule)
-    # What clips and takes no step stands in front of something that does.
-    has_norms = bool(at_k.with_role("gradient_norm"))
-    clips = has_norms and not at_k.with_role("learning_rate")
-    in_moment = kind is not None and at_k.guards_moment
-    # kind: the second moment that is made the base's, or None. measures: q needs measured noise.
-    # guarded: steps have a limit; guards: one that is measured here. static: numbers are known.
-    measures = known_noise is None and recipe.needs_noise(rule)
-    guarded = metric is not None and (known_noise is not None or rule.measures)
-    guards = guarded and known_noise is None
-    constant = all(is_number(v) or n in recipe.schedules for n, v in recipe.values.items())
-    constant = constant and (start is None or is_number(start.noise)) and not callable(known_noise)
-    static = constant and (at_k.is_identity or not (measures or kind or (guards and k > 1)))
-    fixed = {name: at_k.schedule_or_value(name) for name in recipe.values} if static else {}
-    plain = recipe.build(fixed, recipe.clock(at_k)) if static else None
-    # Never run: its updates' dtypes, with Python numbers, are those that ours follow.
-    stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
-    base_optimizer = recipe.build(
-        {n: stand_ins[n] for n, v in recipe.values.items() if not is_number(v)}
-    )
 
-    def read(clock: ExampleClock, schedule: Callable[[Any], Any], size: Any) -> Any:
-        return clock.read(schedule, size, base_batch_size, middle=rule.reads_middle)
+    recipe: Recipe
+    scaled: Scaled
+    batch_size: int
+    base_batch_size: int
+    known_noise: Known
+    noise_decay: Scalar
+    floor: float
+    second_moment: str
+    invariant: bool
+    moment_decay: str
+    centering_decay: str
+    moment_eps: str
+    metric: str
+    steps: bool
+    clips: bool
+    guarded: bool
+    measures_q: bool
+    measures_phi: bool
+    plain: optax.GradientTransformationExtraArgs | None
+    unscaled: optax.GradientTransformationExtraArgs
 
-    def base_values(clock: ExampleClock, size: Any) -> dict[str, Any]:
-        """Return base values now: schedules are read on the clock of base-size updates."""
-        return {n: read(clock, v, size) if callable(v) else v for n, v in recipe.values.items()}
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        rule: ScalingRule,
+        *,
+        batch_size: int,
+        base_batch_size: int,
+        known_noise: Known,
+        noise_decay: float | None,
+        floor: float,
+    ) -> _Plan:
+        """Decide what an update of this recipe needs.
 
-    def noise_at(clock: ExampleClock, size: Any, state: ScaleByBatchState | None) -> Any:
-        """Return the noise that the rule reads, and the limit of the guard, as they are now."""
-        found = known_noise
-        if callable(found):
-            found = Noise.from_scale(read(clock, found, size), base_batch_size)
-        if found is not None:
-            return found, found.scale if guarded else None
-        if state is None:
-            return None, None
-        measured = _measured(state.noise, base_batch_size) if measures else None
-        limit = None
-        if guards:
-            limit = (
-                noise.estimate(cast(NoiseScaleState, state.limit), GUARD_ERRORS).low
-                / base_batch_size
-            )
-        return measured, limit
+        Raises:
+            UserError: if the rule promises what it cannot do for this optimizer.
+        """
+        k = batch_size / base_batch_size
+        start = _at_start(known_noise)
+        scaled = recipe.at(rule, k, start, phi=None if start is None else start.phi)
+        second_moment = recipe.family.second_moment if recipe.family is not None else "none"
+        invariant = recipe.invariant_moment(rule) is not None
+        decays = MOMENT_DECAYS.get(second_moment, ()) if invariant else ()
+        moment_decay, centering_decay, *_ = [*map(scaled.only, decays), "", ""]
+        added = {"factored": ["eps"], "centered": scaled.with_role("eps_sum")}
+        guarded = recipe.metric(rule) is not None and (known_noise is not None or rule.measures)
+        measures_q = known_noise is None and recipe.needs_noise(rule)
+        measures_phi = guarded and known_noise is None
+        known = not callable(known_noise) and (start is None or is_number(start.noise))
+        known = known and all(
+            is_number(v) or n in recipe.schedules for n, v in recipe.values.items()
+        )
+        measures = measures_q or invariant or (measures_phi and k > 1)
+        plain = None
+        if known and (scaled.is_identity or not measures):
+            fixed = {name: scaled.schedule_or_value(name) for name in recipe.values}
+            plain = build(recipe, fixed, scaled.clock())
+        stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
+        return cls(
+            recipe=recipe,
+            scaled=scaled,
+            batch_size=batch_size,
+            base_batch_size=base_batch_size,
+            known_noise=known_noise,
+            noise_decay=_noise_decay(noise_decay, recipe),
+            floor=floor,
+            second_moment=second_moment,
+            invariant=invariant,
+            moment_decay=moment_decay,
+            centering_decay=centering_decay,
+            moment_eps=next(iter(added.get(second_moment, ())), ""),
+            metric=(recipe.family.metric if recipe.family is not None else None) or "plain",
+            steps=any(role.name == "learning_rate" for role in recipe.roles.values()),
+            clips=bool(scaled.with_role("gradient_norm")),
+            guarded=guarded,
+            measures_q=measures_q,
+            measures_phi=measures_phi,
+            plain=plain,
+            unscaled=build(
+                recipe, {n: stand_ins[n] for n, v in recipe.values.items() if not is_number(v)}
+            ),
+        )
 
-    def shown(scaled: Scaled, values: Mapping[str, Any]) -> InForce:
-        """Return what is in force, the limit included."""
-        if not guarded:
-            return InForce.of(values)
-        limit = 0.0 if scaled.limit is None else scaled.limit
-        return InForce.of({**values, "guard": scaled.guard, "noise_scale": limit * base_batch_size})
+
+def build(
+    recipe: Recipe, values: Mapping[str, Any], clock: Mapping[str, Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Build the optimizer of a recipe.
+
+    Args:
+        recipe: the recipe.
+        values: name -> value in force, in place of the recipe's; numbers, traced scalars or
+            schedules. A number in place of a schedule is wrapped as a constant schedule, so that
+            the state keeps its structure.
+        clock: from ``Scaled.clock``; with it the clocked factory is built.
+
+    Returns:
+        The transformation.
+    """
+    arguments = {**recipe.arguments, **values}
+    for name in recipe.schedules:
+        if not callable(arguments[name]):
+            arguments[name] = lambda _, value=arguments[name]: value
+    if clock and recipe.optimizer.clocked is not None:
+        return optax.with_extra_args_support(recipe.optimizer.clocked(**arguments, **clock))
+    return optax.with_extra_args_support(recipe.optimizer.factory(**arguments))
+
+
+def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of a plan.
+
+    An update is static where all numbers are known before: plain optax's, with numbers scaled
+    beforehand. Otherwise it is traced, and scales while training: a batch size that is given,
+    values that are arrays, noise that is measured.
+    """
+    recipe, rule, base_batch_size = plan.recipe, plan.scaled.rule, plan.base_batch_size
+    middle = rule.reads_middle
 
     def init(params: PyTree) -> ScaleByBatchState:
-        for caution in rounded_away(recipe.roles, fixed, params):
-            warnings.warn(caution, ScalingWarning, stacklevel=2)
-        clock = ExampleClock.at(0, base_batch_size)
-        steps = any(role.name == "learning_rate" for role in recipe.roles.values())
+        static = plan.plain is not None
         running = noise.init_noise_scale()
         state = ScaleByBatchState(
-            clock=clock,
-            batch_size=jnp.asarray(batch_size, jnp.int32),
+            clock=ExampleClock.at(0, base_batch_size),
+            batch_size=jnp.asarray(plan.batch_size, jnp.int32),
             in_force=InForce((), ()),
-            noise=running if steps or measures else (),
-            limit=running if steps else (),
+            noise=running if plan.steps or plan.measures_q else (),
+            limit=running if plan.steps else (),
             variance=(),
             inner_state=(),
         )
-        noise_now, limit = noise_at(clock, batch_size, state)
-        scaled = recipe.at(rule, k, noise_now, base_values(clock, batch_size), limit)
-        values = scaled.all()
-        inner_state = (plain or recipe.build(values, recipe.clock(scaled))).init(params)
+        scaled, phi = scaled_now(state, plan.batch_size, static=static)
+        values = {name: scaled.value(name) for name in recipe.values}
+        for caution in rounded_away(recipe.roles, values if static else {}, params):
+            warnings.warn(caution, ScalingWarning, stacklevel=2)
+        inner_state = (plan.plain or build(recipe, values, scaled.clock())).init(params)
+        if not static:
+            _refuse_injected(recipe, inner_state)
         return state._replace(
-            in_force=shown(scaled, values),
-            variance=moments.init_variance(inner_state, scaled) if kind else (),
+            in_force=in_force(scaled, values, phi),
+            variance=moments.init_variance(inner_state, scaled) if plan.invariant else (),
             inner_state=inner_state,
         )
-
-    def running_noise(
-        state: ScaleByBatchState, updates: PyTree, size: Any, microbatch: MicrobatchStats | None
-    ) -> ScaleByBatchState:
-        """Return the state with this update's statistics taken into the noise scales."""
-        k = size / base_batch_size
-        if microbatch is None:
-            small = is_number(k) and k <= 1
-            if (measures and not recipe.at(rule, k).is_identity) or (guards and not small):
-                raise missing_noise(recipe, rule, by_coordinate=kind is not None)
-            return state
-        noise.check_microbatch(microbatch, updates)
-        if clips and rule.measures and microbatch.mean is None:
-            # By itself the clip is right; what stands behind it is not seen from here.
-            warnings.warn(
-                f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
-                " optimizer behind it would compare the clipped gradient with statistics of the"
-                " raw one: give the mean gradient before clipping, microbatch._replace(mean=grads);"
-                " value_grad_and_stats and GradientAccumulator keep it",
-                ScalingWarning,
-                stacklevel=3,
-            )
-        new_noise, limit = state.noise, state.limit
-        if isinstance(new_noise, NoiseScaleState):
-            decay = _noise_decay(noise_decay, recipe) ** k
-            if second_moment == "sum":
-                # What the optimizer sums without end is compared with a noise averaged likewise.
-                done = state.clock.updates(k, base_batch_size)
-                decay = done / (done + 1)
-            new_noise = noise.update_noise_scale(
-                new_noise, updates, microbatch, batch_size=size, decay=decay
-            )
-        if isinstance(limit, NoiseScaleState):
-            limit = noise.update_noise_scale(
-                limit,
-                updates,
-                microbatch,
-                batch_size=size,
-                decay=guard_decay(k),
-                metric=metric or (recipe.family.metric if recipe.family else None) or "plain",
-            )
-        return state._replace(noise=new_noise, limit=limit)
-
-    def static_update(
-        plain: optax.GradientTransformationExtraArgs,
-        updates: PyTree,
-        state: ScaleByBatchState,
-        params: PyTree,
-        microbatch: MicrobatchStats | None,
-        extra_args: dict[str, Any],
-    ) -> tuple[PyTree, ScaleByBatchState]:
-        # Not the state's: a checkpoint of another batch size holds what was in force there.
-        values = {
-            n: at_k.with_base(n, read(state.clock, recipe.values[n], batch_size))
-            if callable(v)
-            else v
-            for n, v in fixed.items()
-        }
-        state = running_noise(state, updates, batch_size, microbatch)
-        updates, inner_state = plain.update(updates, state.inner_state, params, **extra_args)
-        return updates, state._replace(
-            clock=state.clock.advance(batch_size, base_batch_size),
-            in_force=shown(at_k, values),
-            inner_state=inner_state,
-        )
-
-    def traced_update(
-        updates: PyTree,
-        state: ScaleByBatchState,
-        params: PyTree,
-        given_size: Any,
-        microbatch: MicrobatchStats | None,
-        extra_args: dict[str, Any],
-    ) -> tuple[PyTree, ScaleByBatchState]:
-        size, changing = batch_size, given_size is not None
-        if changing:
-            size = given_size
-            if is_number(size) or not is_numeric(size):
-                check_batch_sizes(size, base_batch_size)
-        _refuse_injected(recipe, state.inner_state)
-        k = size / base_batch_size
-        state = running_noise(state, updates, size, microbatch)
-        noise_now, limit = noise_at(state.clock, size, state)
-        base = base_values(state.clock, size)
-        scaled = recipe.at(rule, k, noise_now, base, limit)
-        values, clock = scaled.all(), recipe.clock(scaled)
-        inner_state, count = state.inner_state, None
-        if changing:
-            old = recipe.at(rule, state.batch_size / base_batch_size, noise_now, base, limit)
-            inner_state = moments.carry(inner_state, old, scaled)
-            if rule.time_constants and second_moment != "layer":
-                count = state.clock.updates(k, base_batch_size)
-        # At the base size the optimizer's own square serves, unless its count is a fraction.
-        at_base = scaled.is_identity and microbatch is None and count is None
-        replaces, used = kind is not None and not at_base, values
-        if replaces and decay_name:
-            used = {**values, decay_name: _usable_decay(values[decay_name])}
-        optimizer = recipe.build(used, clock)
-        seen = updates
-        if has_norms:
-            # optax's clips select between what is clipped and a product with the threshold, which
-            # is float32 here where a Python float would have taken the gradient's type.
-            seen = _widened(updates)
-
-        def own_step(inner_state: Any) -> tuple[PyTree, Any]:
-            return optimizer.update(seen, inner_state, params, **extra_args)
-
-        step = own_step if count is None else moments.at_count(own_step, count, known=scaled.known)
-        if replaces:
-            if microbatch is None and not scaled.is_identity:
-                raise missing_noise(recipe, rule, by_coordinate=True)
-            moment = moments.BaseMoment(
-                kind=second_moment,
-                decay=used[decay_name] if decay_name else _growing_decay(used, clock, count),
-                k=k,
-                square=noise.base_square(updates, microbatch, k),
-                floor=floor,
-                eps=used["eps"]
-                if kind == "factored"
-                else sum(used[n] for n in eps_sums) / (1 - used[decay_name])
-                if eps_sums
-                else 0.0,
-                share=scaled.guard if in_moment else 1.0,
-                power=rule.guard_power,
-                known=scaled.known,
-                centering=moments.Centering(used[center_name], base[center_name], k)
-                if center_name
-                else None,
-            )
-            new_updates, inner_state, variance = moments.update_with_base_moment(
-                step, inner_state, updates, state.variance, moment
-            )
-        else:
-            (new_updates, inner_state), variance = step(inner_state), state.variance
-        new_state = ScaleByBatchState(
-            clock=state.clock.advance(size, base_batch_size),
-            batch_size=jnp.asarray(size, jnp.int32),
-            in_force=shown(scaled, values),
-            noise=state.noise,
-            limit=state.limit,
-            variance=variance,
-            inner_state=inner_state,
-        )
-        # Float32 hyperparameters would otherwise widen a bfloat16 state or update.
-        as_optax = jax.eval_shape(
-            lambda u, s, p: base_optimizer.update(u, s, p, **extra_args)[0],
-            updates,
-            state.inner_state,
-            params,
-        )
-        return _cast_like((new_updates, new_state), (as_optax, state))
 
     def update(
         updates: PyTree,
@@ -509,9 +325,166 @@ def _transformation(
         microbatch: MicrobatchStats | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchState]:
-        if plain is not None and batch_size is None:
-            return static_update(plain, updates, state, params, microbatch, extra_args)
-        return traced_update(updates, state, params, batch_size, microbatch, extra_args)
+        # 1. The batch: k base sizes.
+        changing = batch_size is not None
+        size = batch_size if changing else plan.batch_size
+        if changing:
+            if is_number(size) or not is_numeric(size):
+                check_batch_sizes(size, base_batch_size)
+            _refuse_injected(recipe, state.inner_state)
+        k, plain = size / base_batch_size, None if changing else plan.plain
+
+        # 2. What its parts say about the noise.
+        state = with_statistics(state, updates, size, microbatch)
+
+        # 3. How far steps may grow, and 4. the hyperparameters at this k.
+        scaled, phi = scaled_now(state, size, static=plain is not None)
+        values = {name: scaled.value(name) for name in recipe.values}
+        clock, shown = state.clock.advance(size, base_batch_size), in_force(scaled, values, phi)
+
+        # 5. The optimizer's own update with these numbers.
+        if plain is not None:
+            new_updates, inner_state = plain.update(
+                updates, state.inner_state, params, **extra_args
+            )
+            return new_updates, state._replace(clock=clock, in_force=shown, inner_state=inner_state)
+        inner_state, count, variance = state.inner_state, None, state.variance
+        if changing:  # its moments and its count are told in the last batch size
+            last_k = state.batch_size / base_batch_size
+            last = dataclasses.replace(scaled, k=last_k, share=step_share(last_k, phi))
+            inner_state = moments.carry(inner_state, last, scaled)
+            if rule.time_constants and plan.second_moment != "layer":
+                count = state.clock.updates(k, base_batch_size)
+        # At the base size the optimizer's own square serves, unless its count is a fraction.
+        at_base = scaled.is_identity and microbatch is None and count is None
+        invariant, used = plan.invariant and not at_base, dict(values)
+        if invariant and plan.moment_decay:
+            used[plan.moment_decay] = larger(values[plan.moment_decay], SMALLEST_DECAY)
+        own_clock = scaled.clock()
+        optimizer = build(recipe, used, own_clock)
+        # optax's clips select between what is clipped and a product with the threshold, which is
+        # float32 here where a Python float would have taken the gradient's type.
+        seen = _widened(updates) if plan.clips else updates
+        step: moments.Step = lambda inner: optimizer.update(seen, inner, params, **extra_args)  # noqa: E731
+        if count is not None:
+            step = moments.at_count(step, count, known=scaled.known)
+        if not invariant:
+            new_updates, inner_state = step(inner_state)
+        else:
+            if microbatch is None and not scaled.is_identity:
+                raise missing_noise(recipe, rule, by_coordinate=True)
+            decay, centering = used.get(plan.moment_decay), None
+            eps = used.get(plan.moment_eps, 0.0)
+            if plan.centering_decay:
+                name = plan.centering_decay
+                centering = moments.Centering(used[name], scaled.values[name], k)
+                eps = eps / (1 - used[plan.moment_decay])
+            moment = moments.BaseMoment(
+                kind=plan.second_moment,
+                decay=_growing_decay(used, own_clock, count) if decay is None else decay,
+                k=k,
+                square=noise.base_square(updates, microbatch, k),
+                floor=plan.floor,
+                eps=eps,
+                share=scaled.share if scaled.guards_moment else 1.0,
+                power=rule.guard_power,
+                known=scaled.known,
+                centering=centering,
+            )
+            new_updates, inner_state, variance = moments.update_with_base_moment(
+                step, inner_state, updates, variance, moment
+            )
+
+        # 6. The state after it, in its own dtypes, and the updates in those of optax's own: float32
+        # hyperparameters would otherwise widen them where they are bfloat16.
+        new_state = state._replace(
+            clock=clock,
+            batch_size=jnp.asarray(size, jnp.int32),
+            in_force=shown,
+            variance=variance,
+            inner_state=inner_state,
+        )
+        like = jax.eval_shape(
+            lambda u, s, p: plan.unscaled.update(u, s, p, **extra_args)[0],
+            updates,
+            state.inner_state,
+            params,
+        )
+        return jax.tree.map(
+            lambda x, y: jnp.asarray(x, jnp.result_type(y)), (new_updates, new_state), (like, state)
+        )
+
+    def with_statistics(
+        state: ScaleByBatchState, updates: PyTree, size: Any, microbatch: MicrobatchStats | None
+    ) -> ScaleByBatchState:
+        """Return the state with this update's statistics taken into the noise scales."""
+        k = size / base_batch_size
+        if microbatch is None:
+            changes = not dataclasses.replace(plan.scaled, k=k).is_identity
+            grows = not (is_number(k) and k <= 1)
+            if (plan.measures_q and changes) or (plan.measures_phi and grows):
+                raise missing_noise(recipe, rule, by_coordinate=plan.invariant)
+            return state
+        noise.check_microbatch(microbatch, updates)
+        if plan.clips and not plan.steps and rule.measures and microbatch.mean is None:
+            # By itself the clip is right; what stands behind it is not seen from here.
+            warnings.warn(
+                f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
+                " optimizer behind it would compare the clipped gradient with statistics of the"
+                " raw one: give the mean gradient before clipping, microbatch._replace(mean=grads);"
+                " value_grad_and_stats and GradientAccumulator keep it",
+                ScalingWarning,
+                stacklevel=3,
+            )
+        running, in_metric = state.noise, state.limit
+        if isinstance(running, NoiseScaleState):
+            decay = plan.noise_decay**k
+            if plan.second_moment == "sum":
+                # What the optimizer sums without end is compared with a noise averaged likewise.
+                done = state.clock.updates(k, base_batch_size)
+                decay = done / (done + 1)
+            found = noise.sample(updates, microbatch, batch_size=size)
+            running = noise.average(running, found, decay=decay)
+        if isinstance(in_metric, NoiseScaleState):
+            found = noise.sample(updates, microbatch, batch_size=size, metric=plan.metric)
+            decay = larger(GUARD_DECAY**k, SMALLEST_GUARD_DECAY)
+            in_metric = noise.average(in_metric, found, decay=decay)
+        return state._replace(noise=running, limit=in_metric)
+
+    def scaled_now(
+        state: ScaleByBatchState, size: Any, *, static: bool
+    ) -> tuple[Scaled, Scalar | None]:
+        """Return the recipe as it is in force now, and phi, up to which its steps may grow."""
+        k = size / base_batch_size
+        read = functools.partial(
+            state.clock.read,
+            batch_size=size,
+            base_batch_size=base_batch_size,
+            middle=middle,
+        )
+        # 3. The noise as it is known or measured, and the share of k that it lets steps grow by.
+        found, phi = plan.known_noise, None
+        if callable(found):
+            found = Noise.from_scale(read(found), base_batch_size)
+        if found is not None:
+            phi = found.phi if plan.guarded else None
+        elif not static:
+            found = _measured(state.noise, base_batch_size) if plan.measures_q else None
+            if plan.measures_phi:
+                low = noise.estimate(cast(NoiseScaleState, state.limit), GUARD_ERRORS).low
+                phi = low / base_batch_size
+        share = step_share(k, phi)
+        # 4. The values tuned at the base size; schedules are read on the clock of its updates.
+        base = {n: read(v) if callable(v) else v for n, v in recipe.values.items()}
+        return dataclasses.replace(plan.scaled, values=base, k=k, noise=found, share=share), phi
+
+    def in_force(scaled: Scaled, values: Mapping[str, Any], phi: Scalar | None) -> InForce:
+        """Return what is in force, for the state: the guard included."""
+        shown = dict(values)
+        if plan.guarded:
+            shown["guard"] = scaled.share
+            shown["noise_scale"] = (0.0 if phi is None else phi) * base_batch_size
+        return InForce(tuple(jnp.asarray(v, jnp.float32) for v in shown.values()), tuple(shown))
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
@@ -559,13 +532,6 @@ def _measured(online: Any, base_batch_size: int) -> Noise:
     return Noise(signal, jnp.where(signal + per_base_batch > 0, per_base_batch, 1.0))
 
 
-def _usable_decay(decay: Scalar) -> Scalar:
-    """Return a decay that is large enough to divide by."""
-    if is_number(decay):
-        return max(decay, SMALLEST_DECAY)
-    return jnp.maximum(decay, SMALLEST_DECAY)
-
-
 def _growing_decay(
     values: Mapping[str, Any], clock: Mapping[str, Scalar], count: Scalar | None
 ) -> Callable[[Any], Scalar] | float:
@@ -574,110 +540,6 @@ def _growing_decay(
         return 1.0
     rate, offset, k = values["decay_rate"], values["decay_offset"], clock.get("k", 1.0)
     return lambda done: adafactor_decay(done if count is None else count, rate, offset, k)
-
-
-def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, like)
-
-
-def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
-    """Return the hyperparameters in force in the last update.
-
-    Under a guard ``"guard"`` is the share of k by which every step may grow (1 inside the noise
-    scale), and ``"noise_scale"`` the lower end, in examples, that it goes by: 0 as long as none is
-    known.
-
-    Args:
-        state: the state of a ``scale_by_batch`` transformation, or of anything that holds one: a
-            chain's, a ``TrainState``, an ``nnx.Optimizer``.
-        as_floats: whether to return Python floats, for logging, instead of float32 scalars.
-
-    Returns:
-        name -> value. Where a state holds several transformations (a scaled clip beside its
-        optimizer, say), a name that more than one has is prefixed ``"0/"``, ``"1/"``, ...
-
-    Raises:
-        UserError: if the state holds none.
-    """
-    found = [_plain_arrays(x.in_force).to_dict() for x in _states_in(state)]
-    if not found:
-        raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
-    if as_floats:
-        found = [{name: float(value) for name, value in values.items()} for values in found]
-    held = collections.Counter(name for values in found for name in values)
-    return {
-        f"{i}/{name}" if held[name] > 1 else name: value
-        for i, values in enumerate(found)
-        for name, value in values.items()
-    }
-
-
-def guard_share(state: Any) -> Any:
-    """Return the smallest share of k that a guard in a state lets steps grow by; 1 without one."""
-    found = [_plain_arrays(x.in_force).to_dict().get("guard", 1.0) for x in _states_in(state)]
-    return functools.reduce(jnp.minimum, found, jnp.ones(()))
-
-
-def noise_scale_estimate(state: Any) -> NoiseScale | None:
-    """Return the noise scale held anywhere in an optimizer state; ``None`` if it keeps none.
-
-    Args:
-        state: the state of a ``scale_by_batch`` transformation or of anything that holds one (a
-            chain's, a ``TrainState``, an ``nnx.Optimizer``), or a ``NoiseScaleState``.
-
-    Returns:
-        The estimate with its range, NaN where nothing is known yet; ``preconditioned`` is the same
-        in the metric that the optimizer moves in.
-    """
-    if isinstance(state, NoiseScaleState):
-        return noise.estimate(_plain_arrays(state))
-    found = [x for x in _states_in(state) if isinstance(x.noise, NoiseScaleState)]
-    # What takes steps comes first: a clip beside it keeps only what its threshold needs.
-    found.sort(key=lambda x: not isinstance(x.limit, NoiseScaleState))
-    if not found:
-        return None
-    running = _plain_arrays((found[0].noise, found[0].limit))
-    limit = noise.estimate(running[1]) if isinstance(running[1], NoiseScaleState) else None
-    return noise.estimate(running[0])._replace(preconditioned=limit)
-
-
-def noise_scale_by_group(state: Any) -> dict[str, NoiseScale]:
-    """Return the noise scale of each group of parameters that ``noise_by_group`` measures.
-
-    Args:
-        state: an optimizer state that holds a ``noise_by_group`` transformation's.
-
-    Returns:
-        label -> estimate with its range, NaN where nothing is known yet.
-
-    Raises:
-        UserError: if the state holds none.
-    """
-    found = _states_in(state, NoiseByGroupState)
-    if not found:
-        raise UserError(
-            "the state measures no groups; put noise_by_group(labels, ...) in its chain"
-        )
-    groups = {name: running for one in found for name, running in one.groups.items()}
-    return {name: noise.estimate(_plain_arrays(running)) for name, running in groups.items()}
-
-
-def _states_in(state: Any, kind: type[_State] = ScaleByBatchState) -> list[_State]:
-    """Return the states of one kind inside a state."""
-    # flax's nnx.Optimizer is no pytree of its optimizer's state.
-    state = getattr(state, "opt_state", state)
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return [x for x in leaves if isinstance(x, kind)]
-
-
-def _plain_arrays(tree: Any) -> Any:
-    """Return a tree with nnx's variables read."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return tree
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    read = lambda x: x.get_value() if is_variable(x) else x  # noqa: E731
-    return jax.tree.map(read, tree, is_leaf=is_variable)
 
 
 def invariant_adamw(

@@ -11,9 +11,9 @@ import numpy as np
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.clock import ExampleClock
-from bs_jax.scaling.microbatch import PyTree
 from bs_jax.scaling.noise import NoiseScaleState
-from bs_jax.scaling.transform import InForce, ScaleByBatchState
+from bs_jax.scaling.rules import PyTree
+from bs_jax.scaling.state import InForce, ScaleByBatchState
 
 _LARGEST_INT32 = np.iinfo(np.int32).max
 

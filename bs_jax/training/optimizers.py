@@ -29,6 +29,7 @@ from bs_jax.recipe import (
     Schedule,
 )
 from bs_jax.scaling import optimizers as library
+from bs_jax.scaling.transform import build
 from bs_jax.training.state import TrainState
 
 # Decays per update that live in the model and the trainer; the rule scales them with the others.
@@ -145,7 +146,7 @@ def make_optimizer(
             kwargs[name] = lambda count, peak=kwargs[name]: peak * shape(count * size + ahead)
     if isinstance(optimizer, FixedValues):
         clock = {name: hyperparams[f"clock.{name}"] for name in optimizer.clock}
-        return library.Recipe.of(optimizer.name, kwargs=kwargs).build({}, clock)
+        return build(library.Recipe.of(optimizer.name, kwargs=kwargs), {}, clock)
     return scaling.scale_by_batch(
         optimizer.name,
         batch_size=run.batch_size,

@@ -188,4 +188,5 @@ def _clock(recipe: Recipe) -> dict[str, Any]:
     noise_scale, base = recipe.scaling.noise_scale, recipe.base_batch_size
     noise = Noise.from_scale(noise_scale, base) if noise_scale else None
     call = optimizers.call_of(recipe.optimizer)
-    return dict(call.clock(call.at(optimizers.rule_of(recipe.scaling), recipe.k, noise)))
+    phi = noise.phi if noise else None  # the guard shortens what the clock multiplies, too
+    return call.at(optimizers.rule_of(recipe.scaling), recipe.k, noise, phi=phi).clock()
