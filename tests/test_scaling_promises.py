@@ -340,18 +340,15 @@ def test_one_update_is_a_short_walk_through_few_files():
 
 def test_numbers_given_as_schedules_of_one_value_are_served_as_numbers_are():
     """Of every role that optax takes as an array: rates, decays, eps, weight decay."""
-    stats = {"microbatch": MicrobatchStats(jax.tree.map(lambda p: p**2 + 1.0, PARAMS), 4)}
+    stats = MicrobatchStats(jax.tree.map(lambda p: p**2 + 1.0, PARAMS), 4)
     recipe = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-3, "weight_decay": 0.1}
-    for rule in ("sqrt", "noise_aware", "invariant"):
-        schedules = {n: lambda _, value=value: jnp.float32(value) for n, value in recipe.items()}
-        expected, found = (
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS, **stats)[0]
-            for tx in (
-                scale_by_batch(optax.adamw, **SIZES, rule=rule)(**values)
-                for values in (recipe, schedules)
-            )
-        )
-        assert_close(found, expected, rtol=1e-4)
+    schedules = {n: lambda _, value=value: jnp.float32(value) for n, value in recipe.items()}
+
+    def update(values):
+        tx = scale_by_batch(optax.adamw, **SIZES, rule="invariant")(**values)
+        return tx.update(PARAMS, tx.init(PARAMS), PARAMS, microbatch=stats)[0]
+
+    assert_close(update(schedules), update(recipe), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
