@@ -9,142 +9,69 @@ form (``run_id``, ``config``, ``hparams``) is what the records hold and what wor
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 from bs_jax.errors import UserError
 from bs_jax.records.run_files import NOT_IDENTITY
+from bs_jax.schema import (
+    LARGEST,
+    NUMBER,
+    Count,
+    Decay,
+    Flag,
+    Kind,
+    Number,
+    Numbers,
+    Positive,
+    Section,
+    Share,
+    Text,
+    bounded,
+    choose,
+    is_flag,
+    is_number,
+    is_text,
+    is_whole,
+    kinds_of,
+    list_of,
+    one_of,
+    read_fields,
+    written,
+)
 
 SCHEDULES = ("constant", "linear", "flat_cosine")
 DTYPES = ("float32", "bfloat16")
 DECAY_MASKS = ("all", "kernels")
 PARALLEL = ("pmap", "jit")
 
-_LARGEST = 2**63  # beyond it no number of a recipe has a meaning, nor an array of numpy's
 _LONGEST = 2**31  # the example clock is an int32
 
 
-def choose(what: str, name: Any, known: Iterable[str]) -> None:
-    """Raise a UserError that suggests the nearest name unless `name` is a known one."""
-    known = tuple(known)
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
-
-
-def unknown_field(path: str, known: Iterable[str]) -> UserError:
-    """The error for a field that a config does not have.
-
-    Args:
-        path: dotted name of the field.
-        known: the fields beside it.
-    """
-    near = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(known), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-    return UserError(f"config has no field {path!r}; {hint}")
-
-
-# --- what a field may hold
-
-
-class _Kind(NamedTuple):
-    """What a field may hold: in words, and the reader that returns the value or raises."""
-
-    holds: str
-    read: Callable[[str, Any], Any]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return not isinstance(value, int) or abs(value) < _LARGEST
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# --- fields that hold what no other section does
 
 
 def _is_pair(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
-        and _is_text(value[0])
-        and _is_number(value[1])
+        and is_text(value[0])
+        and is_number(value[1])
     )
-
-
-def _plain(holds: str, fits: Callable[[Any], bool]) -> _Kind:
-    def read(path: str, value: Any) -> Any:
-        if not fits(value):
-            raise UserError(f"{path} is {value!r:.80}; it must be {holds}")
-        return value
-
-    return _Kind(holds, read)
-
-
-def _list(holds: str, fits: Callable[[Any], bool], length: int | None = None) -> _Kind:
-    def all_fit(value: Any) -> bool:
-        return (
-            isinstance(value, list | tuple)
-            and (length is None or len(value) == length)
-            and all(map(fits, value))
-        )
-
-    plain = _plain(holds, all_fit)
-    return _Kind(holds, lambda path, value: tuple(plain.read(path, value)))
-
-
-def _bounded(fits: Callable[[Any], bool], bounds: str) -> _Kind:
-    """A number with bounds, given in words after "it must be"."""
-
-    def read(path: str, value: Any) -> Any:
-        _NUMBER.read(path, value)
-        if not fits(value):
-            raise UserError(f"{path} is {value!r}; it must be {bounds}")
-        return value
-
-    return _Kind(_NUMBER.holds, read)
-
-
-def _one_of(known: tuple[str, ...]) -> _Kind:
-    def read(path: str, value: Any) -> Any:
-        _TEXT.read(path, value)
-        choose(path, value, known)
-        return value
-
-    return _Kind(_TEXT.holds, read)
-
-
-def _section(cls: type[Section]) -> _Kind:
-    holds = "a section of fields"
-    plain = _plain(holds, lambda value: isinstance(value, Mapping))
-    return _Kind(holds, lambda path, value: cls(**_values(cls, plain.read(path, value), path)))
 
 
 def _is_stage(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
-        and _is_number(value[0])
+        and is_number(value[0])
         and 0 <= value[0] < math.inf
         and (value[0] < 1 or value[0] == int(value[0]))
-        and _is_whole(value[1])
-        and 1 <= value[1] < _LARGEST
+        and is_whole(value[1])
+        and 1 <= value[1] < LARGEST
     )
 
 
@@ -156,12 +83,9 @@ def _named_pairs(path: str, value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((name, number) for name, number in _PAIRS.read(path, value))
 
 
-_NUMBER = _plain("a number below 2**63", _is_number)
-_TEXT = _plain("a text", _is_text)
-_FLAG = _plain("True or False", _is_flag)
-_STAGES = _list("a list of pairs (share or examples, batch size)", _is_stage)
-_PAIRS = _list("a list of pairs (name, number)", _is_pair)
-_AMOUNT = _bounded(lambda v: 0 <= v < math.inf, "a finite number of at least 0")
+_STAGES = list_of("a list of pairs (share or examples, batch size)", _is_stage)
+_PAIRS = list_of("a list of pairs (name, number)", _is_pair)
+_AMOUNT = bounded(lambda v: 0 <= v < math.inf, "a finite number of at least 0")
 
 
 def _hyperparams(path: str, value: Any) -> dict[str, float | bool]:
@@ -170,84 +94,12 @@ def _hyperparams(path: str, value: Any) -> dict[str, float | bool]:
     found: dict[str, float | bool] = {}
     for name, number in value.items():
         own = f"{path}.{name}"
-        if not (_is_number(number) or _is_flag(number)):
+        if not (is_number(number) or is_flag(number)):
             raise UserError(
                 f"{own} is {number!r:.80}; it must be a number below 2**63, or True or False"
             )
-        found[name] = number if _is_flag(number) else _AMOUNT.read(own, number)
+        found[name] = number if is_flag(number) else _AMOUNT.read(own, number)
     return found
-
-
-# What a field holds, said with its type: `_values` reads a section by these.
-Text = Annotated[str, _TEXT]
-Flag = Annotated[bool, _FLAG]
-Number = Annotated[float, _NUMBER]
-Numbers = Annotated[tuple[float, ...], _list("a list of numbers", _is_number)]
-Positive = Annotated[
-    int, _bounded(lambda v: _is_whole(v) and v >= 1, "a whole number of at least 1")
-]
-Count = Annotated[int, _bounded(lambda v: _is_whole(v) and v >= 0, "a whole number of at least 0")]
-Share = Annotated[float, _bounded(lambda v: 0 <= v <= 1, "at least 0 and at most 1")]
-Decay = Annotated[float, _bounded(lambda v: 0 <= v < 1, "at least 0 and below 1")]
-
-
-class Section:
-    """A frozen dataclass that is read from nested data by the types of its fields."""
-
-
-@functools.cache
-def _kinds(cls: type[Section]) -> dict[str, _Kind]:
-    """What each field of a section may hold; of fields that the section's owner reads, nothing."""
-    kinds = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
-        if get_origin(hint) is Annotated:
-            kinds[name] = get_args(hint)[1]
-        elif isinstance(hint, type) and issubclass(hint, Section):
-            kinds[name] = _section(hint)
-    return kinds
-
-
-def _values(
-    cls: type[Section], content: Mapping[str, Any], path: str = "config", skip: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Read the fields of a section; an absent one is left to its default, where it has one.
-
-    Args:
-        cls: the section's dataclass, whose fields say what they hold.
-        content: nested data.
-        path: of the section.
-        skip: fields that the caller reads.
-    """
-    values: dict[str, Any] = {}
-    kinds = {name: kind for name, kind in _kinds(cls).items() if name not in skip}
-    for name in content:
-        if name not in kinds and name not in skip:
-            raise unknown_field(f"{path}.{name}".removeprefix("config."), kinds)
-    for name, kind in kinds.items():
-        if name in content:
-            values[name] = kind.read(f"{path}.{name}", content[name])
-        elif not hasattr(cls, name):  # where a dataclass keeps a field's default
-            raise UserError(f"{path}.{name} is missing; it holds {kind.holds}")
-    return values
-
-
-def _written(value: Any, cls: type[Section] | None = None) -> Any:
-    """What `_values` reads, as nested data that JSON can hold; of a section, what `cls` has.
-
-    A field with a default came later than the first records: it is left out where it has that
-    value, so that what was recorded before it keeps its name.
-    """
-    if isinstance(value, Section):
-        cls = cls or type(value)
-        found = {name: getattr(value, name) for name in _kinds(cls)}
-        return {
-            name: _written(item)
-            for name, item in found.items()
-            if not hasattr(cls, name) or item != getattr(cls, name)
-        }
-    if isinstance(value, tuple):
-        return [_written(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 # --- the sections
@@ -269,8 +121,8 @@ class Scaling(Section):
 
     rule: Text
     offset: Number
-    off: Annotated[tuple[str, ...], _list("a list of names", _is_text)]
-    offsets: Annotated[tuple[tuple[str, float], ...], _Kind(_PAIRS.holds, _named_pairs)]
+    off: Annotated[tuple[str, ...], list_of("a list of names", is_text)]
+    offsets: Annotated[tuple[tuple[str, float], ...], Kind(_PAIRS.holds, _named_pairs)]
     noise_scale: Number
     guard: Flag = False
 
@@ -303,8 +155,8 @@ class Optimizer(Section):
     """
 
     name: Text
-    decay_mask: Annotated[str, _one_of(DECAY_MASKS)]
-    hyperparams: Annotated[Mapping[str, float | bool], _Kind("a section of fields", _hyperparams)]
+    decay_mask: Annotated[str, one_of(DECAY_MASKS)]
+    hyperparams: Annotated[Mapping[str, float | bool], Kind("a section of fields", _hyperparams)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,7 +170,7 @@ class Schedule(Section):
         final_fraction: of the peak, at the end.
     """
 
-    name: Annotated[str, _one_of(SCHEDULES)]
+    name: Annotated[str, one_of(SCHEDULES)]
     warmup_examples: Count
     flat_fraction: Share
     final_fraction: Share
@@ -352,7 +204,7 @@ class Data(Section):
     streamed: Flag
     flip: Flag
     crop_padding: Count
-    crop_area: Annotated[tuple[float, float], _list("two numbers", _is_number, 2)]
+    crop_area: Annotated[tuple[float, float], list_of("two numbers", is_number, 2)]
     mean: Numbers
     std: Numbers
 
@@ -382,7 +234,7 @@ class Model(Section):
     """
 
     name: Text
-    dtype: Annotated[str, _one_of(DTYPES)]
+    dtype: Annotated[str, one_of(DTYPES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,8 +273,8 @@ class BatchRamp(Section):
         every_examples: how often "noise" asks; 0: at every logging point.
     """
 
-    kind: Annotated[str, _one_of(_RAMPS)] = "off"
-    stages: Annotated[tuple[tuple[float, int], ...], _Kind(_STAGES.holds, _stages)] = ()
+    kind: Annotated[str, one_of(_RAMPS)] = "off"
+    stages: Annotated[tuple[tuple[float, int], ...], Kind(_STAGES.holds, _stages)] = ()
     start: Count = 0
     share: Number = 0.5
     growth: Number = 2.0
@@ -540,9 +392,9 @@ class Training(Section):
     checkpoint_every_examples: Count
     tensorboard: Flag
     report: Report
-    trackers: Annotated[tuple[str, ...], _list("a list of names", _is_text)] = ()
+    trackers: Annotated[tuple[str, ...], list_of("a list of names", is_text)] = ()
     batch_ramp: BatchRamp = BatchRamp()
-    parallel: Annotated[str, _one_of(PARALLEL)] = "pmap"
+    parallel: Annotated[str, one_of(PARALLEL)] = "pmap"
 
     def __post_init__(self) -> None:
         if self.train_examples < self.batch_size:
@@ -620,12 +472,12 @@ class Recipe(Training):
         lengths = {}
         for name in ("train_epochs", "train_examples"):
             if name not in config:
-                raise UserError(f"config.{name} is missing; it holds {_NUMBER.holds}")
-            lengths[name] = _NUMBER.read(f"config.{name}", config[name])
+                raise UserError(f"config.{name} is missing; it holds {NUMBER.holds}")
+            lengths[name] = NUMBER.read(f"config.{name}", config[name])
         config = {**config}
         if isinstance(config.get("scaling"), Mapping):  # recipes older than the guard have it too
             config["scaling"] = {"guard": True, **config["scaling"]}
-        values = _values(cls, config, skip=(*lengths,))
+        values = read_fields(cls, config, skip=(*lengths,))
         length = _length(
             **lengths,
             train_size=values["data"].train_size,
@@ -634,7 +486,7 @@ class Recipe(Training):
         )
         return cls(
             **values,
-            train_examples=_kinds(cls)["train_examples"].read("config.train_examples", length),
+            train_examples=kinds_of(cls)["train_examples"].read("config.train_examples", length),
         )
 
 
@@ -826,17 +678,17 @@ class ResolvedRun(Training):
     @property
     def config(self) -> dict[str, Any]:
         """The run as nested data that JSON can hold: the record ``config.json``."""
-        content = _written(self)
+        content = written(self)
         optimizer = self.optimizer
         content["train_epochs"] = 0.0  # the length is in examples
-        content["optimizer"] = _written(optimizer, Optimizer)
+        content["optimizer"] = written(optimizer, Optimizer)
         if isinstance(optimizer, FixedValues):
             own = {"clock": dict(optimizer.clock), "schedule_ahead": optimizer.schedule_ahead}
             own = {name: value for name, value in own.items() if value}
             content["scaling"] = {"rule": _FIXED, **own}
             content["base_batch_size"] = self.batch_size
         else:
-            content["scaling"] = _written(optimizer.scaling)
+            content["scaling"] = written(optimizer.scaling)
             content["base_batch_size"] = optimizer.base_batch_size
         return content | ({"measure_noise": True} if self.measures_noise else {})
 
@@ -887,10 +739,10 @@ class ResolvedRun(Training):
         sections = {
             name: _section_of(config, name) for name in ("optimizer", "scaling", "base_batch_size")
         }
-        values = _values(cls, config)
-        size = _kinds(Recipe)["base_batch_size"]
+        values = read_fields(cls, config)
+        size = kinds_of(Recipe)["base_batch_size"]
         base_batch_size = size.read("config.base_batch_size", sections["base_batch_size"])
-        optimizer = _values(Optimizer, sections["optimizer"], "config.optimizer")
+        optimizer = read_fields(Optimizer, sections["optimizer"], "config.optimizer")
         scaling = dict(sections["scaling"])
         if scaling.get("rule") == _FIXED:
             values["optimizer"] = FixedValues(
@@ -899,7 +751,7 @@ class ResolvedRun(Training):
                 schedule_ahead=scaling.get("schedule_ahead", 0.0),
             )
         else:
-            read = Scaling(**_values(Scaling, scaling, "config.scaling"))
+            read = Scaling(**read_fields(Scaling, scaling, "config.scaling"))
             values["optimizer"] = ScaledWhileTraining(
                 **optimizer, base_batch_size=base_batch_size, scaling=read
             )

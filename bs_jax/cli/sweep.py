@@ -15,8 +15,9 @@ from absl import flags
 
 from bs_jax.cli import common, config, processes
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun, choose
+from bs_jax.recipe import Recipe, ResolvedRun
 from bs_jax.records import stores
+from bs_jax.schema import choose
 
 if TYPE_CHECKING:
     from rich.console import Console

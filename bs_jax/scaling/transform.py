@@ -1,6 +1,6 @@
 """scale_by_batch: any optax optimizer, its hyperparameters scaled to the batch size in use.
 
-``_Plan`` is what is decided before training; ``update`` is one update from top to bottom.
+``_Setup`` is what is decided before training; ``update`` is one update from top to bottom.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def scale_by_batch(
         check_decays(recipe.at(rule, batch_size / base_batch_size, _at_start(known)))
         for caution in recipe.cautions(rule):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
-        plan = _Plan.of(
+        setup = _Setup.of(
             recipe,
             rule,
             batch_size=int(batch_size),
@@ -139,13 +139,13 @@ def scale_by_batch(
             noise_decay=noise_decay,
             floor=variance_floor,
         )
-        return _transformation(plan)
+        return _transformation(setup)
 
     return scaled_factory
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Setup:
     """What is decided before training; an update only reads it.
 
     Attributes:
@@ -204,7 +204,7 @@ class _Plan:
         known_noise: Known,
         noise_decay: float | None,
         floor: float,
-    ) -> _Plan:
+    ) -> _Setup:
         """Decide what an update of this recipe needs.
 
         Raises:
@@ -281,38 +281,38 @@ def build(
     return optax.with_extra_args_support(recipe.optimizer.factory(**arguments))
 
 
-def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation of a plan.
+def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation of a setup.
 
     An update is static where all numbers are known before: plain optax's, with numbers scaled
     beforehand. Otherwise it is traced, and scales while training: a batch size that is given,
     values that are arrays, noise that is measured.
     """
-    recipe, rule, base_batch_size = plan.recipe, plan.scaled.rule, plan.base_batch_size
+    recipe, rule, base_batch_size = setup.recipe, setup.scaled.rule, setup.base_batch_size
     middle = rule.reads_middle
 
     def init(params: PyTree) -> ScaleByBatchState:
-        static = plan.plain is not None
+        static = setup.plain is not None
         running = noise.init_noise_scale()
         state = ScaleByBatchState(
             clock=ExampleClock.at(0, base_batch_size),
-            batch_size=jnp.asarray(plan.batch_size, jnp.int32),
+            batch_size=jnp.asarray(setup.batch_size, jnp.int32),
             in_force=InForce((), ()),
-            noise=running if plan.steps or plan.measures_q else (),
-            limit=running if plan.steps else (),
+            noise=running if setup.steps or setup.measures_q else (),
+            limit=running if setup.steps else (),
             variance=(),
             inner_state=(),
         )
-        scaled, phi = scaled_now(state, plan.batch_size, static=static)
+        scaled, phi = scaled_now(state, setup.batch_size, static=static)
         values = {name: scaled.value(name) for name in recipe.values}
         for caution in rounded_away(recipe.roles, values if static else {}, params):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
-        inner_state = (plan.plain or build(recipe, values, scaled.clock())).init(params)
+        inner_state = (setup.plain or build(recipe, values, scaled.clock())).init(params)
         if not static:
             _refuse_injected(recipe, inner_state)
         return state._replace(
             in_force=in_force(scaled, values, phi),
-            variance=moments.init_variance(inner_state, scaled) if plan.invariant else (),
+            variance=moments.init_variance(inner_state, scaled) if setup.invariant else (),
             inner_state=inner_state,
         )
 
@@ -327,12 +327,12 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, ScaleByBatchState]:
         # 1. The batch: k base sizes.
         changing = batch_size is not None
-        size = batch_size if changing else plan.batch_size
+        size = batch_size if changing else setup.batch_size
         if changing:
             if is_number(size) or not is_numeric(size):
                 check_batch_sizes(size, base_batch_size)
             _refuse_injected(recipe, state.inner_state)
-        k, plain = size / base_batch_size, None if changing else plan.plain
+        k, plain = size / base_batch_size, None if changing else setup.plain
 
         # 2. What its parts say about the noise.
         state = with_statistics(state, updates, size, microbatch)
@@ -353,18 +353,18 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
             last_k = state.batch_size / base_batch_size
             last = dataclasses.replace(scaled, k=last_k, share=step_share(last_k, phi))
             inner_state = moments.carry(inner_state, last, scaled)
-            if rule.time_constants and plan.second_moment != "layer":
+            if rule.time_constants and setup.second_moment != "layer":
                 count = state.clock.updates(k, base_batch_size)
         # At the base size the optimizer's own square serves, unless its count is a fraction.
         at_base = scaled.is_identity and microbatch is None and count is None
-        invariant, used = plan.invariant and not at_base, dict(values)
-        if invariant and plan.moment_decay:
-            used[plan.moment_decay] = larger(values[plan.moment_decay], SMALLEST_DECAY)
+        invariant, used = setup.invariant and not at_base, dict(values)
+        if invariant and setup.moment_decay:
+            used[setup.moment_decay] = larger(values[setup.moment_decay], SMALLEST_DECAY)
         own_clock = scaled.clock()
         optimizer = build(recipe, used, own_clock)
         # optax's clips select between what is clipped and a product with the threshold, which is
         # float32 here where a Python float would have taken the gradient's type.
-        seen = _widened(updates) if plan.clips else updates
+        seen = _widened(updates) if setup.clips else updates
         step: moments.Step = lambda inner: optimizer.update(seen, inner, params, **extra_args)  # noqa: E731
         if count is not None:
             step = moments.at_count(step, count, known=scaled.known)
@@ -373,18 +373,18 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
         else:
             if microbatch is None and not scaled.is_identity:
                 raise missing_noise(recipe, rule, by_coordinate=True)
-            decay, centering = used.get(plan.moment_decay), None
-            eps = used.get(plan.moment_eps, 0.0)
-            if plan.centering_decay:
-                name = plan.centering_decay
+            decay, centering = used.get(setup.moment_decay), None
+            eps = used.get(setup.moment_eps, 0.0)
+            if setup.centering_decay:
+                name = setup.centering_decay
                 centering = moments.Centering(used[name], scaled.values[name], k)
-                eps = eps / (1 - used[plan.moment_decay])
+                eps = eps / (1 - used[setup.moment_decay])
             moment = moments.BaseMoment(
-                kind=plan.second_moment,
+                kind=setup.second_moment,
                 decay=_growing_decay(used, own_clock, count) if decay is None else decay,
                 k=k,
                 square=noise.base_square(updates, microbatch, k),
-                floor=plan.floor,
+                floor=setup.floor,
                 eps=eps,
                 share=scaled.share if scaled.guards_moment else 1.0,
                 power=rule.guard_power,
@@ -405,7 +405,7 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
             inner_state=inner_state,
         )
         like = jax.eval_shape(
-            lambda u, s, p: plan.unscaled.update(u, s, p, **extra_args)[0],
+            lambda u, s, p: setup.unscaled.update(u, s, p, **extra_args)[0],
             updates,
             state.inner_state,
             params,
@@ -420,13 +420,13 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
         """Return the state with this update's statistics taken into the noise scales."""
         k = size / base_batch_size
         if microbatch is None:
-            changes = not dataclasses.replace(plan.scaled, k=k).is_identity
+            changes = not dataclasses.replace(setup.scaled, k=k).is_identity
             grows = not (is_number(k) and k <= 1)
-            if (plan.measures_q and changes) or (plan.measures_phi and grows):
-                raise missing_noise(recipe, rule, by_coordinate=plan.invariant)
+            if (setup.measures_q and changes) or (setup.measures_phi and grows):
+                raise missing_noise(recipe, rule, by_coordinate=setup.invariant)
             return state
         noise.check_microbatch(microbatch, updates)
-        if plan.clips and not plan.steps and rule.measures and microbatch.mean is None:
+        if setup.clips and not setup.steps and rule.measures and microbatch.mean is None:
             # By itself the clip is right; what stands behind it is not seen from here.
             warnings.warn(
                 f"microbatch.mean is None, and {recipe.optimizer.name} rescales the gradient, so an"
@@ -438,15 +438,15 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
             )
         running, in_metric = state.noise, state.limit
         if isinstance(running, NoiseScaleState):
-            decay = plan.noise_decay**k
-            if plan.second_moment == "sum":
+            decay = setup.noise_decay**k
+            if setup.second_moment == "sum":
                 # What the optimizer sums without end is compared with a noise averaged likewise.
                 done = state.clock.updates(k, base_batch_size)
                 decay = done / (done + 1)
             found = noise.sample(updates, microbatch, batch_size=size)
             running = noise.average(running, found, decay=decay)
         if isinstance(in_metric, NoiseScaleState):
-            found = noise.sample(updates, microbatch, batch_size=size, metric=plan.metric)
+            found = noise.sample(updates, microbatch, batch_size=size, metric=setup.metric)
             decay = larger(GUARD_DECAY**k, SMALLEST_GUARD_DECAY)
             in_metric = noise.average(in_metric, found, decay=decay)
         return state._replace(noise=running, limit=in_metric)
@@ -463,25 +463,25 @@ def _transformation(plan: _Plan) -> optax.GradientTransformationExtraArgs:
             middle=middle,
         )
         # 3. The noise as it is known or measured, and the share of k that it lets steps grow by.
-        found, phi = plan.known_noise, None
+        found, phi = setup.known_noise, None
         if callable(found):
             found = Noise.from_scale(read(found), base_batch_size)
         if found is not None:
-            phi = found.phi if plan.guarded else None
+            phi = found.phi if setup.guarded else None
         elif not static:
-            found = _measured(state.noise, base_batch_size) if plan.measures_q else None
-            if plan.measures_phi:
+            found = _measured(state.noise, base_batch_size) if setup.measures_q else None
+            if setup.measures_phi:
                 low = noise.estimate(cast(NoiseScaleState, state.limit), GUARD_ERRORS).low
                 phi = low / base_batch_size
         share = step_share(k, phi)
         # 4. The values tuned at the base size; schedules are read on the clock of its updates.
         base = {n: read(v) if callable(v) else v for n, v in recipe.values.items()}
-        return dataclasses.replace(plan.scaled, values=base, k=k, noise=found, share=share), phi
+        return dataclasses.replace(setup.scaled, values=base, k=k, noise=found, share=share), phi
 
     def in_force(scaled: Scaled, values: Mapping[str, Any], phi: Scalar | None) -> InForce:
         """Return what is in force, for the state: the guard included."""
         shown = dict(values)
-        if plan.guarded:
+        if setup.guarded:
             shown["guard"] = scaled.share
             shown["noise_scale"] = (0.0 if phi is None else phi) * base_batch_size
         return InForce(tuple(jnp.asarray(v, jnp.float32) for v in shown.values()), tuple(shown))
@@ -509,13 +509,14 @@ def _at_start(known: Known) -> Noise | None:
 def _noise_decay(given: float | None, recipe: Recipe) -> Scalar:
     """Return the decay per base-size update of the noise that q is made of.
 
-    It stands beside the second moment, so it averages over as many examples.
+    It stands beside the second moment, so it averages over as many examples; a schedule has no one
+    number of them.
     """
     if given is not None:
         return given
     decays = [n for n, role in recipe.roles.items() if role.name == "second_moment_decay"]
     found = [recipe.values[n] for n in decays if n in recipe.values]
-    return found[0] if found else noise.DECAY
+    return found[0] if found and not callable(found[0]) else noise.DECAY
 
 
 def _widened(tree: PyTree) -> PyTree:

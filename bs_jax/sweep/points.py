@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bs_jax.recipe import Recipe, ResolvedRun, unknown_field
+from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.schema import unknown_field
 
 
 @dataclasses.dataclass(frozen=True)

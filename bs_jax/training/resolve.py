@@ -16,9 +16,9 @@ from bs_jax.recipe import (
     ResolvedRun,
     Scaled,
     ScaledWhileTraining,
-    choose,
 )
 from bs_jax.scaling.hyperparameters import Noise
+from bs_jax.schema import choose
 from bs_jax.training import optimizers
 
 
