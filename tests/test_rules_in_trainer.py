@@ -141,6 +141,15 @@ def test_a_rule_that_measures_nothing_needs_no_micro_batches():
     assert run.optimizer.clock == {"k": 4.0, "base_b2": 0.95, "unrectified": 2.0}
 
 
+@pytest.mark.parametrize("phi", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("rule", ["sqrt", "power(0.75)"])
+def test_a_guard_by_a_given_noise_scale_holds_the_first_steps_back_too(rule, phi):
+    """RAdam's first updates are not normalised: they make up for phi base-size ones."""
+    run = resolve(config_of("radam", rule, 4 * BASE, **{"scaling.noise_scale": BASE * phi}))
+    rate = run.optimizer.hyperparams["learning_rate"] * run.optimizer.clock["unrectified"]
+    assert rate == pytest.approx(1e-2 * max(1.0, phi))
+
+
 @pytest.mark.parametrize(("rule", "warned"), [("linear", False), ("seed", True)])
 def test_only_what_never_rectifies_in_the_trainer_is_warned_of_there(rule, warned):
     config = config_of("radam", rule, 16 * BASE, train_examples=2**20)
