@@ -297,9 +297,13 @@ def adafactor(
     factored: bool = True,
     weight_decay_mask: Any = None,
     *,
-    k: Scalar,
+    k: Scalar = 1.0,
+    block_shares: PyTree = None,
 ) -> optax.GradientTransformation:
-    """``optax.adafactor`` with ``adafactor_decay`` of this module as its growing decay."""
+    """``optax.adafactor`` with ``adafactor_decay`` of this module as its growing decay.
+
+    With ``block_shares`` each leaf has a threshold of its own: so much of ``clipping_threshold``.
+    """
     parts: list[optax.GradientTransformation] = [
         optax.scale_by_factored_rms(
             factored,
@@ -310,7 +314,9 @@ def adafactor(
             lambda count, rate: adafactor_decay(count, rate, decay_offset, k),
         )
     ]
-    if clipping_threshold is not None:
+    if block_shares is not None:
+        parts.append(_clip_each_block(clipping_threshold, block_shares))
+    elif clipping_threshold is not None:
         parts.append(optax.clip_by_block_rms(clipping_threshold))
     parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     if multiply_by_parameter_scale:
@@ -320,6 +326,16 @@ def adafactor(
     if weight_decay_rate is not None:
         parts.append(optax.add_decayed_weights(weight_decay_rate, weight_decay_mask))
     return optax.chain(*parts, optax.scale(-1))
+
+
+def _clip_each_block(threshold: Scalar, shares: PyTree) -> optax.GradientTransformation:
+    """``optax.clip_by_block_rms`` with a threshold for each leaf: its share of the given one."""
+
+    def clip(update: jax.Array, share: Scalar) -> jax.Array:
+        rms = jnp.sqrt(jnp.mean(jnp.square(update)))
+        return update / jnp.maximum(1.0, rms / (threshold * share))
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates, shares))
 
 
 def adafactor_clock(scaled: Scaled) -> dict[str, Scalar]:

@@ -521,6 +521,38 @@ def update_with_base_moment(
     return updates, treedef.unflatten(leaves), tuple(widths)
 
 
+def block_shares(
+    state: State, variance: tuple[PyTree, ...], square: tuple[PyTree, PyTree], k: Scalar
+) -> PyTree:
+    r"""Return by how much the normalised update of each leaf is smaller than the base's.
+
+    Adafactor clips the root mean square of ``g/sqrt(v)`` over a leaf. With the invariant v that of
+    a batch of k base sizes is ``sqrt(1 - (1 - 1/k) W/v)`` of the base's, W/v the mean over the
+    leaf. Before the first update this update's own squares stand for v and W.
+
+    Args:
+        state: the optimizer's.
+        variance: W, one tree for each second moment in the state.
+        square: v0 and its noise part, from ``noise.base_square``.
+        k: batch size over base batch size.
+
+    Returns:
+        A tree of scalars.
+    """
+    (node,) = [n for n in _states(state, known=True) if "v_row" in _moments_of(n, known=True)]
+
+    def share(*of: jax.Array) -> jax.Array:
+        row, v, row_wide, v_wide, v0, noise = (jnp.real(x).astype(jnp.float32) for x in of)
+        known, wide = (v, v_wide) if v.shape == v0.shape else (row, row_wide)
+        averaged = jnp.mean(wide / jnp.where(known > 0, known, 1.0))
+        now = jnp.sum(noise) / jnp.maximum(jnp.sum(v0), jnp.finfo(jnp.float32).tiny)
+        part = jnp.clip(jnp.where(node.count > 0, averaged, now), 0.0, 1.0)
+        return jnp.sqrt(1 - (1 - 1 / k) * part)
+
+    row_wide, _, v_wide = variance
+    return tree_map(share, node.v_row, node.v, row_wide, v_wide, *square)
+
+
 def _trial(
     step: Step, leaves: list[Any], treedef: Any, held: list[int], field: str
 ) -> dict[int, PyTree]:

@@ -162,6 +162,7 @@ class _Setup:
         moment_decay: the name of its decay then; empty where it has none of that role.
         centering_decay: the name of the decay of the average that it is taken about; or empty.
         moment_eps: the name of what is added to it at each update; or empty.
+        block_clip: the name of the threshold that each leaf's update is clipped at; or empty.
         metric: in which the noise scale is measured that limits steps.
         steps: whether the optimizer has a learning rate; a clip or an average has none.
         clips: whether it compares raw gradient norms with a threshold.
@@ -184,6 +185,7 @@ class _Setup:
     moment_decay: str
     centering_decay: str
     moment_eps: str
+    block_clip: str
     metric: str
     steps: bool
     clips: bool
@@ -217,6 +219,7 @@ class _Setup:
         invariant = recipe.invariant_moment(rule) is not None
         decays = MOMENT_DECAYS.get(second_moment, ()) if invariant else ()
         moment_decay, centering_decay, *_ = [*map(scaled.only, decays), "", ""]
+        block_clips = scaled.with_role("update_norm") if second_moment == "factored" else []
         added = {"factored": ["eps"], "centered": scaled.with_role("eps_sum")}
         guarded = recipe.metric(rule) is not None and (known_noise is not None or rule.measures)
         measures_q = known_noise is None and recipe.needs_noise(rule)
@@ -244,6 +247,7 @@ class _Setup:
             moment_decay=moment_decay,
             centering_decay=centering_decay,
             moment_eps=next(iter(added.get(second_moment, ())), ""),
+            block_clip=next((n for n in block_clips if scaled.k_of(n) is not None), ""),
             metric=(recipe.family.metric if recipe.family is not None else None) or "plain",
             steps=any(role.name == "learning_rate" for role in recipe.roles.values()),
             clips=bool(scaled.with_role("gradient_norm")),
@@ -361,6 +365,13 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         if invariant and setup.moment_decay:
             used[setup.moment_decay] = larger(values[setup.moment_decay], SMALLEST_DECAY)
         own_clock = scaled.clock()
+        if invariant:
+            if microbatch is None and not scaled.is_identity:
+                raise missing_noise(recipe, rule, by_coordinate=True)
+            square = noise.base_square(updates, microbatch, k)
+            if setup.block_clip and microbatch is not None:
+                used[setup.block_clip] = scaled.values[setup.block_clip]
+                own_clock["block_shares"] = moments.block_shares(inner_state, variance, square, k)
         optimizer = build(recipe, used, own_clock)
         # optax's clips select between what is clipped and a product with the threshold, which is
         # float32 here where a Python float would have taken the gradient's type.
@@ -371,8 +382,6 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         if not invariant:
             new_updates, inner_state = step(inner_state)
         else:
-            if microbatch is None and not scaled.is_identity:
-                raise missing_noise(recipe, rule, by_coordinate=True)
             decay, centering = used.get(setup.moment_decay), None
             eps = used.get(setup.moment_eps, 0.0)
             if setup.centering_decay:
@@ -383,7 +392,7 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
                 kind=setup.second_moment,
                 decay=_growing_decay(used, own_clock, count) if decay is None else decay,
                 k=k,
-                square=noise.base_square(updates, microbatch, k),
+                square=square,
                 floor=setup.floor,
                 eps=eps,
                 share=scaled.share if scaled.guards_moment else 1.0,
