@@ -171,6 +171,7 @@ SWEEP = (
     "--config=tests/faults/recipe.py",
     "--sweep=tiny",
     "--workers=2",
+    "--grace_seconds=120",  # to save in, on a busy machine
     "--config.train_examples=3072",
     "--config.checkpoint_every_examples=0",  # so that only a signal saves
 )

@@ -216,10 +216,10 @@ def test_the_command(tmp_path):
     flags = [
         "--mode=noise_scale", "--config.scaling.rule=none",
         "--config.train_examples=1024", "--config.eval_every_examples=1024",
-        "--config.log_every_examples=256", "--config.model.name=resnet4_patch",
+        "--config.log_every_examples=256", "--config.checkpoint_every_examples=1024",
         f"--workdir={tmp_path}",
     ]  # fmt: skip
-    code, out = commands.run(*flags, recipe=())
+    code, out = commands.run(*flags)
     assert code == 0, out
     assert "largest k inside" in out
     written = {path.name for path in tmp_path.glob("noise_scale.*")}

@@ -51,8 +51,13 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(state.params)
     optimizer = optax.adamw(2e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
-    updates, _ = optimizer.update(grads, optimizer.init(state.params), state.params)
-    wanted = optax.apply_updates(state.params, updates)
+
+    @jax.jit
+    def updated(grads, params):
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    wanted = updated(grads, state.params)
 
     resident = pipeline.device_arrays(data.train)
     after, metrics = programs.train_chunk(state, inputs, resident, order.reshape(1, 1, 16))
