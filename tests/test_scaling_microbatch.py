@@ -214,6 +214,7 @@ def test_a_module_is_trained_with_its_own_state(nnx):
 
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
+    @jax.jit
     def by_hand(params, piece):
         net = nnx.merge(graph, params, rest, copy=True)
         value, grads = jax.value_and_grad(
