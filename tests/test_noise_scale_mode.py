@@ -167,9 +167,7 @@ def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
 
 
 def test_it_measures_beside_a_rule_that_measures_and_resumes_to_the_same_numbers(tmp_path):
-    measure = measuring(
-        {"scaling.rule": "invariant", "batch_size": 32}
-    )
+    measure = measuring({"scaling.rule": "invariant", "batch_size": 32})
     whole = measure(tmp_path / "whole")
     calls = iter(range(100))
     with pytest.raises(Interrupted):
