@@ -16,7 +16,8 @@ from bs_jax.training import step
 from bs_jax.training.train import Interrupted, Trainer
 
 BOTH = ("pmap", "jit")
-RUN = {"batch_size": 32, "train_examples": 128, "eval_every_examples": 64}
+RUN = {"batch_size": 32, "train_examples": 128}
+RUN |= {"eval_every_examples": 64, "checkpoint_every_examples": 64}  # two chunks of one program
 
 
 def test_a_run_goes_on_the_other_way_to_the_same_bits(tmp_path):
