@@ -275,7 +275,7 @@ class Trainer:
         zeros = jax.tree.map(jnp.zeros_like, params)
         nothing = Measured(jnp.zeros((seeds, 3)), jnp.zeros((seeds, 3)))
         # The optimizer's state is the same for every seed but where it holds the parameters.
-        opt_state = jax.vmap(tx.init)(params)
+        opt_state = jax.jit(jax.vmap(tx.init))(params)
         # The programs give away what they are given, so no array may appear in it twice.
         second_moment = zeros, jax.tree.map(jnp.copy, zeros)
         return Carry(params, opt_state, second_moment, nothing, jnp.zeros(seeds))

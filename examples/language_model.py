@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> float:
     size = ramp.batch_size if ramp else flags.batch_size
     rule = resolve_rule(flags.rule).replace(guard=flags.guard)
     tx = make_optimizer(size, flags.base_batch_size, rule, learning_rate())
-    opt_state = tx.init(params)
+    opt_state = jax.jit(tx.init)(params)  # in one program, not one for each operation
 
     @jax.jit  # one program for each size of a batch
     def update(params, opt_state, batch):

@@ -1,6 +1,7 @@
 """Two CPU devices (or BS_JAX_TEST_DEVICES), quick compiles, the same examples every time."""
 
 import atexit
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -40,6 +41,16 @@ hypothesis.settings.load_profile("repeatable")
 
 # Doctests import every module; this one needs an extra (the tests that use it skip without).
 collect_ignore = [] if importlib.util.find_spec("torch") else ["helpers/torch_xresnet.py"]
+
+
+def pytest_collection_finish(session):
+    """Collect garbage seldom: what was imported is never garbage, and traced programs hardly are.
+
+    The usual thresholds walk through all of it again and again, a tenth of the time of a test.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

@@ -125,15 +125,6 @@ def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
     assert "0 of 2 runs done" in capsys.readouterr().out
 
 
-SMALL = (
-    "--config.train_examples=512",
-    "--config.eval_every_examples=128",
-    "--config.checkpoint_every_examples=128",
-    "--config.log_every_examples=128",
-    "--config.model.name=resnet4_patch",
-)
-
-
 def wait_until_one_trains(workdir, process):
     def trains():
         return any(lines(path) for path in workdir.rglob("metrics.jsonl"))
@@ -145,7 +136,7 @@ def wait_until_one_trains(workdir, process):
 def undisturbed(tmp_path_factory):
     """A training run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    code, out = run("--mode=train", f"--workdir={workdir}", recipe=SMALL)
+    code, out = run("--mode=train", f"--workdir={workdir}")
     assert code == 0, out
     return workdir
 
@@ -159,7 +150,7 @@ def undisturbed(tmp_path_factory):
     ],
 )
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
-    process = start("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
+    process = start("--mode=train", f"--workdir={tmp_path}")
     wait_until_one_trains(tmp_path, process)
     if number == signal.SIGINT:  # Ctrl-C comes to the whole group
         with contextlib.suppress(ProcessLookupError):
@@ -170,7 +161,7 @@ def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number
     if process.returncode != 0:  # the run was quick enough to be over otherwise
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), out
         assert not (tmp_path / "DONE").exists()
-    code, out = run("--mode=train", f"--workdir={tmp_path}", recipe=SMALL)
+    code, out = run("--mode=train", f"--workdir={tmp_path}")
     assert code == 0, out
     assert rows(tmp_path) == rows(undisturbed)
     assert (tmp_path / "DONE").exists()
@@ -180,6 +171,7 @@ SWEEP = (
     "--config=tests/faults/recipe.py",
     "--sweep=tiny",
     "--workers=2",
+    "--grace_seconds=120",  # to save in, on a busy machine
     "--config.train_examples=3072",
     "--config.checkpoint_every_examples=0",  # so that only a signal saves
 )

@@ -18,18 +18,20 @@ X = jax.random.normal(KEY, (8, 3, 3, 4)) * 3 + 2
 
 
 def apply(norm, x, decay=0.9, variables=None):
-    variables = variables or norm.init(KEY, x, train=False)
-    return norm.apply(variables, x, train=True, decay=decay, mutable=["batch_stats"])
+    variables = variables or jax.jit(functools.partial(norm.init, train=False))(KEY, x)
+    passes = jax.jit(functools.partial(norm.apply, train=True, mutable=["batch_stats"]))
+    return passes(variables, x, decay=decay)
 
 
 def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
     ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.7, epsilon=1e-5)
     variables = ours.init(KEY, X, train=False)
     got, got_stats = apply(ours, X, decay=0.7)
-    theirs_variables = theirs.init(KEY, X, use_running_average=True)
-    want, want_stats = theirs.apply(
-        theirs_variables, X, use_running_average=False, mutable=["batch_stats"]
+    theirs_variables = jax.jit(functools.partial(theirs.init, use_running_average=True))(KEY, X)
+    theirs_apply = functools.partial(
+        theirs.apply, use_running_average=False, mutable=["batch_stats"]
     )
+    want, want_stats = jax.jit(theirs_apply)(theirs_variables, X)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for name in ("mean", "var"):
         np.testing.assert_allclose(
@@ -42,17 +44,13 @@ def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
         return jnp.sum(jnp.sin(y) * weights)
 
     def theirs_loss(x, params):
-        y, _ = theirs.apply(
-            {**theirs_variables, "params": params},
-            x,
-            use_running_average=False,
-            mutable=["batch_stats"],
-        )
+        y, _ = theirs_apply({**theirs_variables, "params": params}, x)
         return jnp.sum(jnp.sin(y) * weights)
 
     params = {"scale": jnp.linspace(0.5, 2, 4), "bias": jnp.linspace(-1, 1, 4)}
-    got = jax.grad(ours_loss, argnums=(0, 1))(X, params)
-    want = jax.grad(theirs_loss, argnums=(0, 1))(X, params)
+    got, want = (
+        jax.jit(jax.grad(loss, argnums=(0, 1)))(X, params) for loss in (ours_loss, theirs_loss)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, want)
 
 
@@ -95,8 +93,8 @@ def test_statistics_shared_by_devices_are_those_of_the_whole_batch():
         y, updated = apply(norm, x, variables=variables)
         return jnp.sum(jnp.sin(y) * w), (y, updated["batch_stats"])
 
-    (_, (want, want_stats)), want_grad = jax.value_and_grad(
-        functools.partial(loss, local), has_aux=True
+    (_, (want, want_stats)), want_grad = jax.jit(
+        jax.value_and_grad(functools.partial(loss, local), has_aux=True)
     )(X, weights)
 
     def device(x, w):
@@ -134,7 +132,7 @@ def test_every_form_of_convolution_equals_xlas(kernel, strides, padding, dtype):
         )
 
     tolerance = 1e-4 if dtype == jnp.float32 else 0.15
-    got, want = ours(images, weights), xla(images, weights)
+    got, want = jax.jit(lambda i, w: (ours(i, w), xla(i, w)))(images, weights)
     assert got.dtype == want.dtype
     np.testing.assert_allclose(
         got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance, rtol=tolerance
@@ -142,7 +140,7 @@ def test_every_form_of_convolution_equals_xlas(kernel, strides, padding, dtype):
     if dtype == jnp.float32 and kernel == 3:
         gradient = functools.partial(jax.grad, argnums=(0, 1))
         pair = [
-            gradient(lambda i, w, f=f: jnp.sum(jnp.sin(f(i, w))))(images, weights)
+            jax.jit(gradient(lambda i, w, f=f: jnp.sum(jnp.sin(f(i, w)))))(images, weights)
             for f in (ours, xla)
         ]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *pair)
@@ -182,7 +180,8 @@ def test_bfloat16_computes_with_float32_parameters_and_statistics():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, images).as_text()
     assert "bf16" in text
-    assert model.apply(variables, images, train=False).dtype == jnp.float32
+    logits = jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
+    assert logits.dtype == jnp.float32
 
 
 def test_an_unknown_model_is_named():

@@ -47,9 +47,15 @@ def random_variables(model, rng):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("xresnet10_small", {"shortcut_pool": "max_blur"}),
+        (
+            "xse_resnext50",
+            {"stage_sizes": (2, 1), "widths": (64, 128), "shortcut_pool": "max_blur"},
+        ),
+        pytest.param("xresnet10_small", {"shortcut_pool": "max_blur"}, marks=pytest.mark.long),
         pytest.param("xresnet18", {}, marks=pytest.mark.long),
-        ("xse_resnext50", {"stage_sizes": (2, 1), "widths": (64, 128)}),
+        pytest.param(
+            "xse_resnext50", {"stage_sizes": (2, 1), "widths": (64, 128)}, marks=pytest.mark.long
+        ),
         pytest.param("xse_resnext50", {"stage_sizes": (2, 1, 1, 1)}, marks=pytest.mark.long),
         pytest.param("xresnet50", {}, marks=pytest.mark.long),
         pytest.param("xse_resnext50", {}, marks=pytest.mark.long),

@@ -103,9 +103,9 @@ def test_the_state_is_donated_and_lives_on_in_the_same_memory():
     programs = step.make_programs(config, 3, (8, 8, 1), devices)
     inputs = step.run_inputs(config)
     state = parallel.replicate(programs.init(inputs), devices)
-    batches = np.zeros((1, 2, 16), np.int32)
+    batches = np.zeros((1, 6, 16), np.int32)  # of the program that the first test trains by
     data = parallel.replicate(
-        (jnp.zeros((4, 8, 8, 1), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4)), devices
+        (jnp.zeros((96, 8, 8, 1), jnp.uint8), jnp.zeros(96, jnp.int32), jnp.ones(96)), devices
     )
     new, _ = programs.train_chunk(state, inputs, data, batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -167,9 +167,7 @@ def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
 
 
 def test_it_measures_beside_a_rule_that_measures_and_resumes_to_the_same_numbers(tmp_path):
-    measure = measuring(
-        {"scaling.rule": "invariant", "batch_size": 32, "checkpoint_every_examples": 64}
-    )
+    measure = measuring({"scaling.rule": "invariant", "batch_size": 32})
     whole = measure(tmp_path / "whole")
     calls = iter(range(100))
     with pytest.raises(Interrupted):
@@ -216,10 +214,10 @@ def test_the_command(tmp_path):
     flags = [
         "--mode=noise_scale", "--config.scaling.rule=none",
         "--config.train_examples=1024", "--config.eval_every_examples=1024",
-        "--config.log_every_examples=256", "--config.model.name=resnet4_patch",
+        "--config.log_every_examples=256", "--config.checkpoint_every_examples=1024",
         f"--workdir={tmp_path}",
     ]  # fmt: skip
-    code, out = commands.run(*flags, recipe=())
+    code, out = commands.run(*flags)
     assert code == 0, out
     assert "largest k inside" in out
     written = {path.name for path in tmp_path.glob("noise_scale.*")}

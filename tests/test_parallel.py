@@ -16,10 +16,10 @@ from bs_jax.training import step
 from bs_jax.training.train import Interrupted, Trainer
 
 BOTH = ("pmap", "jit")
-RUN = {"batch_size": 32, "train_examples": 128, "eval_every_examples": 64}
+RUN = {"batch_size": 32, "train_examples": 128}
+RUN |= {"eval_every_examples": 64, "checkpoint_every_examples": 64}  # two chunks of one program
 
 
-@pytest.mark.long  # and with eight devices by the test below
 def test_a_run_goes_on_the_other_way_to_the_same_bits(tmp_path):
     runs = {by: resolve(tiny_config(parallel=by, **RUN)) for by in BOTH}
     assert runs["pmap"].run_id == runs["jit"].run_id
@@ -39,11 +39,12 @@ def test_a_run_goes_on_the_other_way_to_the_same_bits(tmp_path):
         assert summary["device"].startswith(f"{jax.device_count()} x ")
 
 
-@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [8, 1])
 def test_so_it_does_on_other_numbers_of_devices(devices):
     name = test_a_run_goes_on_the_other_way_to_the_same_bits.__name__
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "long", f"{__file__}::{name}"],
+        [sys.executable, "-m", "pytest", "-q", f"{__file__}::{name}"],
         env={**os.environ, "BS_JAX_TEST_DEVICES": str(devices)},
         capture_output=True,
         text=True,

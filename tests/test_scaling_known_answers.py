@@ -49,9 +49,13 @@ def adam(rule, **kwargs):
 
 
 def run(make_optimizer, k, **kwargs):
-    """The way of the table; at a quarter of the batch, where it takes longest, half of it."""
-    half = {"base_updates": 2000, "quarters": 2} if k < 1 else {}
-    return problems.run(make_optimizer, k=k, sigmas=SIGMAS, **half, **kwargs)
+    """The way of the table; at a quarter of the batch, where it takes longest, half of it or less.
+
+    Half, for the linear rule to go wrong; a quarter where updates are made in micro-batches.
+    """
+    quarters = 4 if k >= 1 else 1 if kwargs.get("microbatches", 1) > 1 else 2
+    way = {"base_updates": 1000 * quarters, "quarters": quarters}
+    return problems.run(make_optimizer, k=k, sigmas=SIGMAS, **way, **kwargs)
 
 
 @pytest.fixture(scope="module")

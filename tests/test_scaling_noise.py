@@ -31,18 +31,21 @@ def loss_fn(params, batch):
 def data(examples, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "x": jnp.asarray(rng.normal(size=(examples, 3)), jnp.float32),
-        "y": jnp.asarray(rng.normal(size=(examples, 2)), jnp.float32),
+        "x": rng.normal(size=(examples, 3)).astype(np.float32),
+        "y": rng.normal(size=(examples, 2)).astype(np.float32),
     }
+
+
+gradient = jax.jit(jax.grad(loss_fn))
 
 
 def by_hand(batch, parts):
     size = len(batch["x"]) // parts
     grads = [
-        jax.grad(loss_fn)(PARAMS, jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch))
+        gradient(PARAMS, jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch))
         for i in range(parts)
     ]
-    stack = jax.tree.map(lambda *g: jnp.stack(g), *grads)
+    stack = jax.tree.map(lambda *g: np.stack(g), *grads)
     return (jax.tree.map(lambda g: g.mean(0), stack), jax.tree.map(lambda g: (g**2).mean(0), stack))
 
 

@@ -10,7 +10,11 @@ from bs_jax.sweep.points import resolve
 
 @pytest.mark.parametrize("rule", ["linear", "noise_aware"])
 @pytest.mark.parametrize(
-    "hyperparams", [{"learning_rate": 0.1}, {"learning_rate": 0.02, "momentum": 0.9}]
+    "hyperparams",
+    [
+        pytest.param({"learning_rate": 0.1}, marks=pytest.mark.long),
+        {"learning_rate": 0.02, "momentum": 0.9},
+    ],
 )
 def test_sgd_trains(tmp_path, rule, hyperparams):
 

@@ -22,9 +22,9 @@ BUSY = {
     ),
     # Four and more seconds of compilation.
     "compilation": (
-        "lowered = jax.jit(lambda x: [functools.reduce(lambda y, n: jnp.sin(jnp.cumsum(jnp.sort("
-        "y @ y)).reshape(4, 4) + n), range(100), x + c) for c in range(12)])"
-        ".lower(jnp.ones((4, 4)))",
+        "part = jax.jit(lambda x: functools.reduce(lambda y, n: jnp.sin(jnp.cumsum(jnp.sort("
+        "y @ y)).reshape(4, 4) + n), range(100), x)); "
+        "lowered = jax.jit(lambda x: [part(x + c) for c in range(12)]).lower(jnp.ones((4, 4)))",
         "lowered.compile()",
     ),
 }

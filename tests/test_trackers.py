@@ -16,7 +16,7 @@ from bs_jax.sweep.points import resolve
 from bs_jax.training import trackers
 from bs_jax.training.train import Interrupted
 
-LONG = {"train_examples": 256, "eval_every_examples": 64, "log_every_examples": 32}
+LONG = {"train_examples": 288}  # three chunks, each with three rows
 
 
 def run_of(**overrides):
@@ -52,7 +52,7 @@ def shown(folder):
 
 def test_tensorboard_shows_every_row_of_a_run_that_was_interrupted(tmp_path):
     interrupted_and_resumed(tmp_path, run_of(tensorboard=True))
-    assert shown(tmp_path / "tensorboard") == list(range(32, 257, 32))
+    assert shown(tmp_path / "tensorboard") == list(range(32, 289, 32))
 
 
 def test_the_csv_file_holds_every_row(tmp_path):
@@ -138,7 +138,7 @@ def service(monkeypatch):
 def test_a_service_is_told_every_row_of_one_run_across_an_interruption(tmp_path, service, name):
     run = run_of(trackers=(name,))
     interrupted_and_resumed(tmp_path, run)
-    assert [step for step, _ in service.rows] == list(range(32, 257, 32))
+    assert [step for step, _ in service.rows] == list(range(32, 289, 32))
     assert all("train/loss" in values and "examples" not in values for _, values in service.rows)
     assert service.ended == 2
     assert all(one["name"] == run.run_id for one in service.started)

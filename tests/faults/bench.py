@@ -33,10 +33,11 @@ class Bench:
 
     Args:
         folder: to work in.
+        chain: kills of one run, each of the process that went on from the last.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, chain: int = 3) -> None:
+        self.folder, self.chain = folder, chain
         folder.mkdir(parents=True, exist_ok=True)
         self._wanted: dict[tuple[str, ...], dict] = {}
         self.seconds: dict[tuple[str, ...], float] = {}

@@ -29,6 +29,7 @@ def run_campaign(
     others: int,
     seed: int,
     *,
+    chain: int = 3,
     kinds: Iterable[str] = tuple(ALL),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
@@ -39,6 +40,7 @@ def run_campaign(
         kills: SIGKILLs in all, spread evenly over their kinds.
         others: injections of each other kind.
         seed: of what is done when.
+        chain: kills of one run.
         kinds: which ones.
         say: told of each.
 
@@ -48,7 +50,7 @@ def run_campaign(
     kinds = list(kinds)
     kill_kinds = [name for name in kinds if name in KILLS]
     results = []
-    with Bench(folder) as bench:
+    with Bench(folder, chain) as bench:
         for name in kinds:
             kind, inject = ALL[name]
             result = Result(name)

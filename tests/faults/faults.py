@@ -17,7 +17,6 @@ from pathlib import Path
 from .bench import RAMP, SWEEP, TRAIN, Bench
 
 Fault = Callable[[Bench, Path, random.Random], list[str]]
-_CHAIN = 3  # kills of one run, each of the process that went on from the last
 
 
 class Skipped(Exception):
@@ -33,7 +32,7 @@ def kill_at_a_change(kind: tuple[str, ...]) -> Fault:
         for number, what in enumerate(bench.changes[kind], 1):
             places.setdefault(describe_kill(what), []).append(number)
         done = []
-        for _ in range(_CHAIN):
+        for _ in range(bench.chain):
             # Every place as often as the next, however few calls it has.
             at = rng.choice(places[rng.choice(sorted(places))])
             trap = {"root": str(workdir), "at": at, "log": ""}
@@ -53,7 +52,7 @@ def kill_at_a_time(kind: tuple[str, ...], number: signal.Signals = signal.SIGKIL
     def inject(bench: Bench, workdir: Path, rng: random.Random) -> list[str]:
         bench.undisturbed(kind)
         done = []
-        for _ in range(_CHAIN):
+        for _ in range(bench.chain):
             command = bench.start(kind, workdir)
             seconds = rng.uniform(0.15, 0.9) * bench.seconds[kind]
             time.sleep(seconds)

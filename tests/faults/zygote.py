@@ -11,6 +11,7 @@ Between the two go lines of JSON: requests on the process's standard input, answ
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -267,6 +268,8 @@ def main() -> None:
     import bs_jax.cli.dispatch
     import bs_jax.training.train  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # no child looks for garbage among what is imported
     children: set[int] = set()
     buffer = b""
     while True:
