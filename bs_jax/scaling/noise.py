@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.hyperparameters import check_batch_sizes
+from bs_jax.scaling.hyperparameters import check_batch_sizes, is_numeric
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
 from bs_jax.scaling.rules import Scalar
 
@@ -56,13 +56,17 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
             f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
             " count), e.g. from bs_jax.value_grad_and_stats"
         )
-    if not isinstance(stats.count, Tracer) and float(stats.count) < 2:
+    enough = is_numeric(stats.count)
+    if enough and not isinstance(stats.count, Tracer):
+        enough = float(stats.count) >= 2
+    if not enough:
+        shown = stats.count if is_numeric(stats.count) else repr(stats.count)
         raise UserError(
-            f"microbatch.count is {stats.count}: the noise shows only between micro-batches; split"
+            f"microbatch.count is {shown}: the noise shows only between micro-batches; split"
             " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
         )
     for name, tree in (("mean_square", stats.mean_square), ("mean", stats.mean)):
-        if tree is None:
+        if tree is None and name == "mean":
             continue
         try:
             same = tree_map(lambda g, s: _shape(g) == _shape(s), grads, tree)
@@ -125,7 +129,7 @@ def base_square(grads: PyTree, stats: MicrobatchStats | None, k: Scalar) -> tupl
     exact = isinstance(share, (int, float)) and share == 1
 
     def leaf(grad: jax.Array, mean: jax.Array, mean_square: jax.Array) -> tuple[Any, Any]:
-        mean_square = mean_square.astype(jnp.float32)
+        mean_square = jnp.asarray(mean_square, jnp.float32)
         c, w = signal_and_noise(abs_square(mean), mean_square, count)
         noise = w * share
         v0 = mean_square if exact else c + noise
@@ -235,7 +239,7 @@ def sample(
         # Without the barrier XLA takes these squares and the optimizer's for one array, as large
         # as the parameters, and writes it to memory.
         square = abs_square(jax.lax.optimization_barrier(mean))
-        mean_square = mean_square.astype(jnp.float32)
+        mean_square = jnp.asarray(mean_square, jnp.float32)
         if metric == "coordinate":
             # s/sqrt(s) is a root: a second use of the inverse would have XLA write it to memory.
             return jnp.sum(square * _inverse_root(mean_square)), jnp.sum(jnp.sqrt(mean_square))
@@ -265,6 +269,8 @@ def average(
 ) -> NoiseScaleState:
     """Take the mean of the samples of some updates into the running estimate.
 
+    A sample that is not finite is passed over: in an average it would stay for good.
+
     Args:
         state: the estimate so far.
         means: of ``sample`` over the updates, by name.
@@ -278,7 +284,9 @@ def average(
     new = {name: means[name] for name in SAMPLE} | {"weight": 1.0}
     averaged = {name: keep * getattr(state, name) + (1 - keep) * x for name, x in new.items()}
     weight_square = keep**2 * state.weight_square + (1 - keep) ** 2 / updates
-    return NoiseScaleState(**averaged, weight_square=weight_square)
+    finite = jnp.isfinite(new["signal"]) & jnp.isfinite(new["noise"])
+    new_state = NoiseScaleState(**averaged, weight_square=weight_square)
+    return NoiseScaleState(*(jnp.where(finite, *x) for x in zip(new_state, state, strict=True)))
 
 
 def update_noise_scale(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import sys
 import warnings
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import moments, noise
@@ -24,9 +24,9 @@ from bs_jax.scaling.hyperparameters import (
     ScalingWarning,
     check_batch_sizes,
     check_decays,
+    given_batch_size,
     is_narrow,
     is_number,
-    is_numeric,
     rounded_away,
 )
 from bs_jax.scaling.limit import GUARD_ERRORS, guard_decay
@@ -41,13 +41,12 @@ _State = TypeVar("_State")
 Known: TypeAlias = Noise | Callable[[Any], Any] | None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InForce:
+class InForce(NamedTuple):
     """The hyperparameters of one update: float32 scalars, their names apart.
 
     The names are no keys of the state: optax's ``tree_get(state, "learning_rate")`` finds what a
-    user may set, and a value that is computed at every update may not be set.
+    user may set, and a value that is computed at every update may not be set. A named tuple, which
+    flax's serialization writes as it is; to JAX the names are no leaves.
 
     Attributes:
         values: in the order of ``names``.
@@ -55,7 +54,7 @@ class InForce:
     """
 
     values: tuple[jax.Array, ...]
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    names: tuple[str, ...]
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> InForce:
@@ -65,6 +64,13 @@ class InForce:
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""
         return dict(zip(self.names, self.values, strict=True))
+
+
+jax.tree_util.register_pytree_with_keys(
+    InForce,
+    lambda x: (((jax.tree_util.GetAttrKey("values"), x.values),), x.names),
+    lambda names, children: InForce(*children, names),
+)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -321,13 +327,13 @@ def _transformation(
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         clock = ExampleClock.at(0, base_batch_size)
         steps = any(role.name == "learning_rate" for role in recipe.roles.values())
-        running = noise.init_noise_scale()
+        # Each has arrays of its own: a state whose arrays are shared cannot be donated.
         state = ScaleByBatchState(
             clock=clock,
             batch_size=jnp.asarray(batch_size, jnp.int32),
             in_force=InForce((), ()),
-            noise=running if steps or measures else (),
-            limit=running if steps else (),
+            noise=noise.init_noise_scale() if steps or measures else (),
+            limit=noise.init_noise_scale() if steps else (),
             variance=(),
             inner_state=(),
         )
@@ -416,15 +422,15 @@ def _transformation(
     ) -> tuple[PyTree, ScaleByBatchState]:
         size, changing = batch_size, given_size is not None
         if changing:
-            size = given_size
-            if is_number(size) or not is_numeric(size):
-                check_batch_sizes(size, base_batch_size)
+            size = given_batch_size(given_size, base_batch_size)
         _refuse_injected(recipe, state.inner_state)
         k = size / base_batch_size
         state = running_noise(state, updates, size, microbatch)
         noise_now, limit = noise_at(state.clock, size, state)
         base = base_values(state.clock, size)
         scaled = recipe.at(rule, k, noise_now, base, limit)
+        if is_number(size):
+            check_decays(scaled)
         values, clock = scaled.all(), recipe.clock(scaled)
         inner_state, count = state.inner_state, None
         if changing:
@@ -494,11 +500,29 @@ def _transformation(
         microbatch: MicrobatchStats | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchState]:
+        _check_state(state, recipe, base_batch_size)
         if plain is not None and batch_size is None:
             return static_update(plain, updates, state, params, microbatch, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
+
+
+def _check_state(state: Any, recipe: Recipe, base_batch_size: int) -> None:
+    """Raise a ``UserError`` for what is no state of a transformation with this base batch size."""
+    name = recipe.optimizer.name
+    if not isinstance(state, ScaleByBatchState):
+        raise UserError(
+            f"{name}: the state given to update is a {type(state).__name__}, not that of"
+            " scale_by_batch; give what init or the last update returned"
+        )
+    counted = state.clock.base_batch_size
+    if not isinstance(counted, Tracer) and int(counted) != base_batch_size:
+        raise UserError(
+            f"{name}: the state counts updates of base_batch_size={int(counted)}, this"
+            f" transformation's is {base_batch_size}: schedules would be read at another time; keep"
+            " the base batch size, which belongs to the recipe, and change batch_size alone"
+        )
 
 
 def _refuse_injected(recipe: Recipe, inner_state: Any) -> None:
@@ -532,7 +556,7 @@ def _noise_decay(given: float | None, recipe: Recipe) -> Scalar:
 
 def _widened(tree: PyTree) -> PyTree:
     """Return a tree with float32 in place of narrower types."""
-    wide = lambda x: x.astype(jnp.float32) if is_narrow(x.dtype) else x  # noqa: E731
+    wide = lambda x: x.astype(jnp.float32) if is_narrow(jnp.result_type(x)) else x  # noqa: E731
     return jax.tree.map(wide, tree)
 
 
@@ -588,6 +612,13 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     if not found:
         raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
     if as_floats:
+        shapes = {jnp.shape(value) for values in found for value in values.values()} - {()}
+        if shapes:
+            raise UserError(
+                f"the values are arrays of shape {shapes.pop()}, of several runs side by side (vmap"
+                " or pmap): take one run's state, jax.tree.map(lambda x: x[0], state), or leave"
+                " as_floats out"
+            )
         found = [{name: float(value) for name, value in values.items()} for values in found]
     held = collections.Counter(name for values in found for name in values)
     return {
