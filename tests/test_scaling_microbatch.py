@@ -265,6 +265,42 @@ def test_a_module_is_trained_with_its_own_state(nnx):
 
 @pytest.mark.parametrize("method", ["scan", "vmap"])
 @pytest.mark.parametrize("form", ["module", "argument"])
+def test_a_state_keeps_its_types(nnx, form, method):
+    """Counts and flags have no mean; a bfloat16 statistic has one, and stays bfloat16."""
+
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(4))
+            self.calls = nnx.Variable(jnp.int32(0))
+            self.seen = nnx.Variable(jnp.bool_(False))
+            self.mean = nnx.BatchStat(jnp.zeros((), jnp.bfloat16))
+
+        def __call__(self, x):
+            self.calls[...], self.seen[...] = self.calls[...] + 1, jnp.bool_(True)
+            self.mean[...] = jnp.mean(x).astype(jnp.bfloat16)
+            return jnp.mean(x @ self.scale[...])
+
+    model, x = Counting(), jnp.arange(16.0).reshape(4, 4)
+    if form == "module":
+        value_grad_and_stats(lambda m, x: m(x), microbatches=2, method=method)(model, x)
+    else:
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params, x, rest):
+            net = nnx.merge(graph, params, rest, copy=True)
+            return net(x), {"state": nnx.split(net, nnx.Param, ...)[2], "count": jnp.int32(3)}
+
+        f = value_grad_and_stats(loss, microbatches=2, has_aux=True, method=method)
+        aux = f(params, x, rest)[0][1]
+        assert aux["count"].dtype == jnp.float32  # a metric is averaged
+        nnx.update(model, aux["state"])
+    state = [model.calls[...], model.seen[...], model.mean[...]]
+    assert [float(v) for v in state] == [1, 1, 7.5]
+    assert [v.dtype for v in state] == [jnp.int32, jnp.bool_, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("method", ["scan", "vmap"])
+@pytest.mark.parametrize("form", ["module", "argument"])
 def test_every_part_and_every_step_draws_its_own_mask(nnx, form, method):
     """Of a mean over a mask of 4,096 ones: equal means are equal masks."""
 

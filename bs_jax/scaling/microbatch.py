@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import warnings
@@ -71,7 +72,8 @@ def value_grad_and_stats(
         axis_name: a mapped axis (``pmap``, ``shard_map``) to average over as well; each device
             then counts as further micro-batches.
         has_aux: whether ``loss_fn`` also returns auxiliary output. Its leaves are averaged over
-            the parts; PRNG keys and unsigned integers (counters) are those of the last part.
+            the parts; PRNG keys and unsigned integers (counters), and all integers and booleans
+            of an nnx state, are those of the last part.
         weighted: whether ``loss_fn`` returns a sum and its weight instead of a mean. A mean over
             valid tokens (a mask) needs it, since its parts do not count alike.
         method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
@@ -356,29 +358,41 @@ def _is_counter(x: Any) -> bool:
 def _separate(aux: PyTree) -> tuple[PyTree, PyTree]:
     """Split auxiliary output into what is averaged and what the last part decides."""
     leaves, treedef = jax.tree.flatten(aux)
-    averaged = [() if _is_counter(x) else x for x in leaves]
-    last = [x if _is_counter(x) else () for x in leaves]
-    return (averaged, _Structure(treedef)), last
+    kept = _in_nnx_state(aux)
+    passed_on = [
+        _is_counter(x) or (k and not jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+        for x, k in zip(leaves, kept, strict=True)
+    ]
+    averaged = [() if p else x for x, p in zip(leaves, passed_on, strict=True)]
+    last = [x if p else () for x, p in zip(leaves, passed_on, strict=True)]
+    dtypes = tuple(jnp.result_type(x) if k else None for x, k in zip(leaves, kept, strict=True))
+    return (averaged, _Structure(treedef, dtypes)), last
+
+
+def _in_nnx_state(tree: PyTree) -> list[bool]:
+    """Tell of each leaf whether it is part of an nnx state, whose types must stay."""
+    nnx = _nnx()
+    is_state = lambda x: nnx is not None and isinstance(x, nnx.State)  # noqa: E731
+    kept = lambda x: jax.tree.map(lambda _: is_state(x), x)  # noqa: E731
+    return jax.tree.leaves(jax.tree.map(kept, tree, is_leaf=is_state))
 
 
 def _together(separated: tuple[list[Any], _Structure], last: list[Any]) -> PyTree:
     averaged, structure = separated
-    leaves = [b if isinstance(a, tuple) else a for a, b in zip(averaged, last, strict=True)]
+    leaves = [
+        b if isinstance(a, tuple) else a if dtype is None else a.astype(dtype)
+        for a, b, dtype in zip(averaged, last, structure.dtypes, strict=True)
+    ]
     return jax.tree.unflatten(structure.treedef, leaves)
 
 
 @jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class _Structure:
-    """A tree's structure, carried beside its leaves through a scan."""
+    """A tree's structure, carried beside its leaves through a scan; dtypes that must stay."""
 
-    def __init__(self, treedef: Any) -> None:
-        self.treedef = treedef
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Structure) and self.treedef == other.treedef
-
-    def __hash__(self) -> int:
-        return hash(self.treedef)
+    treedef: Any
+    dtypes: tuple[Any, ...]
 
 
 def _nnx() -> Any:

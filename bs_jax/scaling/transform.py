@@ -7,7 +7,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,36 +41,48 @@ _State = TypeVar("_State")
 Known: TypeAlias = Noise | Callable[[Any], Any] | None
 
 
-class InForce(NamedTuple):
+class _Values(NamedTuple):
+    values: tuple[jax.Array, ...]
+
+
+class InForce(_Values):
     """The hyperparameters of one update: float32 scalars, their names apart.
 
     The names are no keys of the state: optax's ``tree_get(state, "learning_rate")`` finds what a
-    user may set, and a value that is computed at every update may not be set. A named tuple, which
-    flax's serialization writes as it is; to JAX the names are no leaves.
+    user may set, and a value that is computed at every update may not be set. They belong to the
+    type instead, a named tuple of one field: so whatever takes a state apart and puts it together
+    again by its types keeps them (JAX, optax, flax's serialization).
 
     Attributes:
         values: in the order of ``names``.
         names: of the factory's arguments; then ``"guard"`` and ``"noise_scale"`` under a guard.
     """
 
-    values: tuple[jax.Array, ...]
-    names: tuple[str, ...]
+    __slots__ = ()
+    names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> InForce:
         """Return the values as float32 scalars."""
-        return cls(tuple(jnp.asarray(v, jnp.float32) for v in values.values()), tuple(values))
+        numbers = tuple(jnp.asarray(value, jnp.float32) for value in values.values())
+        return _in_force(tuple(values), numbers)
 
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""
         return dict(zip(self.names, self.values, strict=True))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the names: the type itself has no place in a module."""
+        return _in_force, (self.names, self.values)
 
-jax.tree_util.register_pytree_with_keys(
-    InForce,
-    lambda x: (((jax.tree_util.GetAttrKey("values"), x.values),), x.names),
-    lambda names, children: InForce(*children, names),
-)
+
+@functools.cache
+def _in_force_type(names: tuple[str, ...]) -> type[InForce]:
+    return type("InForce", (InForce,), {"names": names, "__slots__": ()})
+
+
+def _in_force(names: tuple[str, ...], values: tuple[jax.Array, ...]) -> InForce:
+    return _in_force_type(names)(values)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -331,7 +343,7 @@ def _transformation(
         state = ScaleByBatchState(
             clock=clock,
             batch_size=jnp.asarray(batch_size, jnp.int32),
-            in_force=InForce((), ()),
+            in_force=InForce.of({}),
             noise=noise.init_noise_scale() if steps or measures else (),
             limit=noise.init_noise_scale() if steps else (),
             variance=(),
