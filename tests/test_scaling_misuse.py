@@ -40,6 +40,10 @@ def adam(learning_rate=1e-3, **kwargs):
     return scale_by_batch(optax.adam, **SIZES, rule="sqrt")(learning_rate, **kwargs)
 
 
+def adam_of_sizes(factory):
+    return scale_by_batch(factory, **SIZES, rule="sqrt")
+
+
 def loss(params, batch):
     return jnp.sum(params * batch)
 
@@ -223,6 +227,12 @@ def test_a_known_noise_scale_may_be_an_argument_and_does_not_retrace():
         )
         assert float(step(noise_scale)) == pytest.approx(plain["learning_rate"], rel=1e-5)
     assert traces == 1
+
+
+@pytest.mark.parametrize("around", [optax.inject_hyperparams, adam_of_sizes])
+def test_a_function_around_the_factory_is_to_go_outside(around):
+    with pytest.warns(ScalingWarning, match="nothing is scaled; put that function outside"):
+        scale_by_batch(around(optax.adam), **SIZES, rule="sqrt")(1e-3)
 
 
 def test_a_misspelt_switch_is_warned_of_and_one_for_something_else_is_not(recwarn):
