@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.hyperparameters import check_batch_sizes, is_numeric
+from bs_jax.scaling.hyperparameters import check_batch_sizes, is_number
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
 from bs_jax.scaling.rules import Scalar
 
@@ -56,11 +57,10 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
             f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
             " count), e.g. from bs_jax.value_grad_and_stats"
         )
-    enough = is_numeric(stats.count)
-    if enough and not isinstance(stats.count, Tracer):
-        enough = float(stats.count) >= 2
-    if not enough:
-        shown = stats.count if is_numeric(stats.count) else repr(stats.count)
+    count = stats.count
+    is_scalar = is_number(count) or getattr(count, "shape", None) == ()
+    if not is_scalar or (not isinstance(count, Tracer) and not float(count) >= 2):
+        shown = count if is_scalar else repr(count)
         raise UserError(
             f"microbatch.count is {shown}: the noise shows only between micro-batches; split"
             " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
@@ -286,7 +286,7 @@ def average(
     weight_square = keep**2 * state.weight_square + (1 - keep) ** 2 / updates
     finite = jnp.isfinite(new["signal"]) & jnp.isfinite(new["noise"])
     new_state = NoiseScaleState(**averaged, weight_square=weight_square)
-    return NoiseScaleState(*(jnp.where(finite, *x) for x in zip(new_state, state, strict=True)))
+    return jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
 
 
 def update_noise_scale(

@@ -65,7 +65,7 @@ class InForce(_Values):
     def of(cls, values: Mapping[str, Any]) -> InForce:
         """Return the values as float32 scalars."""
         numbers = tuple(jnp.asarray(value, jnp.float32) for value in values.values())
-        return _in_force(tuple(values), numbers)
+        return _in_force_type(tuple(values))(numbers)
 
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""
@@ -435,13 +435,12 @@ def _transformation(
         size, changing = batch_size, given_size is not None
         if changing:
             size = given_batch_size(given_size, base_batch_size)
-        _refuse_injected(recipe, state.inner_state)
         k = size / base_batch_size
         state = running_noise(state, updates, size, microbatch)
         noise_now, limit = noise_at(state.clock, size, state)
         base = base_values(state.clock, size)
         scaled = recipe.at(rule, k, noise_now, base, limit)
-        if is_number(size):
+        if changing and is_number(size):
             check_decays(scaled)
         values, clock = scaled.all(), recipe.clock(scaled)
         inner_state, count = state.inner_state, None
@@ -512,7 +511,8 @@ def _transformation(
         microbatch: MicrobatchStats | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchState]:
-        _check_state(state, recipe, base_batch_size)
+        is_static = plain is not None and batch_size is None
+        _check_state(state, recipe, base_batch_size, static=is_static)
         if plain is not None and batch_size is None:
             return static_update(plain, updates, state, params, microbatch, extra_args)
         return traced_update(updates, state, params, batch_size, microbatch, extra_args)
@@ -520,8 +520,12 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _check_state(state: Any, recipe: Recipe, base_batch_size: int) -> None:
-    """Raise a ``UserError`` for what is no state of a transformation with this base batch size."""
+def _check_state(state: Any, recipe: Recipe, base_batch_size: int, *, static: bool) -> None:
+    """Raise a ``UserError`` for a state that an update of this transformation would misread.
+
+    One that is not its own, one that counts other base-size updates, and one whose own values
+    would overrule those that are traced.
+    """
     name = recipe.optimizer.name
     if not isinstance(state, ScaleByBatchState):
         raise UserError(
@@ -535,17 +539,14 @@ def _check_state(state: Any, recipe: Recipe, base_batch_size: int) -> None:
             f" transformation's is {base_batch_size}: schedules would be read at another time; keep"
             " the base batch size, which belongs to the recipe, and change batch_size alone"
         )
-
-
-def _refuse_injected(recipe: Recipe, inner_state: Any) -> None:
-    """Raise a ``UserError`` where an optimizer's own state would overrule what is traced."""
     injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
     is_injected = lambda x: isinstance(x, injected)  # noqa: E731
-    if any(map(is_injected, jax.tree.leaves(inner_state, is_leaf=is_injected))):
+    leaves = [] if static else jax.tree.leaves(state.inner_state, is_leaf=is_injected)
+    if any(map(is_injected, leaves)):
         raise UserError(
-            f"{recipe.optimizer.name}: optax.inject_hyperparams inside scale_by_batch keeps the"
-            " values of the first update, so those that change while training would be ignored;"
-            " put it outside: optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+            f"{name}: optax.inject_hyperparams inside scale_by_batch keeps the values of the first"
+            " update, so those that change while training would be ignored; put it outside:"
+            " optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
         )
 
 
