@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.hyperparameters import check_batch_sizes, is_number
+from bs_jax.scaling.hyperparameters import check_batch_sizes
 from bs_jax.scaling.microbatch import MicrobatchStats, PyTree, abs_square
 from bs_jax.scaling.rules import Scalar
 
@@ -58,7 +58,7 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
             " count), e.g. from bs_jax.value_grad_and_stats"
         )
     count = stats.count
-    is_scalar = is_number(count) or getattr(count, "shape", None) == ()
+    is_scalar = isinstance(count, int | float) or getattr(count, "shape", None) == ()
     if not is_scalar or (not isinstance(count, Tracer) and not float(count) >= 2):
         shown = count if is_scalar else repr(count)
         raise UserError(
