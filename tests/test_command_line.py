@@ -5,6 +5,7 @@ import os
 import re
 import select
 import struct
+import sys
 import tempfile
 import termios
 import types
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 from helpers import commands
 
-from bs_jax.cli import config, fields, help, recipes
+from bs_jax.cli import config, dispatch, fields, help, recipes
+from bs_jax.cli import main as cli_main
 from bs_jax.errors import UserError
 from bs_jax.training import compilation
 
@@ -52,6 +54,24 @@ def test_the_short_help_has_no_fields_and_the_other_has_nothing_else():
     assert "--config.batch_size=128" in long
     assert "--workdir" not in long
     assert max(map(len, (short + long).splitlines())) <= 100
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_reader_that_has_left_ends_the_program_without_a_word(monkeypatch, gone):
+    """``--config_help | head``; a broken pipe anywhere else is a fault."""
+
+    def run():
+        raise BrokenPipeError
+
+    read, write = os.pipe()
+    monkeypatch.setattr(dispatch, "run", run)
+    with os.fdopen(read), os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        if gone:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), read)
+        with pytest.raises(SystemExit if gone else BrokenPipeError) as ended:
+            cli_main.main()
+    assert not gone or ended.value.code == 141
 
 
 def test_the_version_is_the_packages():

@@ -305,6 +305,8 @@ def test_prose_is_plain():
         "docs/limit.md",
         "docs/trainer.md",
         "docs/coming-from.md",
+        "docs/optimizers.md",
+        "docs/performance.md",
     ):
         text = re.sub(r"^(\||#|    |- \[|!\[).*$", "", prose(text_of(name)), flags=re.M)
         sentences = [s.split() for s in re.split(r"[.:?!]\s+|\n\n", text)]

@@ -1,6 +1,7 @@
 """scale_by_batch inside and around other optax transformations, under jit, vmap, pmap and scan."""
 
 import functools
+import pickle
 import warnings
 
 import jax
@@ -15,10 +16,12 @@ from bs_jax.scaling import (
     MicrobatchStats,
     ScalingWarning,
     hyperparams,
+    noise_by_group,
     scale_by_batch,
     value_grad_and_stats,
 )
 
+SIZES = {"batch_size": 256, "base_batch_size": 64}
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 STATIC_AT_4 = {
     "learning_rate": 2e-2,
@@ -114,6 +117,42 @@ def test_an_update_that_is_not_finite_leaves_no_trace(rule):
 
 
 @two_devices
+@pytest.mark.parametrize("rule", ["noise_aware", "invariant"])
+def test_a_sample_that_is_not_finite_does_not_stay_in_the_noise_scale(rule):
+    """Behind ``optax.zero_nans``, say, training goes on; the guard must not be lost for good."""
+    tx = optax.chain(optax.zero_nans(), scale_by_batch(optax.sgd, **SIZES, rule=rule)(1e-2))
+    stats = MicrobatchStats(jax.tree.map(lambda p: 2 * p**2, PARAMS), 4)
+    state = tx.init(PARAMS)
+    shares = []
+    for factor in (1.0, 1.0, jnp.nan, jnp.inf, 1e25, 1.0):
+        grads, squares = (jax.tree.map(lambda x, f=factor: f * x, t) for t in (PARAMS, stats[0]))
+        given = stats._replace(mean_square=squares, mean=grads)
+        _, state = tx.update(grads, state, PARAMS, microbatch=given)
+        shares.append(hyperparams(state, as_floats=True)["guard"])
+    assert 0.25 < shares[1] < 1
+    assert_close(shares[2:5], [shares[1]] * 3, rtol=1e-6)
+    assert_close(shares[5], shares[1], rtol=0.05)
+
+
+def test_a_state_is_written_and_read_by_flax_and_pickle():
+    serialization = pytest.importorskip("flax.serialization")
+    scaled = functools.partial(scale_by_batch, **SIZES)
+    tx = optax.chain(
+        noise_by_group({"w": "all", "b": "all"}, batch_size=256),
+        scaled(optax.clip_by_global_norm)(1.0),
+        scaled(optax.adamw)(1e-3),
+    )
+    stats = MicrobatchStats(jax.tree.map(lambda p: 2 * p**2, PARAMS), 4, mean=PARAMS)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS, microbatch=stats)
+    for back in (
+        serialization.from_bytes(tx.init(PARAMS), serialization.to_bytes(state)),
+        pickle.loads(pickle.dumps(state)),
+    ):
+        assert jax.tree.structure(back) == jax.tree.structure(state)
+        assert_equal(back, state)
+        assert hyperparams(back) == hyperparams(state)
+
+
 @pytest.mark.parametrize("rule", ["sqrt", "noise_aware", "invariant"])
 def test_under_pmap_two_devices_do_what_two_micro_batches_do(rule):
     def loss(params, batch):
@@ -150,7 +189,7 @@ def test_jit_with_a_donated_state_does_what_plain_calls_do(rule):
 
     donated = jax.jit(step, donate_argnums=(0, 1))
     plain = (PARAMS, tx.init(PARAMS))
-    ours = jax.tree.map(jnp.copy, plain)
+    ours = (jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS))  # fresh, as a user donates it
     for _ in range(3):
         plain, ours = step(*plain), donated(*ours)
     assert_close(ours, plain, rtol=1e-5, atol=1e-6)

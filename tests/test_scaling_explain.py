@@ -193,7 +193,9 @@ def test_command_line(capsys):
     assert "| learning_rate |" in capsys.readouterr().out
     for bad, message in (
         (["--optimizer=adamww", *common], "did you mean 'adamw'"),
-        (["--optimizer=adamw", "--lr=1", *common], "lr"),
+        (["--optimizer=AdamW", *common], "did you mean 'adamw'"),
+        (["--optimizer=adamw", "--lr=1", *common], "optax's name for it is --learning_rate"),
+        (["--optimizer=adamw", "--betas", "0.9", *common], "--b1=... --b2=..."),
         (["--optimizer=adamw", "--b1=x", *common], "--b1=x"),
         (["--optimizer=adamw", "b1", *common], "--name=value"),
         (["--optimizer=adamw", "--b1=2", *common], "b1 is 2.0"),

@@ -162,11 +162,35 @@ def test_one_micro_batch_from_a_loader_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("grads", "weight", "message"),
+    [
+        (jnp.ones(()), 1.0, "other shapes"),
+        (jnp.ones((1, 4)), 1.0, "other shapes"),
+        ({"w": W}, 1.0, "another structure"),
+        (W, -1.0, "weight of a micro-batch is -1"),
+        (W, jnp.nan, "weight of a micro-batch is nan"),
+        (W, jnp.ones(4), "give one number"),
+    ],
+)
+def test_what_cannot_be_added_is_refused(grads, weight, message):
+    with pytest.raises(UserError, match=message):
+        GradientAccumulator.zeros_like(W).add(grads, weight)
+
+
+def test_a_weight_that_is_not_a_number_shows_where_nobody_can_look():
+    gathered = GradientAccumulator.zeros_like(W).add(W)
+    grads, _ = jax.jit(lambda weight: gathered.add(W, weight).result())(jnp.nan)
+    assert bool(jnp.isnan(grads).all())
+
+
+@pytest.mark.parametrize(
     ("loss", "settings", "message"),
     [
         (mean_over_tokens, {"weighted": True}, "weighted=True.*return the pair"),
         (total, {}, "has_aux=True.*weighted=True"),
         (lambda w, b: (mean_over_tokens(w, b), {}), {}, "has_aux=True"),
+        (mean_over_tokens, {"has_aux": True}, "has_aux=True, but.*return the pair"),
+        (lambda w, b: (mean_over_tokens(w, b), 1, 2), {"has_aux": True}, "return the pair"),
     ],
 )
 def test_a_loss_that_returns_something_else_is_named(loss, settings, message):
@@ -245,6 +269,42 @@ def test_a_module_is_trained_with_its_own_state(nnx):
 
 @pytest.mark.parametrize("method", ["scan", "vmap"])
 @pytest.mark.parametrize("form", ["module", "argument"])
+def test_a_state_keeps_its_types(nnx, form, method):
+    """Counts and flags have no mean; a bfloat16 statistic has one, and stays bfloat16."""
+
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones(4))
+            self.calls = nnx.Variable(jnp.int32(0))
+            self.seen = nnx.Variable(jnp.bool_(False))
+            self.mean = nnx.BatchStat(jnp.zeros((), jnp.bfloat16))
+
+        def __call__(self, x):
+            self.calls[...], self.seen[...] = self.calls[...] + 1, jnp.bool_(True)
+            self.mean[...] = jnp.mean(x).astype(jnp.bfloat16)
+            return jnp.mean(x @ self.scale[...])
+
+    model, x = Counting(), jnp.arange(16.0).reshape(4, 4)
+    if form == "module":
+        value_grad_and_stats(lambda m, x: m(x), microbatches=2, method=method)(model, x)
+    else:
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params, x, rest):
+            net = nnx.merge(graph, params, rest, copy=True)
+            return net(x), {"state": nnx.split(net, nnx.Param, ...)[2], "count": jnp.int32(3)}
+
+        f = value_grad_and_stats(loss, microbatches=2, has_aux=True, method=method)
+        aux = f(params, x, rest)[0][1]
+        assert aux["count"].dtype == jnp.float32  # a metric is averaged
+        nnx.update(model, aux["state"])
+    state = [model.calls[...], model.seen[...], model.mean[...]]
+    assert [float(v) for v in state] == [1, 1, 7.5]
+    assert [v.dtype for v in state] == [jnp.int32, jnp.bool_, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("method", ["scan", "vmap"])
+@pytest.mark.parametrize("form", ["module", "argument"])
 def test_every_part_and_every_step_draws_its_own_mask(nnx, form, method):
     """Of a mean over a mask of 4,096 ones: equal means are equal masks."""
 
@@ -279,6 +339,22 @@ def test_every_part_and_every_step_draws_its_own_mask(nnx, form, method):
         assert np.all(square >= mean**2 - 1e-2 * square)
     assert not np.array_equal(*(jax.tree.leaves(seen[i][0])[0] for i in (0, 1)))
     assert not np.array_equal(*(jax.tree.leaves(seen[i][0])[0] for i in (1, 2)))
+
+
+def test_a_key_among_the_arguments_is_folded_as_rng_is():
+    def loss(w, batch, rng):
+        return jnp.mean(jax.random.normal(rng, (8,))) * jnp.sum(w) * jnp.mean(batch)
+
+    key, batch = jax.random.key(3), jnp.ones((4, 2))
+    f = value_grad_and_stats(loss, microbatches=4)
+    by_position, by_name = f(W, batch, key), f(W, batch, rng=key)
+    assert_close(by_position[:2], by_name[:2])
+    stats = by_position[2]
+    assert float(jnp.sum(stats.mean_square - stats.mean**2)) > 0.01
+    with pytest.warns(ScalingWarning, match="every micro-batch gets the same one"):
+        f(W, batch, jax.random.PRNGKey(3))
+    with pytest.warns(ScalingWarning, match="reads 'key'.*pass it as rng="):
+        value_grad_and_stats(lambda w, b: loss(w, b, key), microbatches=4)(W, batch)
 
 
 def test_random_streams_from_outside_the_arguments_are_warned_of(nnx):

@@ -1,5 +1,7 @@
 """scale_by_batch in careless hands: odd types and shapes, clear errors, nothing silently wrong."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from bs_jax.scaling import (
 )
 
 SIZES = {"batch_size": 256, "base_batch_size": 64}
+HUGE = {"batch_size": 2**30, "base_batch_size": 2**30}
 MEASURED = ["noise_aware", "invariant"]
 
 
@@ -28,23 +31,40 @@ def stats_of(params, count=4):
     return MicrobatchStats(jax.tree.map(lambda p: jnp.abs(p) ** 2 + 1.0, params), count)
 
 
-def update(rule="sqrt", params=PARAMS, factory=optax.adamw, **extra):
-    tx = scale_by_batch(factory, **SIZES, rule=rule)(1e-3)
+def update(rule="sqrt", params=PARAMS, factory=optax.adamw, sizes=SIZES, **extra):
+    tx = scale_by_batch(factory, **sizes, rule=rule)(1e-3)
     return tx.update(params, tx.init(params), params, **extra)[0]
 
 
-def adam(**kwargs):
-    return scale_by_batch(optax.adam, **SIZES, rule="sqrt")(**{"learning_rate": 1e-3} | kwargs)
+def adam(learning_rate=1e-3, **kwargs):
+    return scale_by_batch(optax.adam, **SIZES, rule="sqrt")(learning_rate, **kwargs)
+
+
+def adam_of_sizes(factory):
+    return scale_by_batch(factory, **SIZES, rule="sqrt")
 
 
 def loss(params, batch):
     return jnp.sum(params * batch)
 
 
+W = jnp.ones(3)
+
+
+def of_another_base(params):
+    sizes = SIZES | {"base_batch_size": 32}
+    return scale_by_batch(optax.adam, **sizes, rule="sqrt")(1e-3).init(params)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: adam(learning_rate=jnp.ones(3)), "an array of shape (3,)"),
+        (lambda: adam(1e-3).update(W, optax.adam(1e-3).init(W), W), "state given to update is a"),
+        (
+            lambda: adam(1e-3).update(W, of_another_base(W), W),
+            "counts updates of base_batch_size=32",
+        ),
         (lambda: adam(learning_rate="1e-3"), "learning_rate is '1e-3'"),
         (lambda: adam(learning_rate=None), "learning_rate is None"),
         (lambda: adam(learning_rate=True), "learning_rate is True"),
@@ -65,6 +85,12 @@ def loss(params, batch):
         (lambda: update(batch_size=0), "batch_size is 0"),
         (lambda: update(batch_size=256.0), "must be an integer"),
         (lambda: update(batch_size=jnp.array([1, 2])), "must be an integer"),
+        (lambda: update(batch_size=jnp.float32(256)), "must be an integer"),
+        (lambda: update(batch_size=jnp.bool_(True)), "must be an integer"),
+        (lambda: update(batch_size=jax.random.key(0)), "must be an integer"),
+        (lambda: update(batch_size=jnp.int32(-5)), "batch_size is -5"),
+        (lambda: jax.jit(lambda x: update(batch_size=x))(256.0), "must be an integer"),
+        (lambda: update(sizes=HUGE, batch_size=1), "which float32 rounds to 1"),
         (lambda: explain("adam", **SIZES, learning_rate="1"), "learning_rate is '1'"),
         (
             lambda: explain("adam", **SIZES, learning_rate=1.0, train_examples="x"),
@@ -97,6 +123,11 @@ def test_mistakes_are_named(call, message):
         (PARAMS, "microbatch is a dict"),
         (MicrobatchStats(PARAMS, np.int64(1)), "count is 1"),
         (MicrobatchStats(PARAMS, 0), "count is 0"),
+        (MicrobatchStats(PARAMS, math.nan), "count is nan"),
+        (MicrobatchStats(PARAMS, "4"), "count is '4'"),
+        (MicrobatchStats(PARAMS, None), "count is None"),
+        (MicrobatchStats(PARAMS, jnp.ones(4)), "count is "),
+        (MicrobatchStats(None, 4), "no tree of the shapes"),
         (MicrobatchStats({"w": PARAMS["w"]}, 4), "no tree of the shapes"),
         (MicrobatchStats({"w": jnp.ones(2), "b": jnp.ones(3)}, 4), "no tree of the shapes"),
         (MicrobatchStats(PARAMS, 4, mean={"w": jnp.ones(2)}), "microbatch.mean is no tree"),
@@ -116,6 +147,7 @@ def test_statistics_that_are_none(stats, message, rule):
         jnp.float32(1.0),
         {"empty": jnp.ones((0, 3)), "b": jnp.ones(2)},
         {"numpy": np.ones(3, np.float32)},
+        {"python": 1.0},
         {"half": jnp.ones(3, jnp.float16)},
     ],
 )
@@ -124,8 +156,22 @@ def test_any_tree_of_parameters_will_do(params, rule):
     updates = update(rule, params, factory=optax.rmsprop, microbatch=stats_of(params))
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        assert (new.shape, new.dtype) == (jnp.shape(old), jnp.result_type(old))
         assert bool(jnp.all(new < 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32, np.int64])
+def test_a_batch_size_of_any_integer_type_is_that_number(dtype):
+    schedule = optax.linear_schedule(1e-3, 0.0, 10)
+    tx = scale_by_batch(optax.adam, batch_size=64, base_batch_size=256, rule="sqrt")(schedule)
+    rates = []
+    for size in (64, dtype(64)):
+        state = tx.init(PARAMS)
+        for _ in range(3):
+            _, state = tx.update(PARAMS, state, PARAMS, batch_size=size)
+        rates.append(float(hyperparams(state)["learning_rate"]))
+        assert state.examples == 192
+    assert rates[0] == pytest.approx(rates[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", MEASURED)
@@ -181,6 +227,12 @@ def test_a_known_noise_scale_may_be_an_argument_and_does_not_retrace():
         )
         assert float(step(noise_scale)) == pytest.approx(plain["learning_rate"], rel=1e-5)
     assert traces == 1
+
+
+@pytest.mark.parametrize("around", [optax.inject_hyperparams, adam_of_sizes])
+def test_a_function_around_the_factory_is_to_go_outside(around):
+    with pytest.warns(ScalingWarning, match="nothing is scaled; put that function outside"):
+        scale_by_batch(around(optax.adam), **SIZES, rule="sqrt")(1e-3)
 
 
 def test_a_misspelt_switch_is_warned_of_and_one_for_something_else_is_not(recwarn):

@@ -230,7 +230,7 @@ def test_a_factory_that_is_not_known_is_named_with_what_to_pass():
     with pytest.warns(ScalingWarning, match="the same at every batch size.*'learning_rate': 'lear"):
         make(schedule)
     inside = optax.inject_hyperparams(optax.sgd)
-    with pytest.warns(ScalingWarning, match="no role is known for learning_rate"):
+    with pytest.warns(ScalingWarning, match="sgd inside another function.*nothing is scaled"):
         scale_by_batch(inside, batch_size=128, base_batch_size=64, rule="sqrt")(schedule)
 
 

@@ -42,6 +42,8 @@ def _parse(argv: list[str]) -> list[str]:
         if asked is None:
             return rest
         help.print_help(asked, _MODES, _owners())
+    except BrokenPipeError:  # not a mistake in the flags
+        raise
     except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"error: {config.mistake(error, argv)}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 
 # Import names of what the extra `trainer` installs.
@@ -39,3 +42,17 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more (``| head``); if so it is sent nowhere from now."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

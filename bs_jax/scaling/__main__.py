@@ -48,8 +48,18 @@ def plain_rule(optimizer: str) -> str:
     return "sqrt" if low <= 0.5 <= high else "linear"
 
 
+# What PyTorch calls otherwise than optax.
+_PYTORCH = {
+    "lr": "--learning_rate=...",
+    "betas": "--b1=... --b2=...",
+    "alpha": "--decay=...",
+}
+
+
 def _hyperparameter(argument: str) -> tuple[str, Any]:
     name, separator, value = argument.removeprefix("--").partition("=")
+    if argument.startswith("--") and name in _PYTORCH:
+        raise UserError(f"--{name}: optax's name for it is {_PYTORCH[name]}")
     if not argument.startswith("--") or not separator:
         raise UserError(f"{argument!r}: write hyperparameters as --name=value, e.g. --b2=0.99")
     words = {"True": True, "False": False, "None": None}

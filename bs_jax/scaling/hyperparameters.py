@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.clock import rescaled
@@ -45,8 +46,8 @@ def check_batch_sizes(batch_size: object, base_batch_size: object) -> None:
     for name, value in (("batch_size", batch_size), ("base_batch_size", base_batch_size)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise UserError(
-                f"{name} must be an integer (examples per update, all devices), got {value!r};"
-                " give e.g. 256, or a traced integer to update(..., batch_size=)"
+                f"{name} must be an integer (examples per update, all devices), got"
+                f" {_shown(value)}; give e.g. 256, or a traced integer to update(..., batch_size=)"
             )
         if not 1 <= value <= MAX_EXAMPLES:
             raise UserError(
@@ -55,9 +56,26 @@ def check_batch_sizes(batch_size: object, base_batch_size: object) -> None:
             )
 
 
+def given_batch_size(size: Any, base_batch_size: int) -> Any:
+    """Return the batch size given to an update: a number as it is, an array as int32.
+
+    Raises:
+        UserError: unless it is a positive integer, or a traced one, whose value nobody knows.
+    """
+    is_integer = hasattr(size, "dtype") and jnp.issubdtype(size.dtype, jnp.integer)
+    if is_number(size) or not is_numeric(size) or not is_integer:
+        check_batch_sizes(size, base_batch_size)
+        return size
+    if not isinstance(size, Tracer):
+        check_batch_sizes(int(size), base_batch_size)
+    # Narrower integers would overflow in the clock.
+    return jnp.asarray(size, jnp.int32)
+
+
 def _shown(value: object) -> str:
-    shape = getattr(value, "shape", None)
-    return f"an array of shape {shape}" if shape else repr(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"an array of shape {value.shape}" if value.shape else f"an array of {value.dtype}"
+    return repr(value)
 
 
 def _sqrt(x: Scalar) -> Scalar:

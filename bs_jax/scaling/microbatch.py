@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 import warnings
@@ -51,7 +52,8 @@ def value_grad_and_stats(
         axis_name: a mapped axis (``pmap``, ``shard_map``) to average over as well; each device
             then counts as further micro-batches.
         has_aux: whether ``loss_fn`` also returns auxiliary output. Its leaves are averaged over
-            the parts; PRNG keys and unsigned integers (counters) are those of the last part.
+            the parts; PRNG keys and unsigned integers (counters), and all integers and booleans
+            of an nnx state, are those of the last part.
         weighted: whether ``loss_fn`` returns a sum and its weight instead of a mean. A mean over
             valid tokens (a mask) needs it, since its parts do not count alike.
         method: ``"scan"``: one part at a time, lean on memory; ``"vmap"``: all at once.
@@ -64,9 +66,9 @@ def value_grad_and_stats(
         ``f(params, batch, *args, rng=None) -> (value, grads, stats)`` with value the loss or
         ``(loss, aux)``. Every leaf of batch has a leading dimension divisible by ``microbatches``.
         A given ``rng`` is folded with the index of the part (and the device) and passed to
-        ``loss_fn`` as ``rng=``; so are the keys in an nnx state among ``args``. A module given as
-        ``params`` is updated in place, as ``nnx.value_and_grad`` does. stats is ``None`` if there
-        is one part and one device.
+        ``loss_fn`` as ``rng=``; so are typed keys (``jax.random.key``) among ``args``, in an nnx
+        state say. A module given as ``params`` is updated in place, as ``nnx.value_and_grad``
+        does. stats is ``None`` if there is one part and one device.
 
     Raises:
         UserError: if the batch cannot be split evenly, or the loss returns something else.
@@ -103,7 +105,7 @@ def value_grad_and_stats(
     def fn(params: PyTree, batch: PyTree, *args: Any, rng: Any = None) -> Any:
         if _is_module(params):
             return _of_module(params, batch, args, rng)
-        _warn_of_enclosed_randomness(loss_fn)
+        _warn_of_shared_randomness(loss_fn, args)
         # Under shard_map the gradient of replicated parameters is already summed over the devices:
         # of their own copies every device keeps its own gradient.
         params = params if axis_name is None else _own_copy(params, axis_name)
@@ -113,11 +115,10 @@ def value_grad_and_stats(
         def part(xs: tuple[Any, PyTree]) -> tuple[PyTree, PyTree]:
             i, piece = xs
             kwargs = {} if rng is None else {"rng": jax.random.fold_in(rng, index + i)}
-            own_args = _fold_nnx_keys(args, index + i) if several else args
+            own_args = _fold_keys(args, index + i) if several else args
 
             def loss(params: PyTree) -> tuple[jax.Array, Any]:
-                found = loss_fn(params, piece, *own_args, **kwargs)
-                value, aux = found if has_aux else (found, ())
+                value, aux = _loss_and_aux(loss_fn(params, piece, *own_args, **kwargs), has_aux)
                 total, weight = _sum_and_weight(value, weighted)
                 return total, (weight, aux)
 
@@ -169,8 +170,7 @@ def value_grad_and_stats(
 
         def pure(params: PyTree, batch: PyTree, rest: PyTree, *args: Any, **kwargs: Any) -> Any:
             net = nnx.merge(graph, params, rest, copy=True)
-            found = loss_fn(net, batch, *args, **kwargs)
-            value, aux = found if has_aux else (found, ())
+            value, aux = _loss_and_aux(loss_fn(net, batch, *args, **kwargs), has_aux)
             return value, (aux, nnx.split(net, nnx.Param, ...)[2])
 
         run = value_grad_and_stats(
@@ -227,7 +227,7 @@ class GradientAccumulator(NamedTuple):
             params: the parameters, or a tree of the gradients' shapes.
         """
         total = jax.tree.map(
-            lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, "float32")), params
+            lambda x: jnp.zeros_like(x, jnp.promote_types(jnp.result_type(x), "float32")), params
         )
         square = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
         return cls(total, square, jnp.zeros(()), jnp.zeros(()))
@@ -242,9 +242,13 @@ class GradientAccumulator(NamedTuple):
 
         Returns:
             The accumulator with it.
+
+        Raises:
+            UserError: for gradients of other shapes, or a weight that is no number from 0 up.
         """
+        _check_added(self.total, grads, weight)
         weight = jnp.asarray(weight, jnp.float32)
-        known = weight > 0
+        known = weight != 0  # one that is not a number shows in the result
         add = lambda sums, x: sums + jnp.where(known, weight * x, 0.0).astype(sums.dtype)  # noqa: E731
         return GradientAccumulator(
             jax.tree.map(add, self.total, grads),
@@ -270,6 +274,37 @@ class GradientAccumulator(NamedTuple):
         mean, square = jax.tree.map(lambda x: x / self.weight, (self.total, self.square))
         grads = mean if params is None else jax.tree.map(_as_dtype_of, mean, params)
         return grads, MicrobatchStats(square, jnp.maximum(self.count, 2.0), mean=mean)
+
+
+def _check_added(total: PyTree, grads: PyTree, weight: Any) -> None:
+    """Raise a ``UserError`` unless these gradients and this weight can be added."""
+    same = jax.tree.structure(total) == jax.tree.structure(grads)
+    if not same or [*map(jnp.shape, jax.tree.leaves(total))] != [
+        *map(jnp.shape, jax.tree.leaves(grads))
+    ]:
+        raise UserError(
+            "the gradients added have another structure or other shapes than the tree given to"
+            " GradientAccumulator.zeros_like; give it the parameters"
+        )
+    number = jnp.shape(weight) == ()
+    if number and not isinstance(weight, Tracer):
+        number = float(weight) >= 0
+    if not number:
+        raise UserError(
+            f"the weight of a micro-batch is {weight}; give one number, its examples or valid"
+            " tokens, from 0 up"
+        )
+
+
+def _loss_and_aux(found: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return found, ()
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise UserError(
+            f"has_aux=True, but the loss returned a {type(found).__name__}; return the pair"
+            " (loss, aux)"
+        )
+    return found[0], found[1]
 
 
 def _sum_and_weight(value: Any, weighted: bool) -> tuple[Any, Any]:
@@ -303,29 +338,41 @@ def _is_counter(x: Any) -> bool:
 def _separate(aux: PyTree) -> tuple[PyTree, PyTree]:
     """Split auxiliary output into what is averaged and what the last part decides."""
     leaves, treedef = jax.tree.flatten(aux)
-    averaged = [() if _is_counter(x) else x for x in leaves]
-    last = [x if _is_counter(x) else () for x in leaves]
-    return (averaged, _Structure(treedef)), last
+    kept = _in_nnx_state(aux)
+    passed_on = [
+        _is_counter(x) or (k and not jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+        for x, k in zip(leaves, kept, strict=True)
+    ]
+    averaged = [() if p else x for x, p in zip(leaves, passed_on, strict=True)]
+    last = [x if p else () for x, p in zip(leaves, passed_on, strict=True)]
+    dtypes = tuple(jnp.result_type(x) if k else None for x, k in zip(leaves, kept, strict=True))
+    return (averaged, _Structure(treedef, dtypes)), last
+
+
+def _in_nnx_state(tree: PyTree) -> list[bool]:
+    """Tell of each leaf whether it is part of an nnx state, whose types must stay."""
+    nnx = _nnx()
+    is_state = lambda x: nnx is not None and isinstance(x, nnx.State)  # noqa: E731
+    kept = lambda x: jax.tree.map(lambda _: is_state(x), x)  # noqa: E731
+    return jax.tree.leaves(jax.tree.map(kept, tree, is_leaf=is_state))
 
 
 def _together(separated: tuple[list[Any], _Structure], last: list[Any]) -> PyTree:
     averaged, structure = separated
-    leaves = [b if isinstance(a, tuple) else a for a, b in zip(averaged, last, strict=True)]
+    leaves = [
+        b if isinstance(a, tuple) else a if dtype is None else a.astype(dtype)
+        for a, b, dtype in zip(averaged, last, structure.dtypes, strict=True)
+    ]
     return jax.tree.unflatten(structure.treedef, leaves)
 
 
 @jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class _Structure:
-    """A tree's structure, carried beside its leaves through a scan."""
+    """A tree's structure, carried beside its leaves through a scan; dtypes that must stay."""
 
-    def __init__(self, treedef: Any) -> None:
-        self.treedef = treedef
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Structure) and self.treedef == other.treedef
-
-    def __hash__(self) -> int:
-        return hash(self.treedef)
+    treedef: Any
+    dtypes: tuple[Any, ...]
 
 
 def _nnx() -> Any:
@@ -338,17 +385,19 @@ def _is_module(params: Any) -> bool:
     return nnx is not None and isinstance(params, nnx.Module)
 
 
-def _fold_nnx_keys(tree: PyTree, index: Any) -> PyTree:
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _fold_keys(tree: PyTree, index: Any) -> PyTree:
     """Give each part keys of its own: else dropout masks every part alike."""
-    nnx = _nnx()
-    if nnx is None:
-        return tree
-    is_key = lambda x: isinstance(x, nnx.RngKey)  # noqa: E731
-    return jax.tree.map(
-        lambda x: jax.tree.map(lambda k: jax.random.fold_in(k, index), x) if is_key(x) else x,
-        tree,
-        is_leaf=is_key,
-    )
+    fold = jax.random.fold_in
+
+    def folded(key: jax.Array) -> jax.Array:
+        flat = jax.vmap(fold, (0, None))(key.reshape(-1), index)
+        return flat.reshape(key.shape)
+
+    return jax.tree.map(lambda x: folded(x) if _is_key(x) else x, tree)
 
 
 def _with_keys_of(new: PyTree, old: PyTree) -> PyTree:
@@ -357,26 +406,50 @@ def _with_keys_of(new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: o if is_key(o) else n, new, old, is_leaf=is_key)
 
 
-def _warn_of_enclosed_randomness(loss_fn: Callable[..., Any]) -> None:
-    """Warn of an nnx state with random streams that the loss reads from outside its arguments."""
-    nnx = _nnx()
-    if nnx is None or not inspect.isfunction(loss_fn):
+def _warn_of_shared_randomness(loss_fn: Callable[..., Any], args: PyTree) -> None:
+    """Warn of randomness that every micro-batch would share.
+
+    A key or an nnx state with random streams that the loss reads from outside its arguments; an
+    untyped key among these, which looks like any other array.
+    """
+    if any(map(_is_untyped_key, jax.tree.leaves(args))):
+        warnings.warn(
+            "an argument of the loss looks like a key of jax.random.PRNGKey (uint32, shape (2,)):"
+            " every micro-batch gets the same one; pass it as rng=, or make it by jax.random.key",
+            ScalingWarning,
+            stacklevel=3,
+        )
+    if not inspect.isfunction(loss_fn):
         return
+    nnx = _nnx()
     try:
         enclosed = inspect.getclosurevars(loss_fn)
     except ValueError:  # a variable without a value yet
         return
-    is_random = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
     for name, value in {**enclosed.globals, **enclosed.nonlocals}.items():
-        held = isinstance(value, nnx.Module | nnx.State)
-        if held and any(map(is_random, jax.tree.leaves(value, is_leaf=is_random))):
-            warnings.warn(
-                f"the loss reads {name!r}, which holds random streams (dropout), from outside its"
-                " arguments: every micro-batch and every step draws the same mask; pass it as a"
-                " further argument, or give the module itself as params",
-                ScalingWarning,
-                stacklevel=3,
-            )
+        if _is_key(value):
+            what, who, instead = "is a random key", "", "pass it as rng="
+        elif nnx is not None and _holds_streams(value, nnx):
+            what, who = "holds random streams (dropout)", " and every step"
+            instead = "pass it as a further argument, or give the module itself as params"
+        else:
+            continue
+        warnings.warn(
+            f"the loss reads {name!r}, which {what}, from outside its arguments: every micro-batch"
+            f"{who} draws the same mask; {instead}",
+            ScalingWarning,
+            stacklevel=3,
+        )
+
+
+def _holds_streams(value: Any, nnx: Any) -> bool:
+    is_random = lambda x: isinstance(x, nnx.RngState)  # noqa: E731
+    held = isinstance(value, nnx.Module | nnx.State)
+    return held and any(map(is_random, jax.tree.leaves(value, is_leaf=is_random)))
+
+
+def _is_untyped_key(x: Any) -> bool:
+    return getattr(x, "dtype", None) == np.uint32 and jnp.shape(x) == (2,)
 
 
 def _as_dtype_of(gradient: jax.Array, param: Any) -> jax.Array:

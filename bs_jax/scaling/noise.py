@@ -6,6 +6,7 @@ steps may then grow, and the squared gradient that a batch of the base size woul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -78,7 +79,7 @@ def abs_square(x: jax.Array) -> jax.Array:
     """Return the elementwise squared magnitude, float32; of complex numbers |x|^2."""
     if jnp.iscomplexobj(x):
         return abs_square(jnp.real(x)) + abs_square(jnp.imag(x))
-    return jnp.square(x.astype(jnp.float32))
+    return jnp.square(jnp.asarray(x, jnp.float32))
 
 
 def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
@@ -88,15 +89,18 @@ def check_microbatch(stats: MicrobatchStats, grads: PyTree) -> None:
             f"microbatch is a {type(stats).__name__}; give bs_jax.MicrobatchStats(mean_square,"
             " count), e.g. from bs_jax.value_grad_and_stats"
         )
-    if not isinstance(stats.count, Tracer) and float(stats.count) < 2:
+    count = stats.count
+    is_scalar = isinstance(count, int | float) or getattr(count, "shape", None) == ()
+    if not is_scalar or (not isinstance(count, Tracer) and not float(count) >= 2):
+        shown = count if is_scalar else repr(count)
         raise UserError(
-            f"microbatch.count is {stats.count}: the noise shows only between micro-batches; split"
+            f"microbatch.count is {shown}: the noise shows only between micro-batches; split"
             " the batch into 2 or more (value_grad_and_stats(..., microbatches=2))"
         )
     # Of an array or a number; a tree has none.
     shape = lambda x: None if isinstance(x, (dict, list, tuple)) else getattr(x, "shape", ())  # noqa: E731
     for name, tree in (("mean_square", stats.mean_square), ("mean", stats.mean)):
-        if tree is None:
+        if tree is None and name == "mean":
             continue
         try:
             same = tree_map(lambda g, s: shape(g) == shape(s), grads, tree)
@@ -154,7 +158,7 @@ def base_square(grads: PyTree, stats: MicrobatchStats | None, k: Scalar) -> tupl
     exact = isinstance(share, (int, float)) and share == 1
 
     def leaf(grad: jax.Array, mean: jax.Array, mean_square: jax.Array) -> tuple[Any, Any]:
-        mean_square = mean_square.astype(jnp.float32)
+        mean_square = jnp.asarray(mean_square, jnp.float32)
         c, w = signal_and_noise(abs_square(mean), mean_square, count)
         noise = w * share
         v0 = mean_square if exact else c + noise
@@ -264,7 +268,7 @@ def sample(
         # Without the barrier XLA takes these squares and the optimizer's for one array, as large
         # as the parameters, and writes it to memory.
         square = abs_square(jax.lax.optimization_barrier(mean))
-        mean_square = mean_square.astype(jnp.float32)
+        mean_square = jnp.asarray(mean_square, jnp.float32)
         if metric != "coordinate":
             square, mean_square = jnp.sum(square), jnp.sum(mean_square)
         if metric == "plain":
@@ -298,6 +302,8 @@ def average(
 ) -> NoiseScaleState:
     """Take the mean of the samples of some updates into the running estimate.
 
+    A sample that is not finite is passed over: in an average it would stay for good.
+
     Args:
         state: the estimate so far.
         means: of ``sample`` over the updates, by name.
@@ -311,7 +317,9 @@ def average(
     new = {name: means[name] for name in SAMPLE} | {"weight": 1.0}
     averaged = {name: keep * getattr(state, name) + (1 - keep) * x for name, x in new.items()}
     weight_square = keep**2 * state.weight_square + (1 - keep) ** 2 / updates
-    return NoiseScaleState(**averaged, weight_square=weight_square)
+    finite = jnp.isfinite(new["signal"]) & jnp.isfinite(new["noise"])
+    new_state = NoiseScaleState(**averaged, weight_square=weight_square)
+    return jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
 
 
 def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:

@@ -434,6 +434,12 @@ class Recipe:
         ]
         if not unknown:
             return []
+        if not self.roles and getattr(self.optimizer.factory, "__wrapped__", None) in _TABLE:
+            return [
+                f"{self.optimizer.name} inside another function (optax.inject_hyperparams, say) is"
+                " not known, so nothing is scaled; put that function outside:"
+                " optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+            ]
         told = {name: role for name in unknown if (role := role_of_name(name))}
         rest = [name for name in unknown if name not in told]
         all_of_it = "" if self.roles else " and so the same at every batch size"

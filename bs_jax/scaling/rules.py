@@ -250,7 +250,9 @@ def resolve_rule(rule: str | ScalingRule) -> ScalingRule:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return the end of a message about an unknown word: the nearest choice, then all of them."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
+    choices = list(choices)
+    near = [choice for choice in choices if choice.lower() == word.lower()]
+    near = near or difflib.get_close_matches(word, choices, n=1, cutoff=0.4)
     hint = f": did you mean {near[0]!r}? " if near else ": "
     return f"{hint}choose from {', '.join(choices)}"
 

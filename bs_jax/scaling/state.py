@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +20,48 @@ from bs_jax.scaling.rules import PyTree
 _State = TypeVar("_State")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class InForce:
+class _Values(NamedTuple):
+    values: tuple[jax.Array, ...]
+
+
+class InForce(_Values):
     """The hyperparameters of one update: float32 scalars, their names apart.
 
     The names are no keys of the state: optax's ``tree_get(state, "learning_rate")`` finds what a
-    user may set, and a value that is computed at every update may not be set.
+    user may set, and a value that is computed at every update may not be set. They belong to the
+    type instead, a named tuple of one field: so whatever takes a state apart and puts it together
+    again by its types keeps them (JAX, optax, flax's serialization).
 
     Attributes:
         values: in the order of ``names``.
         names: of the factory's arguments; then ``"guard"`` and ``"noise_scale"`` under a guard.
     """
 
-    values: tuple[jax.Array, ...]
-    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    __slots__ = ()
+    names: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> InForce:
         """Return the values as float32 scalars."""
-        return cls(tuple(jnp.asarray(v, jnp.float32) for v in values.values()), tuple(values))
+        numbers = tuple(jnp.asarray(value, jnp.float32) for value in values.values())
+        return _in_force_type(tuple(values))(numbers)
 
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""
         return dict(zip(self.names, self.values, strict=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the names: the type itself has no place in a module."""
+        return _in_force, (self.names, self.values)
+
+
+@functools.cache
+def _in_force_type(names: tuple[str, ...]) -> type[InForce]:
+    return type("InForce", (InForce,), {"names": names, "__slots__": ()})
+
+
+def _in_force(names: tuple[str, ...], values: tuple[jax.Array, ...]) -> InForce:
+    return _in_force_type(names)(values)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -151,6 +168,13 @@ def hyperparams(state: Any, *, as_floats: bool = False) -> dict[str, Any]:
     if not found:
         raise UserError("the state holds no scale_by_batch state; give the state of its optimizer")
     if as_floats:
+        shapes = {jnp.shape(value) for values in found for value in values.values()} - {()}
+        if shapes:
+            raise UserError(
+                f"the values are arrays of shape {shapes.pop()}, of several runs side by side (vmap"
+                " or pmap): take one run's state, jax.tree.map(lambda x: x[0], state), or leave"
+                " as_floats out"
+            )
         found = [{name: float(value) for name, value in values.items()} for values in found]
     held = collections.Counter(name for values in found for name in values)
     return {

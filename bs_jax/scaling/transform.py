@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import moments, noise
@@ -25,9 +26,9 @@ from bs_jax.scaling.hyperparameters import (
     ScalingWarning,
     check_batch_sizes,
     check_decays,
+    given_batch_size,
     is_narrow,
     is_number,
-    is_numeric,
     larger,
     rounded_away,
 )
@@ -297,13 +298,13 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
 
     def init(params: PyTree) -> ScaleByBatchState:
         static = setup.plain is not None
-        running = noise.init_noise_scale()
+        # Each has arrays of its own: a state whose arrays are shared cannot be donated.
         state = ScaleByBatchState(
             clock=ExampleClock.at(0, base_batch_size),
             batch_size=jnp.asarray(setup.batch_size, jnp.int32),
-            in_force=InForce((), ()),
-            noise=running if setup.steps or setup.measures_q else (),
-            limit=running if setup.steps else (),
+            in_force=InForce.of({}),
+            noise=noise.init_noise_scale() if setup.steps or setup.measures_q else (),
+            limit=noise.init_noise_scale() if setup.steps else (),
             variance=(),
             inner_state=(),
         )
@@ -312,13 +313,10 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         for caution in rounded_away(recipe.roles, values if static else {}, params):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         inner_state = (setup.plain or build(recipe, values, scaled.clock())).init(params)
-        if not static:
-            _refuse_injected(recipe, inner_state)
-        return state._replace(
-            in_force=in_force(scaled, values, phi),
-            variance=moments.init_variance(inner_state, scaled) if setup.invariant else (),
-            inner_state=inner_state,
-        )
+        state = state._replace(in_force=in_force(scaled, values, phi), inner_state=inner_state)
+        _check_state(state, recipe, base_batch_size, static=static)
+        variance = moments.init_variance(inner_state, scaled) if setup.invariant else ()
+        return state._replace(variance=variance)
 
     def update(
         updates: PyTree,
@@ -331,18 +329,17 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[PyTree, ScaleByBatchState]:
         # 1. The batch: k base sizes.
         changing = batch_size is not None
-        size = batch_size if changing else setup.batch_size
-        if changing:
-            if is_number(size) or not is_numeric(size):
-                check_batch_sizes(size, base_batch_size)
-            _refuse_injected(recipe, state.inner_state)
+        size = given_batch_size(batch_size, base_batch_size) if changing else setup.batch_size
         k, plain = size / base_batch_size, None if changing else setup.plain
+        _check_state(state, recipe, base_batch_size, static=plain is not None)
 
         # 2. What its parts say about the noise.
         state = with_statistics(state, updates, size, microbatch)
 
         # 3. How far steps may grow, and 4. the hyperparameters at this k.
         scaled, phi = scaled_now(state, size, static=plain is not None)
+        if changing and is_number(size):
+            check_decays(scaled)
         values = {name: scaled.value(name) for name in recipe.values}
         clock, shown = state.clock.advance(size, base_batch_size), in_force(scaled, values, phi)
 
@@ -493,20 +490,38 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         if setup.guarded:
             shown["guard"] = scaled.share
             shown["noise_scale"] = (0.0 if phi is None else phi) * base_batch_size
-        return InForce(tuple(jnp.asarray(v, jnp.float32) for v in shown.values()), tuple(shown))
+        return InForce.of(shown)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _refuse_injected(recipe: Recipe, inner_state: Any) -> None:
-    """Raise a ``UserError`` where an optimizer's own state would overrule what is traced."""
+def _check_state(state: Any, recipe: Recipe, base_batch_size: int, *, static: bool) -> None:
+    """Raise a ``UserError`` for a state that an update of this transformation would misread.
+
+    One that is not its own, one that counts other base-size updates, and one whose own values
+    would overrule those that are traced.
+    """
+    name = recipe.optimizer.name
+    if not isinstance(state, ScaleByBatchState):
+        raise UserError(
+            f"{name}: the state given to update is a {type(state).__name__}, not that of"
+            " scale_by_batch; give what init or the last update returned"
+        )
+    counted = state.clock.base_batch_size
+    if not isinstance(counted, Tracer) and int(counted) != base_batch_size:
+        raise UserError(
+            f"{name}: the state counts updates of base_batch_size={int(counted)}, this"
+            f" transformation's is {base_batch_size}: schedules would be read at another time; keep"
+            " the base batch size, which belongs to the recipe, and change batch_size alone"
+        )
     injected = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
     is_injected = lambda x: isinstance(x, injected)  # noqa: E731
-    if any(map(is_injected, jax.tree.leaves(inner_state, is_leaf=is_injected))):
+    leaves = [] if static else jax.tree.leaves(state.inner_state, is_leaf=is_injected)
+    if any(map(is_injected, leaves)):
         raise UserError(
-            f"{recipe.optimizer.name}: optax.inject_hyperparams inside scale_by_batch keeps the"
-            " values of the first update, so those that change while training would be ignored;"
-            " put it outside: optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+            f"{name}: optax.inject_hyperparams inside scale_by_batch keeps the values of the first"
+            " update, so those that change while training would be ignored; put it outside:"
+            " optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
         )
 
 
@@ -530,7 +545,7 @@ def _noise_decay(given: float | None, recipe: Recipe) -> Scalar:
 
 def _widened(tree: PyTree) -> PyTree:
     """Return a tree with float32 in place of narrower types."""
-    wide = lambda x: x.astype(jnp.float32) if is_narrow(x.dtype) else x  # noqa: E731
+    wide = lambda x: x.astype(jnp.float32) if is_narrow(jnp.result_type(x)) else x  # noqa: E731
     return jax.tree.map(wide, tree)
 
 
