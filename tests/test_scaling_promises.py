@@ -351,6 +351,17 @@ def test_numbers_given_as_schedules_of_one_value_are_served_as_numbers_are():
     assert_close(update(schedules), update(recipe), rtol=1e-4)
 
 
+def test_a_moment_about_an_average_of_decay_zero_is_eps_alone():
+    """The average is then the gradient, and nothing is left to divide by: not even 0/0."""
+    stats = MicrobatchStats(jax.tree.map(lambda p: p**2 + 1.0, PARAMS), 4)
+    for zero in (0.0, jnp.float32(0)):
+        tx = scale_by_batch(optax.adabelief, **SIZES)(1e-2, b1=zero, b2=0.9, eps_root=1.0)
+        updates, _ = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, microbatch=stats)
+        # What eps adds to at each update settles at eps/(1 - b2), as at the base.
+        expected = jax.tree.map(lambda p: -4 * 1e-2 * p / 10**0.5, PARAMS)
+        assert_close(updates, expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "known", [{}, {"noise_scale": 64.0}, {"noise_scale": 64.0, "guard": False}]
 )

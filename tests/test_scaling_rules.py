@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import FAMILIES, RULES, power, resolve_rule, scale_hyperparams
+from bs_jax.scaling.hyperparameters import Noise
 from bs_jax.scaling.optimizers import Recipe, registered
 
 # Arithmetic here: that an invariant rule's numbers alone are not enough is test_scaling_advice's.
@@ -161,6 +162,26 @@ def test_tracers_and_floats_agree(k, rule):
     expected = scale(RECIPE, k, rule)
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("k", [4.0, 0.25])
+def test_decays_of_zero_stay_zero_as_numbers_and_as_arrays(k):
+    """Nothing is averaged, at any batch size: of every optimizer, and of what follows from them."""
+    decays = {"b1", "b2", "beta", "decay", "momentum", "adam_b1", "adam_b2"}
+    noise = Noise(1.0, 2.0)
+    for name, factory in registered().items():
+        taken = set(inspect.signature(factory).parameters)
+        if "learning_rate" not in taken or not decays & taken:
+            continue
+        given = {"learning_rate": 0.1} | ({"centered": True} if "centered" in taken else {})
+        recipe = Recipe.of(factory, kwargs=given)
+        found = []
+        for zero in (0.0, jnp.float32(0)):
+            values = recipe.values | dict.fromkeys(decays & recipe.roles.keys(), zero)
+            scaled = recipe.at(RULES["noise_aware"], k, noise, values)
+            found.append({n: float(scaled.value(n)) for n in values})
+        assert all(found[0][n] == 0 for n in decays & recipe.roles.keys()), name
+        assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-25), name
 
 
 def test_switches_and_offsets():

@@ -88,6 +88,13 @@ def larger(x: Scalar, y: Scalar) -> Scalar:
     return max(x, y) if is_number(x) and is_number(y) else jnp.maximum(x, y)
 
 
+def _ratio(new: Scalar, old: Scalar) -> Scalar:
+    """Return ``new / old`` of decays; 1 where both are 0."""
+    if is_number(old):
+        return new / old if old else 1.0
+    return jnp.where(old > 0, new / jnp.where(old > 0, old, 1.0), 1.0)
+
+
 class NoiseScaleNeeded(Exception):
     """A formula asked for q while the noise scale is not known."""
 
@@ -336,8 +343,9 @@ class Scaled:
         for name, role in self.roles.items():
             if role.name in ("centering_decay", "variance_decay") and name in self.values:
                 old, new = self.values[name], self.value(name)
-                share = new / old
-                root = share if role.name == "centering_decay" else _sqrt(share)
+                # An average of decay 0 is the gradient itself: it shows nothing, before and after.
+                left = _ratio(new, old)
+                root = left if role.name == "centering_decay" else _sqrt(left)
                 gain = gain * root * _sqrt((1 + old) / (1 + new))
         return gain
 
@@ -474,7 +482,8 @@ def _mixing_weight(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:
     inside = 1 - (1 + r_new) * (1 - wanted)
     if is_number(inside):
         return max(0.0, (1 - math.sqrt(max(inside, 0.0))) / (1 + r_new))
-    return jnp.maximum(0.0, (1 - jnp.sqrt(jnp.maximum(inside, 0.0))) / (1 + r_new))
+    solved = jnp.maximum(0.0, (1 - jnp.sqrt(jnp.maximum(inside, 0.0))) / (1 + r_new))
+    return jnp.where(base > 0, solved, 0.0)  # switched off, as a plain 0 is
 
 
 def _eps_sum(scaled: Scaled, base: Scalar, k: Scalar) -> Scalar:

@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from bs_jax.errors import UserError
-from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number
+from bs_jax.scaling.clocked import SMALLEST_DECAY
+from bs_jax.scaling.hyperparameters import Scaled, ScalingWarning, is_number, larger
 from bs_jax.scaling.noise import abs_square, tree_map
 from bs_jax.scaling.rules import Family, PyTree, Scalar
 
@@ -357,10 +358,11 @@ class Centering:
     @property
     def gains(self) -> tuple[Scalar, Scalar]:
         """How k times the batch's own signal and noise part exceed the base's."""
-        if is_number(self.base_decay) and self.base_decay == 0:  # no error, of either
-            return self.k, 1.0
+        # Where b0 is 0 the average is the gradient, and there is no error to divide by: then b is
+        # 0 as well, and so are both.
+        base = dataclasses.replace(self, base_decay=larger(self.base_decay, SMALLEST_DECAY))
         noise = 2 * self.decay**2 / (1 + self.decay)
-        return self.k * (self.decay / self.lag) ** 2, noise / self.base_noise
+        return self.k * (self.decay / base.lag) ** 2, noise / base.base_noise
 
     def squared_mean(self, grad: jax.Array, mean: jax.Array) -> jax.Array:
         """Return the square of the average that holds the gradient."""
