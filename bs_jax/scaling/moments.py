@@ -1,4 +1,4 @@
-"""What an optimizer's state holds: the only file that knows optax's states.
+"""What an optimizer's state holds: the only file that knows in which fields optax keeps moments.
 
 A step is an optimizer's own update with all but its state given: ``state -> (updates, state)``.
 ``at_count`` and ``update_with_base_moment`` show the optimizer another count, or another second
@@ -568,7 +568,7 @@ def _trial(
 
 
 def _as_seen(
-    seen: PyTree, share: Scalar, given: PyTree, square: tuple[PyTree, PyTree]
+    seen: PyTree, added: Scalar, given: PyTree, square: tuple[PyTree, PyTree]
 ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
     """Return the squares that the optimizer itself takes, and v0 scaled as the chain in front did.
 
@@ -580,5 +580,5 @@ def _as_seen(
         factor = jnp.sum(own) / jnp.where(total > 0, total, 1.0)
         return v0 * factor, noise * factor
 
-    own = tree_map(lambda x: jnp.real(x).astype(jnp.float32) / share, seen)
+    own = tree_map(lambda x: jnp.real(x).astype(jnp.float32) / added, seen)
     return own, tree_map(scaled, own, given, *square, outputs=2)

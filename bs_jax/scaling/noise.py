@@ -154,13 +154,13 @@ def base_square(grads: PyTree, stats: MicrobatchStats | None, k: Scalar) -> tupl
     if stats is None:
         squares = tree_map(abs_square, grads)
         return squares, squares
-    count, share = stats.count, k / stats.count
-    exact = isinstance(share, (int, float)) and share == 1
+    count, size = stats.count, k / stats.count  # of a micro-batch, in base batch sizes
+    exact = isinstance(size, (int, float)) and size == 1
 
     def leaf(grad: jax.Array, mean: jax.Array, mean_square: jax.Array) -> tuple[Any, Any]:
         mean_square = jnp.asarray(mean_square, jnp.float32)
         c, w = signal_and_noise(abs_square(mean), mean_square, count)
-        noise = w * share
+        noise = w * size
         v0 = mean_square if exact else c + noise
         if mean is not grad:
             # Clipping and the like rescaled the gradient after the statistics were taken.
@@ -335,12 +335,12 @@ def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
     var_noise = jnp.maximum(state.noise_square / weight - noise**2, 0.0)
     covariance = state.product / weight - signal * noise
     # With x = signal/noise, dx = (d signal - x d noise)/noise; the sample variance of an average
-    # over few updates is too small by 1 - share.
-    share = state.weight_square / weight**2
+    # over few updates is too small by 1 - 1/n, n their effective number.
+    inverse_n = state.weight_square / weight**2
     x = _ratio(signal, noise)
     spread = jnp.maximum(var_signal - 2 * x * covariance + x**2 * var_noise, 0.0)
-    few = (share > 1 - 1e-5) | (state.weight == 0) | ((signal == 0) & (noise == 0))
-    error = jnp.sqrt(spread * share / jnp.where(few, 1.0, 1 - share))
+    few = (inverse_n > 1 - 1e-5) | (state.weight == 0) | ((signal == 0) & (noise == 0))
+    error = jnp.sqrt(spread * inverse_n / jnp.where(few, 1.0, 1 - inverse_n))
     # Squares of very large gradients overflow: then the spread is not known either.
     few = few | ~jnp.isfinite(error)
     error = jnp.where(few, jnp.inf, _ratio(error, noise))

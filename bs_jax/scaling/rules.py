@@ -47,8 +47,9 @@ class ScalingRule:
             scaled, decays included.
         offset: multiplies k for every hyperparameter.
         overrides: pairs (hyperparameter, factor on its k), or (hyperparameter, None): left alone.
-        guard: whether steps grow with the batch only up to the noise scale (see ``limit``): the
-            measured one for rules that measure, a given ``noise_scale=`` for every rule.
+        guard: whether steps grow with the batch only up to the noise scale (see
+            ``noise.step_share``): the measured one for rules that measure, a given
+            ``noise_scale=`` for every rule.
         guard_power: a: beyond the noise scale steps grow by k**a at least: 1/2 as under the
             square-root rule, 0 not at all. Optimizers that move by the gradient's own size (SGD)
             read it as 0.
@@ -119,11 +120,6 @@ class ScalingRule:
             overrides=tuple(merged.items()),
             guard=guarded,
         )
-
-    @property
-    def measures_noise(self) -> bool:
-        """Whether q follows the measured noise scale."""
-        return self.q_power is None
 
     @property
     def reads_middle(self) -> bool:

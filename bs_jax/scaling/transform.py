@@ -46,7 +46,7 @@ from bs_jax.scaling.state import InForce, ScaleByBatchState
 
 P = ParamSpec("P")
 # A noise scale that the user gives: as noise, or as a schedule of examples.
-Known: TypeAlias = Noise | Callable[[Any], Any] | None
+GivenNoise: TypeAlias = Noise | Callable[[Any], Any] | None
 
 
 def scale_by_batch(
@@ -121,14 +121,14 @@ def scale_by_batch(
     if guard is not None and not isinstance(cast(object, guard), bool):
         raise UserError(f"guard is {guard!r}; give True, False, or None: as the rule says")
     resolved, rule = resolve_factory(factory), resolve_rule(rule).replace(guard=guard)
-    known: Known = noise_scale if callable(noise_scale) else None
-    if noise_scale is not None and known is None:
-        known = Noise.from_scale(noise_scale, base_batch_size)
+    given: GivenNoise = noise_scale if callable(noise_scale) else None
+    if noise_scale is not None and given is None:
+        given = Noise.from_scale(noise_scale, base_batch_size)
 
     @functools.wraps(resolved)
     def scaled_factory(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
         recipe = Recipe.of(resolved, args, kwargs, roles=roles, family=family, whole_call=True)
-        check_decays(recipe.at(rule, batch_size / base_batch_size, _at_start(known)))
+        check_decays(recipe.at(rule, batch_size / base_batch_size, _at_start(given)))
         for caution in recipe.cautions(rule):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         setup = _Setup.of(
@@ -136,7 +136,7 @@ def scale_by_batch(
             rule,
             batch_size=int(batch_size),
             base_batch_size=int(base_batch_size),
-            known_noise=known,
+            given_noise=given,
             noise_decay=noise_decay,
             floor=variance_floor,
         )
@@ -155,7 +155,7 @@ class _Setup:
             noise and share of now in place of its own.
         batch_size: examples in one update, unless an update is given another number.
         base_batch_size: examples per update that the recipe was tuned at.
-        known_noise: the noise as the user gave it; ``None``: it is measured, where it is needed.
+        given_noise: the noise as the user gave it; ``None``: it is measured, where it is needed.
         noise_decay: decay per base-size update of the running noise that q is made of.
         floor: smallest share of the averaged noise part that an invariant second moment may be.
         second_moment: how the optimizer keeps it (see ``rules.Family``).
@@ -178,7 +178,7 @@ class _Setup:
     scaled: Scaled
     batch_size: int
     base_batch_size: int
-    known_noise: Known
+    given_noise: GivenNoise
     noise_decay: Scalar
     floor: float
     second_moment: str
@@ -204,7 +204,7 @@ class _Setup:
         *,
         batch_size: int,
         base_batch_size: int,
-        known_noise: Known,
+        given_noise: GivenNoise,
         noise_decay: float | None,
         floor: float,
     ) -> _Setup:
@@ -214,7 +214,7 @@ class _Setup:
             UserError: if the rule promises what it cannot do for this optimizer.
         """
         k = batch_size / base_batch_size
-        start = _at_start(known_noise)
+        start = _at_start(given_noise)
         scaled = recipe.at(rule, k, start, phi=None if start is None else start.phi)
         second_moment = recipe.family.second_moment if recipe.family is not None else "none"
         invariant = recipe.invariant_moment(rule) is not None
@@ -222,16 +222,16 @@ class _Setup:
         moment_decay, centering_decay, *_ = [*map(scaled.only, decays), "", ""]
         block_clips = scaled.with_role("update_norm") if second_moment == "factored" else []
         added = {"factored": ["eps"], "centered": scaled.with_role("eps_sum")}
-        guarded = recipe.metric(rule) is not None and (known_noise is not None or rule.measures)
-        measures_q = known_noise is None and recipe.needs_noise(rule)
-        measures_phi = guarded and known_noise is None
-        known = not callable(known_noise) and (start is None or is_number(start.noise))
-        known = known and all(
+        guarded = recipe.metric(rule) is not None and (given_noise is not None or rule.measures)
+        measures_q = given_noise is None and recipe.needs_noise(rule)
+        measures_phi = guarded and given_noise is None
+        numbers = not callable(given_noise) and (start is None or is_number(start.noise))
+        numbers = numbers and all(
             is_number(v) or n in recipe.schedules for n, v in recipe.values.items()
         )
         measures = measures_q or invariant or (measures_phi and k > 1)
         plain = None
-        if known and (scaled.is_identity or not measures):
+        if numbers and (scaled.is_identity or not measures):
             fixed = {name: scaled.schedule_or_value(name) for name in recipe.values}
             plain = build(recipe, fixed, scaled.clock())
         stand_ins = {n: 1 if recipe.roles[n].name == "period" else 0.5 for n in recipe.values}
@@ -240,7 +240,7 @@ class _Setup:
             scaled=scaled,
             batch_size=batch_size,
             base_batch_size=base_batch_size,
-            known_noise=known_noise,
+            given_noise=given_noise,
             noise_decay=_noise_decay(noise_decay, recipe),
             floor=floor,
             second_moment=second_moment,
@@ -469,7 +469,7 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             middle=middle,
         )
         # 3. The noise as it is known or measured, and the share of k that it lets steps grow by.
-        found, phi = setup.known_noise, None
+        found, phi = setup.given_noise, None
         if callable(found):
             found = Noise.from_scale(read(found), base_batch_size)
         if found is not None:
@@ -525,9 +525,9 @@ def _check_state(state: Any, recipe: Recipe, base_batch_size: int, *, static: bo
         )
 
 
-def _at_start(known: Known) -> Noise | None:
+def _at_start(given: GivenNoise) -> Noise | None:
     """Return the noise that is known before training; of a schedule, one that stands for it."""
-    return Noise(1.0, 1.0) if callable(known) else known
+    return Noise(1.0, 1.0) if callable(given) else given
 
 
 def _noise_decay(given: float | None, recipe: Recipe) -> Scalar:

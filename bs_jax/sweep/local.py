@@ -16,8 +16,8 @@ from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep import machine
-from bs_jax.sweep import plan as sweep
 from bs_jax.sweep.cohorts import Assignment, CohortTrainer, Schedule
+from bs_jax.sweep.plan import run_folder
 from bs_jax.sweep.progress import Display, describe
 from bs_jax.sweep.stopping import GRACE_SECONDS, Stopped, StopRequest
 from bs_jax.sweep.worker import Event, Setup, WorkerProcess
@@ -46,7 +46,7 @@ def train_here(
     with StopRequest(grace_seconds, answer=display.note) as stop:
         while assignment := schedule.next(0):
             writes = distributed.is_first()
-            folders = [sweep.run_folder(workdir, run, writes=writes) for run in assignment.runs]
+            folders = [run_folder(workdir, run, writes=writes) for run in assignment.runs]
             _train(trainer, folders, assignment.vmapped, display, stop)
 
 
