@@ -7,9 +7,9 @@ The rooms, each importing from those above it only:
     hyperparameters  what a hyperparameter means: its role's formula, bounds and words
     noise            what the parts of a batch say: the noise scale, and how far steps may grow
     microbatch       the gradient of a batch in parts, and statistics of the parts
-    clocked          optimizers that count their own updates, with that clock as a keyword
-    optimizers       the table of optimizers, and a recipe: one call of a factory
-    moments          what an optimizer's state holds
+    clocked          ranger, and optimizers that count their own updates: that clock as a keyword
+    optimizers       the table of optimizers, and a recipe: one call of a factory; scale_hyperparams
+    moments          what an optimizer's state holds; a second moment made the base's
     state            what a transformation keeps, and how to read it
     transform        scale_by_batch
     upgrade          optimizer states that an earlier version saved

@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
 
 def checks() -> dict[str, Check]:
-    """Return every optimizer of the registry with a recipe that moves x about as Adam's does."""
+    """Return every optimizer of the table with a recipe that moves x about as Adam's does."""
     adam = {"learning_rate": 1e-3, "b1": 0.9, "b2": 0.99}
     rms = {"learning_rate": 1e-3, "decay": 0.99}
     matrix = (16, 16)

@@ -73,8 +73,8 @@ def scale_by_batch(
     rule that measures is guarded: at k > 1 steps grow by ``min(k, max(1, phi))``, with phi the
     noise scale over the base batch size, measured while training in the metric that the optimizer
     moves in. Up to the noise scale it is the rule unguarded; beyond it no step is shorter than the
-    square-root rule's, coordinate by coordinate where the second moment is invariant. SGD's alone
-    falls back to the base's: it grows with the gradient by itself.
+    square-root rule's, coordinate by coordinate where an invariant second moment alone sets its
+    length. SGD's alone falls back to the base's: it grows with the gradient by itself.
 
     Args:
         factory: an optax factory, its name, or your own function (then pass ``roles``).
