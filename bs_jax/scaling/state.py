@@ -20,6 +20,10 @@ from bs_jax.scaling.rules import PyTree
 _State = TypeVar("_State")
 
 
+# What a guard adds to the hyperparameters in force.
+GUARD_NAMES = ("guard", "noise_scale")
+
+
 class _Values(NamedTuple):
     values: tuple[jax.Array, ...]
 
@@ -34,17 +38,22 @@ class InForce(_Values):
 
     Attributes:
         values: in the order of ``names``.
-        names: of the factory's arguments; then ``"guard"`` and ``"noise_scale"`` under a guard.
+        names: of the factory's arguments; then ``GUARD_NAMES`` under a guard.
     """
 
     __slots__ = ()
     names: ClassVar[tuple[str, ...]] = ()
 
+    @staticmethod
+    def named(names: tuple[str, ...]) -> type[InForce]:
+        """Return the type with these names; the same one for the same names."""
+        return _in_force_type(names)
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> InForce:
         """Return the values as float32 scalars."""
         numbers = tuple(jnp.asarray(value, jnp.float32) for value in values.values())
-        return _in_force_type(tuple(values))(numbers)
+        return cls.named(tuple(values))(numbers)
 
     def to_dict(self) -> dict[str, jax.Array]:
         """Return name -> value."""

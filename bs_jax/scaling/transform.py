@@ -42,7 +42,7 @@ from bs_jax.scaling.noise import (
 )
 from bs_jax.scaling.optimizers import MOMENT_DECAYS, Recipe, missing_noise, resolve_factory
 from bs_jax.scaling.rules import PyTree, Scalar, ScalingRule, resolve_rule
-from bs_jax.scaling.state import InForce, ScaleByBatchState
+from bs_jax.scaling.state import GUARD_NAMES, InForce, ScaleByBatchState
 
 P = ParamSpec("P")
 # A noise scale that the user gives: as noise, or as a schedule of examples.
@@ -295,6 +295,7 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
     """
     recipe, rule, base_batch_size = setup.recipe, setup.scaled.rule, setup.base_batch_size
     middle = rule.reads_middle
+    in_force = InForce.named((*recipe.values, *(GUARD_NAMES if setup.guarded else ())))
 
     def init(params: PyTree) -> ScaleByBatchState:
         static = setup.plain is not None
@@ -308,12 +309,11 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             variance=(),
             inner_state=(),
         )
-        scaled, phi = scaled_now(state, setup.batch_size, static=static)
-        values = {name: scaled.value(name) for name in recipe.values}
+        scaled, values, _, shown = scaled_now(state, setup.batch_size, static=static)
         for caution in rounded_away(recipe.roles, values if static else {}, params):
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         inner_state = (setup.plain or build(recipe, values, scaled.clock())).init(params)
-        state = state._replace(in_force=in_force(scaled, values, phi), inner_state=inner_state)
+        state = state._replace(in_force=shown, inner_state=inner_state)
         _check_state(state, recipe, base_batch_size, static=static)
         variance = moments.init_variance(inner_state, scaled) if setup.invariant else ()
         return state._replace(variance=variance)
@@ -337,11 +337,10 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         state = with_statistics(state, updates, size, microbatch)
 
         # 3. How far steps may grow, and 4. the hyperparameters at this k.
-        scaled, phi = scaled_now(state, size, static=plain is not None)
+        scaled, values, phi, shown = scaled_now(state, size, static=plain is not None)
         if changing and is_number(size):
             check_decays(scaled)
-        values = {name: scaled.value(name) for name in recipe.values}
-        clock, shown = state.clock.advance(size, base_batch_size), in_force(scaled, values, phi)
+        clock = state.clock.advance(size, base_batch_size)
 
         # 5. The optimizer's own update with these numbers.
         if plain is not None:
@@ -459,8 +458,8 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
 
     def scaled_now(
         state: ScaleByBatchState, size: Any, *, static: bool
-    ) -> tuple[Scaled, Scalar | None]:
-        """Return the recipe as it is in force now, and phi, up to which its steps may grow."""
+    ) -> tuple[Scaled, dict[str, Any], Scalar | None, InForce]:
+        """Return what is in force now: the recipe, its values, phi, and what the state shows."""
         k = size / base_batch_size
         read = functools.partial(
             state.clock.read,
@@ -482,15 +481,11 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         share = step_share(k, phi)
         # 4. The values tuned at the base size; schedules are read on the clock of its updates.
         base = {n: read(v) if callable(v) else v for n, v in recipe.values.items()}
-        return dataclasses.replace(setup.scaled, values=base, k=k, noise=found, share=share), phi
-
-    def in_force(scaled: Scaled, values: Mapping[str, Any], phi: Scalar | None) -> InForce:
-        """Return what is in force, for the state: the guard included."""
-        shown = dict(values)
-        if setup.guarded:
-            shown["guard"] = scaled.share
-            shown["noise_scale"] = (0.0 if phi is None else phi) * base_batch_size
-        return InForce.of(shown)
+        scaled = dataclasses.replace(setup.scaled, values=base, k=k, noise=found, share=share)
+        values = {name: scaled.value(name) for name in recipe.values}
+        limit = (0.0 if phi is None else phi) * base_batch_size
+        shown = (*values.values(), *((share, limit) if setup.guarded else ()))
+        return scaled, values, phi, in_force(tuple(jnp.asarray(x, jnp.float32) for x in shown))
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
