@@ -150,7 +150,10 @@ def _train_chunk(
     axis = parallel.BATCH_AXIS
     measures_noise = run.measures_noise
 
-    def loss_fn(params, batch, batch_stats, augment_key, bn_decay):
+    def loss_fn(params, batch, batch_stats, seed, bn_decay):
+        # A key given as an argument would differ in every micro-batch; here an example's position
+        # alone decides how it is augmented.
+        augment_key = jax.random.fold_in(jax.random.key(seed), 1)
         images = augment(
             augment_key, batch["positions"], batch["images"], spec, aspects=batch["aspects"]
         )
@@ -175,7 +178,6 @@ def _train_chunk(
         return {f"noise/{name}": value for name, value in found.items()}
 
     def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
-        augment_key = jax.random.fold_in(jax.random.key(inputs.seed), 1)
         hyperparams = inputs.hyperparams
         optimizer = optimizers.make_optimizer(run, hyperparams)
         local_size = jax.tree.leaves(batches)[0].shape[1]  # [steps, examples of this device, ...]
@@ -198,7 +200,7 @@ def _train_chunk(
                 "positions": state.examples + offset + jnp.arange(local_size, dtype=jnp.int32),
             }
             (loss, aux), grads, stats = loss_and_grads(
-                state.params, batch, state.batch_stats, augment_key, hyperparams["bn_decay"]
+                state.params, batch, state.batch_stats, inputs.seed, hyperparams["bn_decay"]
             )
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.params, microbatch=stats, **resized
