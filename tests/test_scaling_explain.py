@@ -54,7 +54,7 @@ def test_measured_values_are_left_open():
     for guard, new in ((False, 6e-3), (True, 1e-3 * 8**0.5)):
         known = explain(
             "adamw", batch_size=512, base_batch_size=64, noise_scale=64.0,
-            rule=RULES["noise_aware"].replace(guard=guard), **RECIPE,
+            rule="noise_aware", guard=guard, **RECIPE,
         )  # fmt: skip
         assert rows(known)["learning_rate"]["new"] == pytest.approx(new)
 

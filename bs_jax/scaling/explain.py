@@ -97,6 +97,7 @@ def explain(
     batch_size: int,
     base_batch_size: int,
     rule: str | ScalingRule = "invariant",
+    guard: bool | None = None,
     noise_scale: float | None = None,
     roles: Mapping[str, str] | None = None,
     family: str | None = None,
@@ -111,6 +112,8 @@ def explain(
         batch_size: examples per update to scale to.
         base_batch_size: examples per update that the values were tuned at.
         rule: a name, ``"power(a)"``, or a ``ScalingRule``.
+        guard: whether steps grow with the batch only up to the noise scale; ``None``: as the rule
+            says.
         noise_scale: gradient noise scale in examples, where it is known.
         roles: further hyperparameters -> role.
         family: of a user's own factory.
@@ -133,7 +136,7 @@ def explain(
         [('learning_rate', 0.002828), ('b1', 0.430467), ('b2', 0.922745)]
     """
     check_batch_sizes(batch_size, base_batch_size)
-    rule = resolve_rule(rule)
+    rule = resolve_rule(rule).replace(guard=guard)
     recipe = Recipe.of(factory, kwargs=hyperparams, roles=roles, family=family)
     recipe.invariant_moment(rule)  # raises where the rule promises what it cannot do
     if train_examples is not None and not is_number(train_examples):

@@ -441,7 +441,7 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
                 ScalingWarning,
                 stacklevel=3,
             )
-        running, in_metric = state.noise, state.limit
+        running, in_metric, found = state.noise, state.limit, None
         if isinstance(running, NoiseScaleState):
             decay = setup.noise_decay**k
             if setup.second_moment == "sum":
@@ -451,7 +451,8 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             found = noise.sample(updates, microbatch, batch_size=size)
             running = noise.average(running, found, decay=decay)
         if isinstance(in_metric, NoiseScaleState):
-            found = noise.sample(updates, microbatch, batch_size=size, metric=setup.metric)
+            if found is None or setup.metric != "plain":
+                found = noise.sample(updates, microbatch, batch_size=size, metric=setup.metric)
             decay = larger(GUARD_DECAY**k, SMALLEST_GUARD_DECAY)
             in_metric = noise.average(in_metric, found, decay=decay)
         return state._replace(noise=running, limit=in_metric)
