@@ -37,7 +37,8 @@ ARMS = ("sqrt", "noise_aware", "invariant")
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+    hidden = jnp.tanh(x @ params["w1"] + params["b1"][None])
+    return hidden @ params["w2"] + params["b2"][None]
 
 
 def initial(key: jax.Array, out: float) -> Any:
@@ -128,13 +129,13 @@ def scaled(check: problems.Check, recipe: dict[str, Any], rule: str, k: float) -
     return np.asarray(train(KEYS))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--optimizers", default="", help="names joined by commas; empty: all")
     parser.add_argument("--csv", type=Path, help="where the numbers go")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     checks = problems.checks()
     del checks["muon's adam"], checks["adafactor, unfactored"]  # the network has matrices
     names = [name for name in flags.optimizers.split(",") if name] or list(checks)

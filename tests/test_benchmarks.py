@@ -1,6 +1,7 @@
 """The benchmarks run, at a size where they measure nothing, and write what the docs read."""
 
 import argparse
+import csv
 import gzip
 import json
 import time
@@ -19,6 +20,7 @@ from benchmarks import (
     conv_forms,
     gpu,
     input,
+    mlp,
     scaling,
     sweep_config,
     train_step,
@@ -244,3 +246,14 @@ def test_the_peers_networks_are_ours(monkeypatch):
         )
         ours = models.count_parameters(shapes["params"])
         assert ours == sum(parameter.numel() for parameter in peer.parameters())
+
+
+def test_a_rule_that_measures_follows_the_base_on_the_small_network(monkeypatch, tmp_path, capsys):
+    short = {"BASE_UPDATES": 64, "KEYS": mlp.KEYS[:4], "RATES": np.array([4.0, 8.0])}
+    for name, value in {**short, "SCALES": {4.0: 4}, "ARMS": ("sqrt", "invariant")}.items():
+        monkeypatch.setattr(mlp, name, value)
+    mlp.main(["--optimizers=sgd", f"--csv={tmp_path / 'rows.csv'}"])
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    off = {row["rule"]: abs(float(row["deviation"])) for row in rows}
+    assert 0 < off["invariant"] < 0.1 * off["sqrt"]
+    assert "| sgd, " in capsys.readouterr().out

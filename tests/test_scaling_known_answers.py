@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from bs_jax.scaling import MicrobatchStats, problems, scale_by_batch
+from bs_jax.scaling import RULES, MicrobatchStats, problems, scale_by_batch
 
 SIGMAS = (10.0, 1.0, 0.3)  # phi about 100, 1 and growing, 0.1
 # Mean of x after each quarter of 4,000 base updates' worth of examples, Adam 1e-3, b .9/.99.
@@ -154,14 +154,23 @@ def test_pure_noise_shows_in_a_centered_moment_as_in_the_base_s(k, factory):
     assert np.mean(found[-6:]) == pytest.approx(shown, rel=0.04)
 
 
-def test_a_clip_of_updates_goes_by_the_noise_of_each_leaf():
+@pytest.mark.parametrize(
+    ("rule", "share"),
+    [
+        (RULES["invariant"], 1 / 2),
+        (RULES["invariant"].replace(clipping_threshold=4.0), 1 / 4),  # as at k = 16
+        (RULES["invariant"].replace(clipping_threshold=None), 1),
+    ],
+)
+def test_a_clip_of_updates_goes_by_the_noise_of_each_leaf(rule, share):
     """Adafactor clips each leaf's normalised update: at the base's threshold in the base's terms.
 
     Four times the batch, in four parts. Where all is noise the mean gradient is half of a base
     batch's, and so is the update that may pass; where all is signal it is the base's.
     """
-    tx = scale_by_batch(optax.adafactor, batch_size=256, base_batch_size=64, guard=False)
-    tx = tx(0.1, multiply_by_parameter_scale=False, clipping_threshold=0.5)
+    tx = scale_by_batch(
+        optax.adafactor, batch_size=256, base_batch_size=64, guard=False, rule=rule
+    )(0.1, multiply_by_parameter_scale=False, clipping_threshold=0.5)
     params = {"noise": jnp.zeros(8), "signal": jnp.zeros(8)}
     grads = {"noise": jnp.full(8, 1.0), "signal": jnp.full(8, 2.0)}
     stats = MicrobatchStats({"noise": jnp.full(8, 4.0), "signal": jnp.full(8, 4.0)}, 4)
@@ -169,4 +178,4 @@ def test_a_clip_of_updates_goes_by_the_noise_of_each_leaf():
     for _ in range(3):
         updates, state = tx.update(grads, state, params, microbatch=stats)
         np.testing.assert_allclose(updates["signal"], -0.1 * 4 * 0.5, rtol=1e-5)
-        np.testing.assert_allclose(updates["noise"], -0.1 * 4 * 0.5 / 2, rtol=1e-5)
+        np.testing.assert_allclose(updates["noise"], -0.1 * 4 * 0.5 * share, rtol=1e-5)

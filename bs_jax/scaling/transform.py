@@ -367,7 +367,9 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             square = noise.base_square(updates, microbatch, k)
             if setup.block_clip and microbatch is not None:
                 used[setup.block_clip] = scaled.values[setup.block_clip]
-                own_clock["block_shares"] = moments.block_shares(inner_state, variance, square, k)
+                clip_k = cast(Scalar, scaled.k_of(setup.block_clip))
+                shares = moments.block_shares(inner_state, variance, square, clip_k)
+                own_clock["block_shares"] = shares
         optimizer = build(recipe, used, own_clock)
         # optax's clips select between what is clipped and a product with the threshold, which is
         # float32 here where a Python float would have taken the gradient's type.
