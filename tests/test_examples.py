@@ -15,6 +15,7 @@ import pytest
 from scipy import stats
 
 import bs_jax
+from benchmarks import _language_arms as arms
 from benchmarks import language_model as study
 from examples import language_model as example
 
@@ -86,7 +87,7 @@ def test_the_notebook_prints_what_it_shows(capsys):
 
 
 class TestStudy:
-    problem = study.Problem(
+    problem = arms.Problem(
         width=8, layers=1, vocabulary=256, base_batch_size=8, examples=256, chunk_examples=64,
         validation=16,
     )  # fmt: skip
@@ -181,25 +182,25 @@ def test_signal_and_noise_are_unbiased_in_every_metric():
 
 def test_gains_are_right_at_both_ends():
     for k in (2.0, 8.0):
-        assert study.adascale_gain(0.0, k) == pytest.approx(1.0)
-        assert study.adascale_gain(jnp.inf, k) == pytest.approx(k)
-        assert study.adascale_gain(3.0, k) == pytest.approx((3.0 + 1) / (3.0 / k + 1))
-        assert study.adaptdl_gain(3.0, k) == pytest.approx(study.adascale_gain(3.0, k) ** 0.5)
+        assert arms.adascale_gain(0.0, k) == pytest.approx(1.0)
+        assert arms.adascale_gain(jnp.inf, k) == pytest.approx(k)
+        assert arms.adascale_gain(3.0, k) == pytest.approx((3.0 + 1) / (3.0 / k + 1))
+        assert arms.adaptdl_gain(3.0, k) == pytest.approx(arms.adascale_gain(3.0, k) ** 0.5)
 
 
 def test_an_arm_says_whether_it_is_guarded():
-    assert not study.find_arm("invariant").rule.guard
-    assert study.find_arm("guard:invariant").rule.guard
-    arm = study.find_arm("guard:follow.25:noise_aware")
+    assert not arms.find_arm("invariant").rule.guard
+    assert arms.find_arm("guard:invariant").rule.guard
+    arm = arms.find_arm("guard:follow.25:noise_aware")
     assert (arm.rule.guard, arm.form, arm.follow_share) == (True, "follow", 0.25)
-    floor = study.find_arm("floor.25:invariant").rule
+    floor = arms.find_arm("floor.25:invariant").rule
     assert (floor.guard, floor.guard_power) == (True, 0.25)
-    assert study.find_arm("ramp:merrill").rule.lr_power == 0.5
+    assert arms.find_arm("ramp:merrill").rule.lr_power == 0.5
 
 
 def test_ramps_make_the_updates_that_their_stages_say():
-    problem = study.Problem()
+    problem = arms.Problem()
     for scale, updates in ((4.0, 328), (8.0, 308)):
-        job = study.Job(study.find_arm("ramp:invariant"), scale, (0,))
+        job = study.Job(arms.find_arm("ramp:invariant"), scale, (0,))
         sizes = [study.batch_size_of(problem, job, c) for c in range(problem.chunks)]
         assert sum(problem.chunk_examples // size for size in sizes) == updates
