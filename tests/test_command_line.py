@@ -11,8 +11,10 @@ import termios
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import commands
+from helpers.synthetic_records import write_run
 
 from bs_jax.cli import config, dispatch, fields, help, recipes
 from bs_jax.cli import main as cli_main
@@ -181,22 +183,30 @@ def test_a_user_without_a_home_has_no_cache_of_programs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "done"),
     [
-        ["--mode=explain", "--config.batch_size=256"],
-        ["--mode=explain", "--config=imagenette", "--config.scaling.rule=noise_aware"],
-        ["--dry_run"],
-        ["--dry_run", "--config=imagenette", "--sweep=seed"],
-        ["--mode=train", "--dry_run"],
+        (["--mode=explain", "--config.batch_size=256"], ""),
+        (["--mode=explain", "--config=imagenette", "--config.scaling.rule=noise_aware"], ""),
+        (["--dry_run"], ""),
+        (["--dry_run"], "b64-s0-c54ae34a7b1b"),
+        (["--dry_run", "--config=imagenette", "--sweep=seed"], ""),
+        (["--mode=train", "--dry_run"], ""),
     ],
 )
-def test_tables_fit_a_terminal_of_80_columns(words):
-    """Of a real terminal; every hyperparameter is there, and no cell is cut."""
+def test_tables_fit_a_terminal_of_80_columns(words, done, tmp_path):
+    """Of a real terminal; every hyperparameter is there, and no cell is cut.
+
+    Nor is a sentence longer that says what finished runs have told of the time.
+    """
+    if done:
+        folder, generator = tmp_path / "runs" / done, np.random.default_rng(0)
+        write_run(folder, "invariant", 64, 0.0, 0.0, 3, generator)
     main, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     process = commands.start(
-        *words, recipe=(), output=Path(os.ttyname(terminal)), TERM="dumb", COLUMNS=""
-    )
+        *words, f"--workdir={tmp_path}", recipe=(), output=Path(os.ttyname(terminal)),
+        TERM="dumb", COLUMNS="",
+    )  # fmt: skip
     found = b""
     while process.poll() is None or select.select([main], [], [], 0)[0]:
         if select.select([main], [], [], 0.05)[0]:
@@ -209,7 +219,8 @@ def test_tables_fit_a_terminal_of_80_columns(words):
     text = " ".join(lines)
     assert "…" not in text
     assert all(name in text for name in ("b1", "b2", "bn"))
-    if words == ["--dry_run"]:  # the last column is whole
+    assert ("the other 104 take" in text) == bool(done)
+    if words == ["--dry_run"] and not done:  # the last column is whole
         rows = [line.split() for line in lines if line.startswith("invariant ")]
         assert [line.split()[-1] for line in lines if "rate" in line] == ["decay"]
         assert [row[-1] for row in rows] == ["0.974", "0.9487", "0.9", "0.81", "0.6561"]

@@ -143,10 +143,10 @@ def _sweep() -> int:
         console = Console()
         if console.is_terminal:
             _show(planned, console, seconds)
+            console.print(sentence, markup=False, highlight=False, end="\n" * bool(sentence))
         else:  # for other programs: every point on a line, with the name of its run
             print(plan.listing(planned, seconds))
-        if sentence:
-            print(sentence)
+            print(sentence, end="\n" * bool(sentence))
         return 0
     distributed.check_same("config", json.dumps([recipe, [run.run_id for run in planned.runs]]))
     folder = workdir()
@@ -353,6 +353,8 @@ def _times(planned: Sweep, folder: Path) -> tuple[dict[str, str], str]:
     if not speed.seconds_per_example:
         return {}, ""
     pending = [run for run in planned.runs if run.run_id not in done]
+    if not pending:
+        return dict.fromkeys(done, "done"), f"All {len(done)} runs are done in {folder}"
     seconds = {run.run_id: speed.seconds(run) for run in pending}
     rates = [
         f"{1 / value:,.0f} images/s in micro-batches of {size}"
