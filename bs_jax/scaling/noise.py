@@ -322,6 +322,7 @@ def average(
     return jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
 
 
+@functools.partial(jax.jit, static_argnames="errors", inline=True)  # one program outside jit
 def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
     """Read the noise scale and its spread out of the running estimate.
 
