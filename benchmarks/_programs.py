@@ -86,7 +86,7 @@ def chunk_and_arguments(
     state = parallel.replicate(programs.init(inputs), used)
     inputs = parallel.replicate(inputs, used)
     resident = parallel.replicate(pipeline.device_arrays(data), used)
-    return programs.train_chunk, (state, inputs, resident, batches)
+    return programs.train_chunk, (state, inputs, resident, np.int32(steps), batches)
 
 
 def train_chunks(
@@ -181,7 +181,7 @@ def streamed_chunks(run: ResolvedRun, data: ArraySplit) -> Callable[[Any], Any]:
     def run(chunk: Any) -> Any:
         nonlocal state
         batches = tuple(plan.per_device(leaf, 1) for leaf in chunk)
-        state, metrics = programs.train_chunk(state, inputs, (), batches)
+        state, metrics = programs.train_chunk(state, inputs, (), np.int32(len(chunk[1])), batches)
         return metrics
 
     return run

@@ -94,7 +94,7 @@ def child(flags: argparse.Namespace) -> dict[str, float]:
     inputs = parallel.replicate(inputs, devices)
     reached("initial state")
     batches = np.arange(flags.batch_size, dtype=np.int32)[None, None]
-    state, metrics = programs.train_chunk(state, inputs, resident, batches)
+    state, metrics = programs.train_chunk(state, inputs, resident, np.int32(1), batches)
     jax.block_until_ready(metrics)
     reached("first update")
     mask = np.ones(batches.shape, bool)

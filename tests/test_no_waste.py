@@ -107,7 +107,7 @@ def test_the_state_is_donated_and_lives_on_in_the_same_memory():
     data = parallel.replicate(
         (jnp.zeros((96, 8, 8, 1), jnp.uint8), jnp.zeros(96, jnp.int32), jnp.ones(96)), devices
     )
-    new, _ = programs.train_chunk(state, inputs, data, batches)
+    new, _ = programs.train_chunk(state, inputs, data, np.int32(6), batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((new, inputs, data)))
 

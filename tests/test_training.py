@@ -60,7 +60,9 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
     wanted = updated(grads, state.params)
 
     resident = pipeline.device_arrays(data.train)
-    after, metrics = programs.train_chunk(state, inputs, resident, order.reshape(1, 1, 16))
+    after, metrics = programs.train_chunk(
+        state, inputs, resident, np.int32(1), order.reshape(1, 1, 16)
+    )
     np.testing.assert_allclose(metrics["train/loss"], [loss], rtol=1e-5)
     jax.tree.map(
         # Adam's first update is the sign of the gradient: compare where that is well defined.
@@ -85,7 +87,7 @@ def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
     found = []
     for aspects in (resident[2], 2 * resident[2], resident[2]):
         data = (*resident[:2], aspects)
-        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, order)
+        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, np.int32(1), order)
         found.append(float(metrics["train/loss"][0]))
     assert found[0] == found[2] != found[1]
 

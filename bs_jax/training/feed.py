@@ -61,7 +61,7 @@ class Feed:
         """
         if not self.streamed:
             for chunk in chunks:
-                parts = [self._own(self._order(seed, chunk)) for seed in seeds]
+                parts = [_filled(self._own(self._order(seed, chunk)), chunk) for seed in seeds]
                 yield chunk, parallel.spread(self._lanes.join_batches(parts), self._devices)
             return
         from bs_jax.data import streaming
@@ -74,7 +74,10 @@ class Feed:
             for seed in seeds
         ]
         for chunk, *read in zip(chunks, *streams, strict=True):
-            parts = [jax.tree.map(self._per_device, part) for part in read]
+            parts = [
+                jax.tree.map(lambda rows: _filled(self._per_device(rows), chunk), part)  # noqa: B023
+                for part in read
+            ]
             yield chunk, parallel.spread(self._lanes.join_batches(parts), self._devices)
 
     def budget_bytes(self, share: float) -> int:
@@ -114,3 +117,9 @@ class Feed:
 
     def _hold(self, split: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return parallel.replicate(pipeline.device_arrays(split), self._devices)
+
+
+def _filled(batches: np.ndarray, chunk: Chunk) -> np.ndarray:
+    """A chunk's batches [devices, steps, ...] with empty ones after them, up to `chunk.longest`."""
+    missing = chunk.longest - batches.shape[1]
+    return np.pad(batches, [(0, 0), (0, missing), *[(0, 0)] * (batches.ndim - 2)])

@@ -70,5 +70,6 @@ class Lanes:
             batches,
         )
         held_bytes = sum(leaf.nbytes for leaf in held)
-        own = memory.peak_bytes(program, *lane, tuple(held), batches) - held_bytes
+        updates = jax.ShapeDtypeStruct((), np.int32)
+        own = memory.peak_bytes(program, *lane, tuple(held), updates, batches) - held_bytes
         return memory.runs_at_once(own, held_bytes + other_bytes, budget_bytes, wanted)

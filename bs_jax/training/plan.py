@@ -21,6 +21,8 @@ class Chunk:
         batch_size: examples per update.
         evaluate: whether to evaluate after it.
         checkpoint: whether to write a checkpoint after it.
+        longest: updates of the longest chunk of this batch size. The batches of a shorter one are
+            filled up to it, so that all are one compiled program.
     """
 
     start: int
@@ -29,6 +31,7 @@ class Chunk:
     batch_size: int
     evaluate: bool
     checkpoint: bool
+    longest: int
 
     @property
     def updates(self) -> int:
@@ -89,9 +92,10 @@ class Plan:
         if updates < 1:
             return None
         cadences = [self.eval_every_examples, self.checkpoint_every_examples]
+        cadences = [every for every in cadences if every]
         if self.short_chunks:
             cadences.append(self.log_every_examples)
-        due = [examples // every * every + every for every in cadences if every]
+        due = [examples // every * every + every for every in cadences]
         due += [] if until is None else [until]
         taken = min([updates, *(-(-(at - examples) // batch_size) for at in due)])
         after, last = examples + taken * batch_size, taken == updates
@@ -106,6 +110,12 @@ class Plan:
             batch_size=batch_size,
             evaluate=falls_due(self.eval_every_examples),
             checkpoint=falls_due(self.checkpoint_every_examples),
+            longest=min(
+                [
+                    self.train_examples // batch_size,
+                    *(-(-every // batch_size) for every in cadences),
+                ]
+            ),
         )
 
     def chunks(

@@ -119,6 +119,7 @@ class Session:
         """Write a chunk's metrics; the first non-finite loss ends the record."""
         if self.diverged_at is not None:
             return
+        metrics = {name: values[: chunk.updates] for name, values in metrics.items()}
         bad = np.flatnonzero(~np.isfinite(metrics["train/loss"]))
         if bad.size:
             self.diverged_at = chunk.start + int(bad[0]) + 1

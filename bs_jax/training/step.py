@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from bs_jax import models, recipe, scaling
@@ -33,7 +34,9 @@ class Programs(NamedTuple):
 
     Attributes:
         init: RunInputs -> TrainState.
-        train_chunk: (state, RunInputs, data, batches) -> (state, metrics with a leading step axis).
+        train_chunk: (state, RunInputs, data, updates, batches) -> (state, metrics with a leading
+            step axis). The first `updates` of the batches are trained on; the metrics of the others
+            are 0. So chunks of any length share a program, filled up to one number of batches.
             The batch size is that of the batches; another one is another compiled program.
             `data` is ``(images, labels, aspects)`` held on the device and `batches` the numbers,
             int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
@@ -118,15 +121,13 @@ def make_programs(
     evaluate = _evaluate(run, model, spec)
     if vmapped:
         init = jax.vmap(init)
-        train_chunk = jax.vmap(train_chunk, in_axes=(0, 0, None, 0))
+        train_chunk = jax.vmap(train_chunk, in_axes=(0, 0, None, None, 0))
         evaluate = jax.vmap(evaluate, in_axes=(0, 0, None, None))
-    spread = functools.partial(
-        parallel.data_parallel, replicated=3, devices=devices, by=run.parallel
-    )
+    spread = functools.partial(parallel.data_parallel, devices=devices, by=run.parallel)
     return Programs(
         init=jax.jit(init),
-        train_chunk=spread(train_chunk, donate=(0,)),
-        evaluate=spread(evaluate),
+        train_chunk=spread(train_chunk, replicated=4, donate=(0,)),
+        evaluate=spread(evaluate, replicated=3),
     )
 
 
@@ -145,7 +146,7 @@ def _augment_spec(data: recipe.Data) -> AugmentSpec:
 def _train_chunk(
     run: ResolvedRun, model: Any, spec: AugmentSpec, num_devices: int
 ) -> Callable[..., Any]:
-    """(state, inputs, data, batches of one device) -> (state, metrics per step)."""
+    """(state, inputs, data, updates, batches of one device) -> (state, metrics per step)."""
     smoothing = run.label_smoothing
     axis = parallel.BATCH_AXIS
     measures_noise = run.measures_noise
@@ -177,7 +178,9 @@ def _train_chunk(
         found = scaling.noise_sample(grads, stats, batch_size=batch_size)
         return {f"noise/{name}": value for name, value in found.items()}
 
-    def train_chunk(state: TrainState, inputs: RunInputs, data: Any, batches: Any):
+    def train_chunk(
+        state: TrainState, inputs: RunInputs, data: Any, updates: jax.Array, batches: Any
+    ):
         hyperparams = inputs.hyperparams
         optimizer = optimizers.make_optimizer(run, hyperparams)
         local_size = jax.tree.leaves(batches)[0].shape[1]  # [steps, examples of this device, ...]
@@ -191,7 +194,7 @@ def _train_chunk(
         )
         offset = jax.lax.axis_index(axis) * local_size
 
-        def step(state: TrainState, batch: Any):
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             images, labels, aspects = (leaf[batch] for leaf in data) if data else batch
             batch = {
                 "images": images,
@@ -202,10 +205,10 @@ def _train_chunk(
             (loss, aux), grads, stats = loss_and_grads(
                 state.params, batch, state.batch_stats, inputs.seed, hyperparams["bn_decay"]
             )
-            updates, opt_state = optimizer.update(
+            change, opt_state = optimizer.update(
                 grads, state.opt_state, state.params, microbatch=stats, **resized
             )
-            params = jax.tree.map(jnp.add, state.params, updates)
+            params = jax.tree.map(jnp.add, state.params, change)
             ema_params = state.ema_params
             if run.ema_decay:
                 decay = hyperparams["ema_decay"]
@@ -228,9 +231,32 @@ def _train_chunk(
             )
             return new_state, metrics
 
-        return jax.lax.scan(step, state, batches)
+        return _first(step, state, batches, updates)
 
     return train_chunk
+
+
+def _first(step: Callable[..., Any], state: Any, batches: Any, count: jax.Array) -> Any:
+    """``jax.lax.scan(step, state, batches)`` over the first `count` batches alone.
+
+    The number is an argument of the program; the length that scan goes by is a part of it. What
+    lies past the count is 0.
+    """
+    length = len(jax.tree.leaves(batches)[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+    # Traced once: the shapes of the metrics are needed before the loop that fills them.
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(state, like)
+    results = jax.tree.structure(shapes)
+
+    def body(number: jax.Array, carried: tuple[Any, Any]) -> tuple[Any, Any]:
+        state, filled = carried
+        batch = jax.tree.map(lambda leaf: leaf[number], batches)
+        flat = jax.extend.core.jaxpr_as_fun(traced)(*jax.tree.leaves((state, batch)))
+        state, metrics = jax.tree.unflatten(results, flat)
+        return state, jax.tree.map(lambda rows, row: rows.at[number].set(row), filled, metrics)
+
+    rows = jax.tree.map(lambda one: jnp.zeros((length, *one.shape), one.dtype), shapes[1])
+    return jax.lax.fori_loop(0, count, body, (state, rows))
 
 
 def _evaluate(run: ResolvedRun, model: Any, spec: AugmentSpec) -> Callable[..., Any]:

@@ -149,7 +149,8 @@ class Trainer:
                 status = "interrupted"
                 break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
-            state, metrics = self._programs.train_chunk(state, inputs, train_data, batches)
+            updates = parallel.replicate(np.int32(chunk.updates), self._devices)
+            state, metrics = self._programs.train_chunk(state, inputs, train_data, updates, batches)
             sums = None
             if chunk.evaluate:
                 sums = self._programs.evaluate(state, inputs, eval_data, self._feed.eval_batches)
@@ -258,7 +259,7 @@ class Trainer:
         return self._lanes.at_once(
             self._programs.train_chunk,
             (state, step.run_inputs(run)),
-            self._feed.batch_shapes(run.seed, Chunk(0, 1, 0, run.batch_size, False, False)),
+            self._feed.batch_shapes(run.seed, Chunk(0, 1, 0, run.batch_size, False, False, 1)),
             held=self._feed.train_data,
             budget_bytes=self._feed.budget_bytes(1.0),
             other_bytes=sum(leaf.nbytes for leaf in self._feed.eval_data),
