@@ -64,6 +64,7 @@ def with_train_chunk(monkeypatch, wrapped):
         programs = make_programs(*args, **kwargs)
         chunk = functools.partial(wrapped, programs.train_chunk)
         chunk.trace = programs.train_chunk.trace  # for the estimate of its memory
+        chunk.lower = programs.train_chunk.lower
         return programs._replace(train_chunk=chunk)
 
     monkeypatch.setattr(step, "make_programs", made)

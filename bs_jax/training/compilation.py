@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bs_jax.records import stores
 
@@ -36,6 +40,21 @@ def compiler_options(platform: str) -> dict[str, str]:
     return dict(_CPU_OPTIONS)
 
 
+def side_by_side(programs: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
+    """Compile programs at the same time, so that their first calls find them compiled.
+
+    Python traces one after the other; XLA then compiles each on a thread of its own.
+
+    Args:
+        programs: jitted functions, each with its arguments or their shapes. Where these are placed
+            belongs to them: a call with arguments placed otherwise compiles again.
+    """
+    lowered = [program.lower(*arguments) for program, arguments in programs]
+    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
+        for compiled in [pool.submit(program.compile) for program in lowered]:
+            compiled.result()
+
+
 class Stopwatch:
     """Adds up the seconds that this process spends on making programs, from when it is made.
 
@@ -49,6 +68,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
+        self._lock = threading.Lock()
 
     def start(self) -> Stopwatch:
         """Listen to what JAX reports, to the end of the process."""
@@ -64,11 +84,12 @@ class Stopwatch:
     def add(self, duration: float, now: float) -> None:
         """Take in a span that ends now; spans within it were reported before."""
         start = now - duration
-        while self._spans and self._spans[-1][0] >= start:
-            self._spans.pop()
-        if self._spans:
-            start = max(start, self._spans[-1][1])
-        self._spans.append((start, now))
+        with self._lock:
+            while self._spans and self._spans[-1][0] >= start:
+                self._spans.pop()
+            if self._spans:
+                start = max(start, self._spans[-1][1])
+            self._spans.append((start, now))
 
     @property
     def seconds(self) -> float:

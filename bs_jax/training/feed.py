@@ -84,12 +84,13 @@ class Feed:
         """A share of the memory that a device may use."""
         return pipeline.device_budget_bytes(self._local[0], share)
 
-    def batch_shapes(self, seed: int, chunk: Chunk) -> Any:
-        """The shapes of what `batches` yields for one run, without reading images."""
-        order = self._own(self._order(seed, chunk))
+    def batch_shapes(self, chunk: Chunk) -> Any:
+        """The shapes of what `batches` yields for one run, on the devices of this process."""
+        own = chunk.batch_size // len(self._devices)
+        order = (len(self._local), chunk.longest, own)
         if not self.streamed:
-            return jax.ShapeDtypeStruct(order.shape, order.dtype)
-        shapes = [(*order.shape, *self._data.train.image_shape), order.shape, order.shape]
+            return jax.ShapeDtypeStruct(order, np.int32)
+        shapes = [(*order, *self._data.train.image_shape), order, order]
         return tuple(map(jax.ShapeDtypeStruct, shapes, (np.uint8, np.int32, np.float32)))
 
     def _order(self, seed: int, chunk: Chunk) -> np.ndarray:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-
-from bs_jax.training import memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,36 +38,17 @@ class Lanes:
             return batches[0]
         return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *batches)
 
-    def at_once(
-        self,
-        program: Callable[..., Any],
-        one: Any,
-        batches: Any,
-        *,
-        held: Sequence[jax.Array],
-        budget_bytes: int,
-        other_bytes: int,
-        wanted: int,
-    ) -> int:
-        """How many runs one program advances: as many as fit on a device side by side.
+    def shapes(self, tree: Any, count: int) -> Any:
+        """The shapes of what `join` makes of so many trees like a run's."""
+        lead = (count,) if self.vmapped else ()
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype), tree
+        )
 
-        Args:
-            program: ``train_chunk``, of any number of lanes.
-            one: one run's state and inputs.
-            batches: the shapes of its batches, [devices, steps, ...].
-            held: training images on the device, which all runs share.
-            budget_bytes: memory of the device.
-            other_bytes: of what else is held on the device.
-            wanted: runs that there are.
-        """
-        if not self.vmapped:
-            return 1
-        lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), one)
-        batches = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], 1, *leaf.shape[1:]), leaf.dtype),
+    def batch_shapes(self, batches: Any, count: int) -> Any:
+        """The shapes of what `join_batches` makes of so many runs' batches."""
+        lead = (count,) if self.vmapped else ()
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], *lead, *leaf.shape[1:]), leaf.dtype),
             batches,
         )
-        held_bytes = sum(leaf.nbytes for leaf in held)
-        updates = jax.ShapeDtypeStruct((), np.int32)
-        own = memory.peak_bytes(program, *lane, tuple(held), updates, batches) - held_bytes
-        return memory.runs_at_once(own, held_bytes + other_bytes, budget_bytes, wanted)

@@ -6,6 +6,7 @@ several processes always by the second. Both give the same numbers, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -65,12 +66,16 @@ def data_parallel(
         devices=list(devices),
         donate_argnums=tuple(donate),
     )
-    # pmap takes no compiler options; jit around it does.
-    return (
-        jax.jit(mapped, donate_argnums=tuple(donate), compiler_options=options)
-        if options
-        else mapped
-    )
+    if not options:
+        return mapped
+
+    # pmap takes no compiler options; jit around it does. Of the mapped function itself jit would
+    # take over `lower`, which knows of no options.
+    @functools.wraps(function)
+    def with_options(*arguments: Any) -> Any:
+        return mapped(*arguments)
+
+    return jax.jit(with_options, donate_argnums=tuple(donate), compiler_options=options)
 
 
 def _over_mesh(
@@ -104,6 +109,14 @@ def _over_mesh(
     )
 
 
+def replicated_shapes(tree: Any, devices: Devices) -> Any:
+    """The shapes of what `replicate` makes of a tree, to compile for."""
+    sharding = NamedSharding(_mesh(devices), PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+
 def replicate(tree: Any, devices: Devices) -> Any:
     """Put a whole copy of every leaf on every device, once, so that no step has to move it."""
     sharding = NamedSharding(_mesh(devices), PartitionSpec())
@@ -129,6 +142,19 @@ def spread(tree: Any, devices: Devices) -> Any:
     sharding = NamedSharding(_mesh(devices), PartitionSpec(BATCH_AXIS))
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
+    )
+
+
+def spread_shapes(tree: Any, devices: Devices) -> Any:
+    """The shapes of what `spread` makes of a tree, to compile for."""
+    if _one_process(devices):
+        return tree
+    sharding = NamedSharding(_mesh(devices), PartitionSpec(BATCH_AXIS))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (len(devices), *leaf.shape[1:]), leaf.dtype, sharding=sharding
+        ),
+        tree,
     )
 
 

@@ -21,7 +21,15 @@ from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.run import ResolvedRun
 from bs_jax.scaling import ScaleByBatchState
-from bs_jax.training import checks, distributed, optimizers, parallel, step
+from bs_jax.training import (
+    checks,
+    compilation,
+    distributed,
+    memory,
+    optimizers,
+    parallel,
+    step,
+)
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.feed import Feed
 from bs_jax.training.lanes import Lanes
@@ -97,15 +105,17 @@ class Trainer:
         Raises:
             Interrupted: `should_stop` said so.
         """
-        # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
         done = distributed.on_first(lambda: [folder.done for folder in folders])
+        # Runs that share a program advance in groups, one run a group unless vmapped. A finished
+        # run keeps its place: who shares a program must not depend on interruptions.
+        size = self._runs_at_once(len(folders))
+        if not all(done):
+            self._compile(size)
+        # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
         sessions: list[Session | None] = []
         try:
-            for folder, finished in zip(folders, done, strict=True):
-                sessions.append(None if finished else self._restored(folder, on_event, other_run))
-            # Runs that share a program advance in groups, one run a group unless vmapped. A
-            # finished run keeps its place: who shares a program must not depend on interruptions.
-            size = self._runs_at_once(sessions)
+            for folder, is_done in zip(folders, done, strict=True):
+                sessions.append(None if is_done else self._restored(folder, on_event, other_run))
             for at in range(0, len(sessions), size):
                 part = sessions[at : at + size]
                 group = [session for session in part if session is not None]
@@ -249,22 +259,41 @@ class Trainer:
         session.restore(fresh, begin)
         return session
 
-    def _runs_at_once(self, sessions: Sequence[Session | None]) -> int:
-        """How many of these runs one program advances: one, or as many as fit on a device."""
-        unfinished = [session for session in sessions if session is not None]
+    def _runs_at_once(self, wanted: int) -> int:
+        """How many runs one program advances: one, or as many of those wanted as fit."""
         follows_noise = self._run.batch_ramp.kind == "noise"  # each run its own
-        if not self._lanes.vmapped or len(sessions) == 1 or not unfinished or follows_noise:
+        if not self._lanes.vmapped or wanted == 1 or follows_noise:
             return 1
-        run, state = unfinished[0].run, unfinished[0].state
-        return self._lanes.at_once(
-            self._programs.train_chunk,
-            (state, step.run_inputs(run)),
-            self._feed.batch_shapes(run.seed, Chunk(0, 1, 0, run.batch_size, False, False, 1)),
-            held=self._feed.train_data,
-            budget_bytes=self._feed.budget_bytes(1.0),
-            other_bytes=sum(leaf.nbytes for leaf in self._feed.eval_data),
-            wanted=len(sessions),
-        )
+        data = self._feed.train_data
+        one = self._arguments(1, Chunk(0, 1, 0, self._run.batch_size, False, False, 1))
+        held_bytes = sum(leaf.nbytes for leaf in data)
+        own_bytes = memory.peak_bytes(self._programs.train_chunk, *one) - held_bytes
+        shared_bytes = held_bytes + sum(leaf.nbytes for leaf in self._feed.eval_data)
+        return memory.runs_at_once(own_bytes, shared_bytes, self._feed.budget_bytes(1.0), wanted)
+
+    def _compile(self, runs_at_once: int) -> None:
+        """Compile what the runs begin with, all at once; of a ramp, not yet what trains."""
+        inputs = step.run_inputs(self._run)
+        one = self._lanes.shapes(inputs, 1)
+        programs: list[tuple[Any, tuple[Any, ...]]] = [(self._programs.init, (one,))]
+        chunk = self._plan.chunk(0, 0, self._run.batch_size)
+        if chunk is not None and not self._run.ramps:
+            arguments = self._arguments(runs_at_once, chunk)
+            programs.append((self._programs.train_chunk, arguments))
+            if self._plan.eval_every_examples:
+                shared = (self._feed.eval_data, self._feed.eval_batches)
+                programs.append((self._programs.evaluate, (*arguments[:2], *shared)))
+        compilation.side_by_side(programs)
+
+    def _arguments(self, lanes: int, chunk: Chunk) -> tuple[Any, ...]:
+        """What ``train_chunk`` is called with, or its shapes, for runs that advance together."""
+        inputs = self._lanes.shapes(step.run_inputs(self._run, chunk.batch_size), lanes)
+        state = jax.eval_shape(self._programs.init, inputs)
+        updates = jax.ShapeDtypeStruct((), np.int32)
+        state, inputs, updates = parallel.replicated_shapes((state, inputs, updates), self._devices)
+        batches = self._lanes.batch_shapes(self._feed.batch_shapes(chunk), lanes)
+        batches = parallel.spread_shapes(batches, self._devices)
+        return state, inputs, self._feed.train_data, updates, batches
 
 
 def _last_batch_size(state: TrainState) -> int:
