@@ -232,22 +232,6 @@ def test_the_sweep_to_be_timed_is_sixteen_runs_of_four_programs():
     assert {run.batch_size for run in runs} == {8, 16, 32, 64}
 
 
-def test_the_peers_networks_are_ours(monkeypatch):
-    """The same number of parameters: a ratio between different networks would say nothing."""
-    pytest.importorskip("torch", reason="PyTorch is an extra: pip install 'bs_jax[bench]'")
-    from benchmarks import torch_models
-    from bs_jax import models
-
-    for name in ("resnet18", "xresnet10_small", "xresnet50"):  # of each kind of block and stem
-        peer = torch_models.create(name, 10)
-        module = models.create(name, num_classes=10)
-        shapes = jax.eval_shape(
-            lambda m=module: m.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
-        )
-        ours = models.count_parameters(shapes["params"])
-        assert ours == sum(parameter.numel() for parameter in peer.parameters())
-
-
 def test_a_rule_that_measures_follows_the_base_on_the_small_network(monkeypatch, tmp_path, capsys):
     short = {"BASE_UPDATES": 64, "KEYS": mlp.KEYS[:4], "RATES": np.array([4.0, 8.0])}
     for name, value in {**short, "SCALES": {4.0: 4}, "ARMS": ("sqrt", "invariant")}.items():
