@@ -53,7 +53,7 @@ def test_logits_gradients_and_statistics_are_pytorchs(name, changes, size):
 
     model = dataclasses.replace(models.create(name, num_classes=10), **changes)
     rng = np.random.default_rng(0)
-    variables = networks.random_variables(model, (1, size, size, 3), rng)
+    variables = networks.random_variables(model, (1, size, size, 3), rng, train=False)
     images = rng.standard_normal((EXAMPLES, size, size, 3)).astype(np.float32)
     slopes = rng.standard_normal((EXAMPLES, 10)).astype(np.float32)
 

@@ -230,7 +230,7 @@ def test_start():
 def test_micro_batches_and_devices_are_one_round_of_the_power_iteration():
     model = smallest(groups=1, squeeze_excite=False, shortcut_pool="average")
     images = normal(8, 16, 16, 3)
-    variables = random_variables(model, images.shape, np.random.default_rng(1))
+    variables = random_variables(model, images.shape, np.random.default_rng(1), train=False)
     _, whole = jax.jit(functools.partial(loss_fn, model=model))(
         variables["params"], images, variables["batch_stats"]
     )
@@ -272,7 +272,7 @@ def test_runs_side_by_side_have_power_iterations_of_their_own():
 
 def test_bfloat16_computes_near_float32_and_keeps_everything_else_float32():
     images = normal(8, 16, 16, 3)
-    variables = random_variables(smallest(), images.shape, np.random.default_rng(1))
+    variables = random_variables(smallest(), images.shape, np.random.default_rng(1), train=False)
     results = []
     for dtype in (jnp.float32, jnp.bfloat16):
         model = smallest(dtype=dtype, ghost_batch_size=None)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def random_variables(model, images_shape, rng):
+def random_variables(model, images_shape, rng, **mode):
     """Nothing hides behind a zero: scales, biases, gamma and the statistics are random too."""
 
     def draw(path, leaf):
@@ -24,5 +24,5 @@ def random_variables(model, images_shape, rng):
         return value.astype(np.float32)
 
     images = jnp.zeros(images_shape)
-    shapes = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: model.init(key, images, **mode), jax.random.key(0))
     return jax.tree.map_with_path(draw, shapes)
