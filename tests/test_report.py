@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from bs_jax.errors import UserError
 from bs_jax.records.results import load_results
+from bs_jax.report import style
 from bs_jax.report.page import Section, html, page, tag
 from bs_jax.report.terminal import verdict_table
 from bs_jax.report.write import write_report
@@ -53,6 +54,12 @@ class Checker(HTMLParser):
 def report_on(workdir):
     results = load_results(workdir)
     return write_report(results, analyse(results))
+
+
+@pytest.fixture
+def page_alone(monkeypatch):
+    """The figures are drawn for the page, and not once more as files."""
+    monkeypatch.setattr(style, "to_png", lambda figure: b"")
 
 
 def check(path):
@@ -121,6 +128,7 @@ def test_origin_and_hyperparameters_are_there(written):
     assert "0.9741" in text or "0.974" in text  # 0.9 ** (1/4)
 
 
+@pytest.mark.usefixtures("page_alone")
 def test_every_text_is_escaped(tmp_path):
     evil = '<script>alert("x")</script>&amp;\u202e\x00'
     workdir = write_records(tmp_path, ("x",), (32, 64), effects={"x": lambda k: 0.0}, rows=3)
@@ -142,6 +150,7 @@ def test_every_text_is_escaped(tmp_path):
     assert text.count('<script>alert("x")</script>&amp;') > 10
 
 
+@pytest.mark.usefixtures("page_alone")
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

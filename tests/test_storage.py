@@ -214,7 +214,7 @@ def test_a_store_out_of_reach_damages_nothing(store, checkpoints):
 
 
 def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(store, root, tmp_path):
-    local = write_records(tmp_path / "sweep", seeds=2, batch_sizes=(32, 64), rows=5)
+    local = write_records(tmp_path / "sweep", ("sqrt",), seeds=2, batch_sizes=(32, 64), rows=5)
     (local / "runs" / "b32-s0-sqrt-1.0" / "summary.json").write_text("{")
     put_folder(store, local, "some/folder")
     found, wanted = results.load_results(root), results.load_results(local)
