@@ -20,7 +20,6 @@ from benchmarks import (
     conv_forms,
     gpu,
     input,
-    mlp,
     scaling,
     sweep_config,
     train_step,
@@ -233,6 +232,8 @@ def test_the_sweep_to_be_timed_is_sixteen_runs_of_four_programs():
 
 
 def test_a_rule_that_measures_follows_the_base_on_the_small_network(monkeypatch, tmp_path, capsys):
+    from benchmarks import mlp  # which computes as it is imported
+
     short = {"BASE_UPDATES": 64, "KEYS": mlp.KEYS[:4], "RATES": np.array([4.0, 8.0])}
     for name, value in {**short, "SCALES": {4.0: 4}, "ARMS": ("sqrt", "invariant")}.items():
         monkeypatch.setattr(mlp, name, value)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 import bs_jax
 from benchmarks import _language_arms as arms
@@ -163,7 +163,7 @@ def test_the_difference_is_paired_by_seed_with_a_t_interval():
         for arm, k, losses in (("base", 1.0, base), ("sqrt", 4.0, other))
         for seed, loss in enumerate(losses)
     ]
-    half = stats.ttest_rel(other, base).confidence_interval(0.95).high - 0.2
+    half = scipy.stats.ttest_rel(other, base).confidence_interval(0.95).high - 0.2
     assert f"| sqrt | +0.200 ± {half:.3f} (3) | 5 |" in study.table(rows)
 
 

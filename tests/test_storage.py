@@ -1,5 +1,6 @@
 """Object stores: the same answers as a disk, whole objects; a server of its own for every test."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from bs_jax.statistics.analysis import analyse
 from bs_jax.training import checkpoint, compilation
 from bs_jax.training.state import TrainState
 
-pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs")
 
 
 def put_folder(store, folder, key):
