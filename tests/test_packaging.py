@@ -105,11 +105,11 @@ import sys, bs_jax
 from importlib.metadata import distribution
 assert bs_jax.__file__.startswith({str(installed[0])!r})
 [command] = distribution("bs_jax").entry_points.select(name="bs-jax")
-sys.argv = ["bs-jax", "--dry_run", "--config=configs/imagenette.py", "--sweep=seed"]
+sys.argv = ["bs-jax", "--dry_run", "--config=configs/imagenette.py", "--sweep=anchor"]
 command.load()()
 """
     done = python(code, installed[0], cwd=tmp_path)
-    assert "300 points" in done.stdout, done.stderr
+    assert "5 points" in done.stdout, done.stderr
     assert done.returncode == 0
     assert not list(tmp_path.iterdir())
 

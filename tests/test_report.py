@@ -51,15 +51,13 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
-def report_on(workdir):
+def report_on(workdir, *, png=False):
+    """The figures are drawn for the page; as files once more where a test looks at those."""
     results = load_results(workdir)
-    return write_report(results, analyse(results))
-
-
-@pytest.fixture
-def page_alone(monkeypatch):
-    """The figures are drawn for the page, and not once more as files."""
-    monkeypatch.setattr(style, "to_png", lambda figure: b"")
+    with pytest.MonkeyPatch.context() as patch:
+        if not png:
+            patch.setattr(style, "to_png", lambda figure: b"not drawn")
+        return write_report(results, analyse(results))
 
 
 def check(path):
@@ -128,7 +126,6 @@ def test_origin_and_hyperparameters_are_there(written):
     assert "0.9741" in text or "0.974" in text  # 0.9 ** (1/4)
 
 
-@pytest.mark.usefixtures("page_alone")
 def test_every_text_is_escaped(tmp_path):
     evil = '<script>alert("x")</script>&amp;\u202e\x00'
     workdir = write_records(tmp_path, ("x",), (32, 64), effects={"x": lambda k: 0.0}, rows=3)
@@ -150,7 +147,6 @@ def test_every_text_is_escaped(tmp_path):
     assert text.count('<script>alert("x")</script>&amp;') > 10
 
 
-@pytest.mark.usefixtures("page_alone")
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -212,12 +208,14 @@ def test_costs_and_gains_are_counted_by_batch_size_and_rule(written):
 
 
 def test_writing_again_replaces_every_file_and_leaves_no_others(tmp_path):
-    written = report_on(write_records(tmp_path, ("none",), (32, 64), seeds=2, rows=4))
+    written = report_on(write_records(tmp_path, ("none",), (32, 64), seeds=2, rows=4), png=True)
     before = {path.name: path.read_bytes() for path in written.parent.iterdir()}
-    assert report_on(tmp_path) == written
+    assert report_on(tmp_path, png=True) == written
     after = {path.name: path.read_bytes() for path in written.parent.iterdir()}
     assert after == before
-    assert {"index.html", "metric.png", "curves.png", "deviation.png"} <= set(after)
+    figures = {"metric.png", "curves.png", "deviation.png"}
+    assert {"index.html", *figures} <= set(after)
+    assert all(after[name].startswith(b"\x89PNG") for name in figures)
     assert {"results.csv", "points.csv"} <= set(after)
 
 

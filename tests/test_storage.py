@@ -16,6 +16,7 @@ from bs_jax.data import sources
 from bs_jax.errors import UserError
 from bs_jax.records import metrics_file, results, stores
 from bs_jax.records.stores import files
+from bs_jax.report import style
 from bs_jax.report import write as report
 from bs_jax.report.tables import write_tables
 from bs_jax.statistics.analysis import analyse
@@ -214,7 +215,11 @@ def test_a_store_out_of_reach_damages_nothing(store, checkpoints):
     assert restored(checkpoints) == 3
 
 
-def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(store, root, tmp_path):
+def test_a_report_of_a_store_is_that_of_a_disk_and_reads_what_changed(
+    store, root, tmp_path, monkeypatch
+):
+    for draw, drawn in (("to_png", b"png"), ("to_svg", "<svg></svg>")):  # they have their own tests
+        monkeypatch.setattr(style, draw, lambda *_, drawn=drawn: drawn)
     local = write_records(tmp_path / "sweep", ("sqrt",), seeds=2, batch_sizes=(32, 64), rows=5)
     (local / "runs" / "b32-s0-sqrt-1.0" / "summary.json").write_text("{")
     put_folder(store, local, "some/folder")
