@@ -104,7 +104,7 @@ class TestStudy:
         flags = ["--tiny", "--seeds=0", "--arms=base", f"--out={tmp_path / 'rows.jsonl'}"]
         (base,) = study.main(flags)
         assert (base["arm"], base["k"], base["seed"], base["updates"]) == ("base", 1.0, 0, 32)
-        assert base["validation_loss"] < math.log(256)
+        assert base["validation_loss"] < math.log(256) - 0.3
         assert study.main(flags) == [base]
 
     @pytest.mark.long
