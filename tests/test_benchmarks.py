@@ -180,9 +180,9 @@ def test_an_optimizer_over_vectors_is_the_optimizer(name):
     values = optimizers.traced_values(run)
     plain = optimizers.make_optimizer(run, {n: jnp.float32(v) for n, v in values.items()})
     params = {
-        "conv": {"kernel": jnp.arange(6.0).reshape(2, 3)},
-        "norm": {"bias": jnp.ones(3), "scale": jnp.full(3, 2.0)},
-        "head": {"kernel": jnp.ones((3, 1)), "bias": jnp.zeros(1)},
+        "conv": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "norm": {"bias": np.ones(3, np.float32), "scale": np.full(3, 2, np.float32)},
+        "head": {"kernel": np.ones((3, 1), np.float32), "bias": np.zeros(1, np.float32)},
     }
     found = []
     for optimizer in (plain, _flat.over_vectors(plain)):
