@@ -107,13 +107,14 @@ def measure(case: Case, rounds: int, library: str) -> list[dict[str, Any]]:
     """Times of all forms of the three passes."""
     draw = np.random.default_rng(0)
 
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+    def array(*shape: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(np.float32(scale * draw.standard_normal(shape)))
 
     images = array(case.examples, case.size, case.size, case.channels)
-    kernel = 0.1 * array(case.kernel_size, case.kernel_size, case.channels, case.features)
+    window = case.kernel_size, case.kernel_size, case.channels, case.features
+    kernel = array(*window, scale=0.1)
     settings, size = case.settings, kernel.shape[:2]
-    slopes = FORMS["taps"].forward(settings, images, kernel)
+    slopes = jax.jit(partial(FORMS["taps"].forward, settings))(images, kernel)
     passes: dict[str, tuple[str, dict[str, Callable[..., jax.Array]], tuple[jax.Array, ...]]] = {
         "forward": (
             conv_cpu.choose_forward(images.shape, kernel.shape, settings),

@@ -51,7 +51,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from scipy import stats as scipy_stats
+from scipy import special
 
 import bs_jax
 from benchmarks import _measure
@@ -458,7 +458,7 @@ def _difference(rows: Sequence[dict[str, Any]], base: dict[int, float]) -> str:
     mean, n = np.mean(found), len(found)
     if n == 1:
         return f"{mean:+.3f} (one seed)"
-    half = scipy_stats.t.ppf(0.975, n - 1) * np.std(found, ddof=1) / math.sqrt(n)
+    half = special.stdtrit(n - 1, 0.975) * np.std(found, ddof=1) / math.sqrt(n)
     return f"{mean:+.3f} ± {half:.3f} ({n})"
 
 

@@ -3,7 +3,6 @@
 import atexit
 import gc
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -39,8 +38,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("repeatable")
 
-# Doctests import every module; this one needs an extra (the tests that use it skip without).
-collect_ignore = [] if importlib.util.find_spec("torch") else ["helpers/torch_xresnet.py"]
+# Doctests import every module; this one has none, needs an extra and takes seconds to import.
+collect_ignore = ["helpers/torch_xresnet.py"]
 
 
 def pytest_collection_finish(session):

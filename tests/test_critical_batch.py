@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from bs_jax.errors import UserError
 from bs_jax.scaling.critical_batch import critical_batch_size, from_losses
@@ -81,13 +81,13 @@ def test_a_difference_is_told_from_chance_as_often_as_the_level_says():
         losses = {8: base, 16: base + 0.1 + 0.02 * rng.normal(size=4)}
         verdicts.append(from_losses(losses, tolerance=0.1).branches[1].verdict)
     for verdict in ("follows", "lags"):
-        assert stats.binomtest(verdicts.count(verdict), 2000, 0.05).pvalue > 0.01
+        assert scipy.stats.binomtest(verdicts.count(verdict), 2000, 0.05).pvalue > 0.01
 
 
 def test_the_interval_is_that_of_a_paired_t_test():
     losses = {8: np.array([1.0, 1.2, 0.9, 1.1]), 32: np.array([1.3, 1.4, 1.25, 1.32])}
     branch = from_losses(losses, tolerance=0.1).branches[1]
-    wanted = stats.ttest_rel(losses[32], losses[8]).confidence_interval(0.90)
+    wanted = scipy.stats.ttest_rel(losses[32], losses[8]).confidence_interval(0.90)
     assert (branch.low, branch.high) == pytest.approx(tuple(wanted), abs=1e-5)
 
 

@@ -1,5 +1,6 @@
 """The examples run in a short form, and the study that is built on one counts right."""
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -9,10 +10,9 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 import bs_jax
 from benchmarks import _language_arms as arms
@@ -46,6 +46,7 @@ def test_merged_tokens_decode_to_the_text(raw):
 
 def test_the_language_model_learns_while_its_batch_may_follow_the_noise(monkeypatch):
     monkeypatch.setattr(example, "GPT", functools.partial(example.GPT, width=64, layers=1))
+    monkeypatch.setattr(example, "CONTEXT", 16)
     flags = ["--vocabulary=256", "--batch_size=32", "--ramp", "--examples=640"]
     assert example.main(flags) < math.log(256) - 1.0
 
@@ -87,24 +88,28 @@ def test_the_notebook_prints_what_it_shows(capsys):
 
 
 class TestStudy:
+    # Without a block the next token follows from the last alone, which can be learned as well.
     problem = arms.Problem(
-        width=8, layers=1, vocabulary=256, base_batch_size=8, examples=256, chunk_examples=64,
+        width=8, layers=0, vocabulary=256, base_batch_size=8, examples=256, chunk_examples=64,
         validation=16,
     )  # fmt: skip
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         monkeypatch.setattr(study, "TINY", self.problem)
+        # One program at a time, so that a study that ends early compiles no others behind it.
+        monkeypatch.setattr(study, "_cores", lambda: 1)
 
     def test_a_row_says_what_was_trained(self, tmp_path):
         flags = ["--tiny", "--seeds=0", "--arms=base", f"--out={tmp_path / 'rows.jsonl'}"]
         (base,) = study.main(flags)
         assert (base["arm"], base["k"], base["seed"], base["updates"]) == ("base", 1.0, 0, 32)
-        assert base["validation_loss"] < math.log(256)
+        assert base["validation_loss"] < math.log(256) - 0.3
         assert study.main(flags) == [base]
 
     @pytest.mark.long
-    def test_rows_are_kept_and_not_trained_again(self, tmp_path, capsys):
+    def test_rows_are_kept_and_not_trained_again(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(study, "TINY", dataclasses.replace(self.problem, layers=1))
         out = tmp_path / "rows.jsonl"
         flags = ["--tiny", "--seeds=0", "--scales=2", f"--out={out}"]
         flags += ["--arms=base,guard:follow1000:invariant"]
@@ -158,7 +163,7 @@ def test_the_difference_is_paired_by_seed_with_a_t_interval():
         for arm, k, losses in (("base", 1.0, base), ("sqrt", 4.0, other))
         for seed, loss in enumerate(losses)
     ]
-    half = stats.ttest_rel(other, base).confidence_interval(0.95).high - 0.2
+    half = scipy.stats.ttest_rel(other, base).confidence_interval(0.95).high - 0.2
     assert f"| sqrt | +0.200 ± {half:.3f} (3) | 5 |" in study.table(rows)
 
 
@@ -167,14 +172,16 @@ def test_signal_and_noise_are_unbiased_in_every_metric():
     draws = g + sigma / math.sqrt(b) * np.random.default_rng(0).normal(size=(10_000, n, 3))
     draws = draws.astype(np.float32)
     # With k so small that the averages hardly move, v is what they were: here 4.
-    v = jnp.full(3, 4.0)
+    v = {"w": np.full(3, 4.0, np.float32)}, {"w": np.zeros(3, np.float32)}
 
-    def one(mean, square):
-        tree = bs_jax.MicrobatchStats({"w": square}, n, {"w": mean})
-        return study.measure(({"w": v}, {"w": jnp.zeros(3)}), tree, b * n, 1e-6)[1]
+    @jax.jit
+    @jax.vmap
+    def measured(mean, square):
+        stats = bs_jax.MicrobatchStats({"w": square}, n, {"w": mean})
+        return study.measure(v, stats, b * n, 1e-6)[1]
 
-    found = jax.vmap(one)(draws.mean(1), np.square(draws).mean(1))
-    found = jax.tree.map(lambda x: np.asarray(x.mean(0)), found)
+    found = measured(draws.mean(1), np.square(draws).mean(1))
+    found = jax.tree.map(lambda x: np.asarray(x).mean(0), found)
     scale = np.array([1.0, 0.5, 0.25])
     np.testing.assert_allclose(found.signal, scale * np.sum(g**2), rtol=0.05)
     np.testing.assert_allclose(found.noise, scale * np.sum(sigma**2), rtol=0.05)
@@ -183,7 +190,7 @@ def test_signal_and_noise_are_unbiased_in_every_metric():
 def test_gains_are_right_at_both_ends():
     for k in (2.0, 8.0):
         assert arms.adascale_gain(0.0, k) == pytest.approx(1.0)
-        assert arms.adascale_gain(jnp.inf, k) == pytest.approx(k)
+        assert arms.adascale_gain(np.inf, k) == pytest.approx(k)
         assert arms.adascale_gain(3.0, k) == pytest.approx((3.0 + 1) / (3.0 / k + 1))
         assert arms.adaptdl_gain(3.0, k) == pytest.approx(arms.adascale_gain(3.0, k) ** 0.5)
 

@@ -13,6 +13,7 @@ from helpers.synthetic_records import write_records
 
 from bs_jax import studies
 from bs_jax.records.results import Curve, Results, Row, Run, Sweep, load_results
+from bs_jax.report import style
 from bs_jax.report.tables import to_csv
 from bs_jax.report.write import write_report
 from bs_jax.statistics import analysis
@@ -292,7 +293,9 @@ def test_findings_are_written_as_a_table_too():
     assert all(row["low_95"] == "" and float(row["effect"]) < 1 for row in rows)
 
 
-def test_a_whole_report_from_records_has_the_findings_by_both_metrics(tmp_path):
+def test_a_whole_report_from_records_has_the_findings_by_both_metrics(tmp_path, monkeypatch):
+    for draw, drawn in (("to_png", b""), ("to_svg", "<svg></svg>")):  # they have their own tests
+        monkeypatch.setattr(style, draw, lambda *_, drawn=drawn: drawn)
     effects = {"no": lambda k: -0.02 if k > 1 else 0.0, "mom_lin": lambda k: -0.03}
     write_records(
         *(tmp_path, tuple(effects), (16, 64, 256)),

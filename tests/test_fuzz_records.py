@@ -34,7 +34,7 @@ FILES = ["summary.json", "hparams.json", "metrics.jsonl", "DONE", "config.json"]
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    return write_records(tmp_path_factory.mktemp("sweep"), seeds=2, batch_sizes=(32, 64), rows=4)
+    return write_records(tmp_path_factory.mktemp("sweep"), ("none", "sqrt"), (32, 64), 2, rows=4)
 
 
 def restored(path, content):
@@ -58,7 +58,8 @@ def test_any_content_of_a_record(sweep, file, content):
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     before = restored(path, raw)
     try:
-        assert len(check(sweep).runs) == len({row.run_id for row in check(sweep).rows})
+        found = check(sweep)
+        assert len(found.runs) == len({row.run_id for row in found.rows})
     finally:
         path.write_bytes(before)
 

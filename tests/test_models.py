@@ -14,20 +14,35 @@ from bs_jax.models import BatchNorm
 from bs_jax.models.conv import conv_general_dilated
 
 KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (8, 3, 3, 4)) * 3 + 2
 
 
-def apply(norm, x, decay=0.9, variables=None):
-    variables = variables or jax.jit(functools.partial(norm.init, train=False))(KEY, x)
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+X = normal(8, 3, 3, 4) * 3 + 2
+START = {
+    "params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)},
+    "batch_stats": {"mean": np.zeros(4, np.float32), "var": np.ones(4, np.float32)},
+}
+
+
+def apply(norm, x, decay=0.9, variables=START):
     passes = jax.jit(functools.partial(norm.apply, train=True, mutable=["batch_stats"]))
     return passes(variables, x, decay=decay)
 
 
 def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
     ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.7, epsilon=1e-5)
-    variables = ours.init(KEY, X, train=False)
+    start = jax.jit(
+        lambda key, x: (
+            ours.init(key, x, train=False),
+            theirs.init(key, x, use_running_average=True),
+        )
+    )
+    variables, theirs_variables = start(KEY, X)
+    jax.tree.map(np.testing.assert_array_equal, variables, START)
     got, got_stats = apply(ours, X, decay=0.7)
-    theirs_variables = jax.jit(functools.partial(theirs.init, use_running_average=True))(KEY, X)
     theirs_apply = functools.partial(
         theirs.apply, use_running_average=False, mutable=["batch_stats"]
     )
@@ -37,7 +52,7 @@ def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
         np.testing.assert_allclose(
             got_stats["batch_stats"][name], want_stats["batch_stats"][name], rtol=1e-5
         )
-    weights = jax.random.normal(jax.random.key(1), X.shape)
+    weights = normal(*X.shape, seed=1)
 
     def ours_loss(x, params):
         y, _ = apply(ours, x, variables={**variables, "params": params})
@@ -47,7 +62,7 @@ def test_batch_norm_equals_flax_in_values_statistics_and_gradients():
         y, _ = theirs_apply({**theirs_variables, "params": params}, x)
         return jnp.sum(jnp.sin(y) * weights)
 
-    params = {"scale": jnp.linspace(0.5, 2, 4), "bias": jnp.linspace(-1, 1, 4)}
+    params = {"scale": np.float32([0.5, 1, 1.5, 2]), "bias": np.float32([-1, -0.3, 0.3, 1])}
     got, want = (
         jax.jit(jax.grad(loss, argnums=(0, 1)))(X, params) for loss in (ours_loss, theirs_loss)
     )
@@ -58,8 +73,8 @@ def test_ghost_groups_are_normalised_on_their_own_and_average_in_the_statistics(
     ghost = BatchNorm(ghost_batch_size=2)
     whole, stats = apply(ghost, X)
     parts = [apply(BatchNorm(), X[at : at + 2]) for at in range(0, 8, 2)]
-    np.testing.assert_allclose(whole, jnp.concatenate([y for y, _ in parts]), atol=1e-5)
-    mean = jnp.mean(jnp.stack([s["batch_stats"]["mean"] for _, s in parts]), axis=0)
+    np.testing.assert_allclose(whole, np.concatenate([y for y, _ in parts]), atol=1e-5)
+    mean = np.mean([s["batch_stats"]["mean"] for _, s in parts], axis=0)
     np.testing.assert_allclose(stats["batch_stats"]["mean"], mean, rtol=1e-5)
 
 
@@ -70,15 +85,14 @@ def test_ghost_batches_must_divide_the_batch():
 
 def test_the_decay_may_be_traced_and_does_not_recompile():
     norm = BatchNorm()
-    variables = norm.init(KEY, X, train=False)
     traces = []
 
     @jax.jit
     def step(decay):
         traces.append(decay)
-        return apply(norm, X, decay=decay, variables=variables)[1]["batch_stats"]["mean"]
+        return apply(norm, X, decay=decay)[1]["batch_stats"]["mean"]
 
-    mean = jnp.mean(X, axis=(0, 1, 2))
+    mean = np.mean(X, axis=(0, 1, 2))
     for decay in (0.0, 0.5, 0.9):
         np.testing.assert_allclose(step(decay), (1 - decay) * mean, rtol=1e-4)
     assert len(traces) == 1
@@ -86,11 +100,10 @@ def test_the_decay_may_be_traced_and_does_not_recompile():
 
 def test_statistics_shared_by_devices_are_those_of_the_whole_batch():
     shared, local = BatchNorm(axis_name="batch"), BatchNorm()
-    variables = local.init(KEY, X, train=False)
-    weights = jax.random.normal(jax.random.key(1), X.shape)
+    weights = normal(*X.shape, seed=1)
 
     def loss(norm, x, w):
-        y, updated = apply(norm, x, variables=variables)
+        y, updated = apply(norm, x)
         return jnp.sum(jnp.sin(y) * w), (y, updated["batch_stats"])
 
     (_, (want, want_stats)), want_grad = jax.jit(
@@ -117,8 +130,8 @@ def test_statistics_shared_by_devices_are_those_of_the_whole_batch():
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (0, 2))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_every_form_of_convolution_equals_xlas(kernel, strides, padding, dtype):
-    images = jax.random.normal(KEY, (2, 6, 5, 3)).astype(dtype)
-    weights = jax.random.normal(jax.random.key(1), (kernel, kernel, 3, 4)).astype(dtype)
+    images = normal(2, 6, 5, 3).astype(dtype)
+    weights = normal(kernel, kernel, 3, 4, seed=1).astype(dtype)
     numbers = ("NHWC", "HWIO", "NHWC")
 
     def ours(images, weights):
@@ -131,35 +144,40 @@ def test_every_form_of_convolution_equals_xlas(kernel, strides, padding, dtype):
             images, weights, (strides, strides), padding, dimension_numbers=numbers
         )
 
-    tolerance = 1e-4 if dtype == jnp.float32 else 0.15
-    got, want = jax.jit(lambda i, w: (ours(i, w), xla(i, w)))(images, weights)
-    assert got.dtype == want.dtype
-    np.testing.assert_allclose(
-        got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance, rtol=tolerance
-    )
-    if dtype == jnp.float32 and kernel == 3:
-        gradient = functools.partial(jax.grad, argnums=(0, 1))
-        pair = [
-            jax.jit(gradient(lambda i, w, f=f: jnp.sum(jnp.sin(f(i, w)))))(images, weights)
+    with_gradients = dtype == jnp.float32 and kernel == 3
+
+    @jax.jit
+    def passes(images, weights):
+        gradients = (
+            jax.grad(lambda i, w, f=f: jnp.sum(jnp.sin(f(i, w))), argnums=(0, 1))(images, weights)
             for f in (ours, xla)
-        ]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *pair)
+            if with_gradients
+        )
+        return (ours(images, weights), xla(images, weights)), tuple(gradients)
+
+    (got, want), gradients = jax.device_get(passes(images, weights))
+    assert got.dtype == want.dtype
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.15
+    np.testing.assert_allclose(
+        got.astype(np.float32), want.astype(np.float32), atol=tolerance, rtol=tolerance
+    )
+    if with_gradients:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *gradients)
 
 
 def test_grouped_and_dilated_convolutions_are_passed_on():
-    images = jax.random.normal(KEY, (2, 6, 6, 4))
-    weights = jax.random.normal(jax.random.key(1), (3, 3, 2, 4))
+    images, weights = normal(2, 6, 6, 4), normal(3, 3, 2, 4, seed=1)
     numbers = ("NHWC", "HWIO", "NHWC")
     for options in (
         {"feature_group_count": 2},
         {"feature_group_count": 2, "rhs_dilation": (2, 2)},
     ):
-        args = (images, weights, (1, 1), "SAME")
-        np.testing.assert_allclose(
-            conv_general_dilated(*args, dimension_numbers=numbers, **options),
-            jax.lax.conv_general_dilated(*args, dimension_numbers=numbers, **options),
-            atol=1e-5,
+        settings = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": numbers}
+        ours, xla = (
+            jax.jit(functools.partial(f, **settings, **options))
+            for f in (conv_general_dilated, jax.lax.conv_general_dilated)
         )
+        np.testing.assert_allclose(ours(images, weights), xla(images, weights), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +194,7 @@ def test_parameter_counts_are_the_published_ones(name, parameters):
 def test_bfloat16_computes_with_float32_parameters_and_statistics():
     model = models.create("resnet4_patch", num_classes=3, dtype=jnp.bfloat16)
     images = jnp.ones((2, 8, 8, 1))
-    variables = jax.jit(functools.partial(model.init, train=False))(KEY, images)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), KEY, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     text = jax.jit(functools.partial(model.apply, train=False)).lower(variables, images).as_text()
     assert "bf16" in text

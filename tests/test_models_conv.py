@@ -16,7 +16,6 @@ from bs_jax.models.cpu import conv as conv_cpu
 from bs_jax.models.cpu.conv import IMAGE_GRADIENTS, convolve
 from bs_jax.models.cpu.forms import FORMS, Settings
 
-KEY = jax.random.key(0)
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -27,10 +26,9 @@ def reference(images, kernel, strides, padding, groups=1):
 
 
 def operands(size, channels, kernel, features, groups=1, dtype=jnp.float32, examples=2):
-    keys = jax.random.split(KEY)
-    images = jax.random.normal(keys[0], (examples, *size, channels), dtype)
-    weights = jax.random.normal(keys[1], (*kernel, channels // groups, features), dtype)
-    return images, weights
+    draw = np.random.default_rng(0).standard_normal
+    images = draw((examples, *size, channels)).astype(dtype)
+    return images, draw((*kernel, channels // groups, features)).astype(dtype)
 
 
 def values_and_gradients(function, images, kernel):
@@ -39,15 +37,9 @@ def values_and_gradients(function, images, kernel):
 
 
 def close(got, want, tolerance=1e-4):
-    jax.tree.map(
-        lambda g, w: np.testing.assert_allclose(
-            np.asarray(g, np.float64),
-            np.asarray(w, np.float64),
-            atol=tolerance * (1 + float(jnp.abs(w).max())),
-        ),
-        tuple(got),
-        tuple(want),
-    )
+    for g, w in zip(got, want, strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        np.testing.assert_allclose(g, w, atol=tolerance * (1 + np.abs(w).max()))
 
 
 CASES = [
@@ -127,15 +119,20 @@ def test_every_form_is_right_wherever_it_might_be_chosen(case):
 )
 def test_groups(groups, channels, features, size):
     images, weights = operands((size, size), channels, (3, 3), features, groups)
-    for strides in ((1, 1), (2, 2)):
-        pair = [
-            jax.jit(
-                lambda i, w, f=form, s=strides: values_and_gradients(
-                    lambda i, w: f(i, w, s, ((1, 1), (1, 1)), groups), i, w
+
+    @jax.jit
+    def both(images, weights, strides=((1, 1), (2, 2)), padding=((1, 1), (1, 1))):
+        return [
+            [
+                values_and_gradients(
+                    lambda i, w, f=f, s=s: f(i, w, s, padding, groups), images, weights
                 )
-            )(images, weights)
-            for form in (convolve, reference)
+                for f in (convolve, reference)
+            ]
+            for s in strides
         ]
+
+    for pair in both(images, weights):
         close(*pair)
 
 

@@ -1,71 +1,60 @@
-"""XResNets give what an independent PyTorch network gives with the same weights."""
+"""XResNets give what an independent PyTorch network gives; the benchmark's peers are ours."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import networks
 
 from bs_jax import models
 
-torch = pytest.importorskip("torch", reason="the reference networks need PyTorch: .[torch]")
-
-from helpers import torch_xresnet  # noqa: E402
+# Imported in the tests: it takes seconds, in every process that collects.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="the reference networks need PyTorch: .[torch]",
+)
 
 # A short memory: by statistics far from the batch's, evaluation grows beyond all bounds.
-EXAMPLES, SIZE, DECAY = 8, 64, 0.2
+EXAMPLES, DECAY = 8, 0.2
 # PyTorch computes in float64, so these are our own float32 errors; 50 layers add up.
 LOGIT_ERROR, GRADIENT_ERROR, STATISTICS_ERROR = 3e-4, 3e-3, 1e-4
-
-
-def random_variables(model, rng):
-    """Nothing hides behind a zero: scales, biases, gamma and the statistics are random too."""
-
-    def draw(path, leaf):
-        noise = rng.standard_normal(leaf.shape)
-        name = path[-1].key
-        if name in ("scale", "var"):
-            value = np.exp(0.3 * noise)
-        elif name in ("bias", "mean"):
-            value = 0.1 * noise
-        elif name == "gamma":
-            value = np.full(leaf.shape, 2e-3)
-        elif name == "kernel":
-            value = noise * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        else:  # the vectors of the power iteration
-            value = noise / np.linalg.norm(noise)
-        return value.astype(np.float32)
-
-    image = jnp.zeros((1, SIZE, SIZE, 3))
-    shapes = jax.eval_shape(lambda key: model.init(key, image, False), jax.random.key(0))
-    return jax.tree.map_with_path(draw, shapes)
 
 
 # Not the deep blurred one: two values within a rounding of each other swap as a window's maximum
 # there, and PyTorch's own float32 gradients are off by .63 from its float64 ones.
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("name", "changes", "size"),
     [
-        (
-            "xse_resnext50",
-            {"stage_sizes": (2, 1), "widths": (64, 128), "shortcut_pool": "max_blur"},
+        (  # every kind of layer: a block that keeps its shape, one that strides, each part of them
+            "xse_resnext50_blur",
+            {"stage_sizes": (2, 1), "widths": (32, 64), "groups": 8},
+            32,
         ),
-        pytest.param("xresnet10_small", {"shortcut_pool": "max_blur"}, marks=pytest.mark.long),
-        pytest.param("xresnet18", {}, marks=pytest.mark.long),
-        pytest.param(
-            "xse_resnext50", {"stage_sizes": (2, 1), "widths": (64, 128)}, marks=pytest.mark.long
+        *(
+            pytest.param(name, changes, 64, marks=pytest.mark.long)
+            for name, changes in [
+                ("xse_resnext50_blur", {"stage_sizes": (2, 1), "widths": (64, 128)}),
+                ("xresnet10_small", {"shortcut_pool": "max_blur"}),
+                ("xresnet18", {}),
+                ("xse_resnext50", {"stage_sizes": (2, 1), "widths": (64, 128)}),
+                ("xse_resnext50", {"stage_sizes": (2, 1, 1, 1)}),
+                ("xresnet50", {}),
+                ("xse_resnext50", {}),
+            ]
         ),
-        pytest.param("xse_resnext50", {"stage_sizes": (2, 1, 1, 1)}, marks=pytest.mark.long),
-        pytest.param("xresnet50", {}, marks=pytest.mark.long),
-        pytest.param("xse_resnext50", {}, marks=pytest.mark.long),
     ],
 )
-def test_logits_gradients_and_statistics_are_pytorchs(name, changes):
+def test_logits_gradients_and_statistics_are_pytorchs(name, changes, size):
+    import torch
+    from helpers import torch_xresnet
+
     model = dataclasses.replace(models.create(name, num_classes=10), **changes)
     rng = np.random.default_rng(0)
-    variables = random_variables(model, rng)
-    images = rng.standard_normal((EXAMPLES, SIZE, SIZE, 3)).astype(np.float32)
+    variables = networks.random_variables(model, (1, size, size, 3), rng, train=False)
+    images = rng.standard_normal((EXAMPLES, size, size, 3)).astype(np.float32)
     slopes = rng.standard_normal((EXAMPLES, 10)).astype(np.float32)
 
     @jax.jit
@@ -104,3 +93,18 @@ def test_logits_gradients_and_statistics_are_pytorchs(name, changes):
     with torch.no_grad():
         want = theirs.eval()(batch).numpy()
     np.testing.assert_allclose(evaluated, want, atol=LOGIT_ERROR * np.abs(want).max())
+
+
+# Each kind of block and stem.
+@pytest.mark.parametrize("name", ["resnet18", "xresnet10_small", "xresnet50"])
+def test_the_peers_networks_are_ours(name):
+    """The same number of parameters: a ratio between different networks would say nothing."""
+    from benchmarks import torch_models
+
+    peer = torch_models.create(name, 10)
+    module = models.create(name, num_classes=10)
+    shapes = jax.eval_shape(
+        lambda: module.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
+    )
+    ours = models.count_parameters(shapes["params"])
+    assert ours == sum(parameter.numel() for parameter in peer.parameters())

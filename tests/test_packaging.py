@@ -105,11 +105,11 @@ import sys, bs_jax
 from importlib.metadata import distribution
 assert bs_jax.__file__.startswith({str(installed[0])!r})
 [command] = distribution("bs_jax").entry_points.select(name="bs-jax")
-sys.argv = ["bs-jax", "--dry_run", "--config=configs/imagenette.py", "--sweep=seed"]
+sys.argv = ["bs-jax", "--dry_run", "--config=configs/imagenette.py", "--sweep=anchor"]
 command.load()()
 """
     done = python(code, installed[0], cwd=tmp_path)
-    assert "300 points" in done.stdout, done.stderr
+    assert "5 points" in done.stdout, done.stderr
     assert done.returncode == 0
     assert not list(tmp_path.iterdir())
 
@@ -130,10 +130,21 @@ main()
 
 
 def test_images_come_from_their_own_wheel(installed, tmp_path):
-    code = "from bs_jax.data.embedded import *; print(len(load_fashion_mnist_10k().train))"
-    assert python(code, *installed, cwd=tmp_path).stdout == "8000\n"
-    without = python(code, installed[0], cwd=tmp_path)
-    assert "UserError: the images of fashion_mnist_10k are not in the wheel" in without.stderr
+    code = f"""
+import sys
+from bs_jax.data.embedded import load_fashion_mnist_10k
+from bs_jax.errors import UserError
+try:
+    load_fashion_mnist_10k()
+except UserError as error:
+    print(error)
+sys.path.append({str(installed[1])!r})
+print(len(load_fashion_mnist_10k().train))
+"""
+    done = python(code, installed[0], cwd=tmp_path)
+    without, count = done.stdout.splitlines()
+    assert "the images of fashion_mnist_10k are not in the wheel" in without
+    assert (count, done.stderr) == ("8000", "")
 
 
 def test_the_forge_tests_the_pythons_that_the_metadata_names():

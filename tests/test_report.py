@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 
 from bs_jax.errors import UserError
 from bs_jax.records.results import load_results
+from bs_jax.report import style
 from bs_jax.report.page import Section, html, page, tag
 from bs_jax.report.terminal import verdict_table
 from bs_jax.report.write import write_report
@@ -50,9 +51,13 @@ class Checker(HTMLParser):
         self.text.append(data)
 
 
-def report_on(workdir):
+def report_on(workdir, *, png=False):
+    """The figures are drawn for the page; as files once more where a test looks at those."""
     results = load_results(workdir)
-    return write_report(results, analyse(results))
+    with pytest.MonkeyPatch.context() as patch:
+        if not png:
+            patch.setattr(style, "to_png", lambda figure: b"not drawn")
+        return write_report(results, analyse(results))
 
 
 def check(path):
@@ -203,12 +208,14 @@ def test_costs_and_gains_are_counted_by_batch_size_and_rule(written):
 
 
 def test_writing_again_replaces_every_file_and_leaves_no_others(tmp_path):
-    written = report_on(write_records(tmp_path, ("none",), (32, 64), seeds=2, rows=4))
+    written = report_on(write_records(tmp_path, ("none",), (32, 64), seeds=2, rows=4), png=True)
     before = {path.name: path.read_bytes() for path in written.parent.iterdir()}
-    assert report_on(tmp_path) == written
+    assert report_on(tmp_path, png=True) == written
     after = {path.name: path.read_bytes() for path in written.parent.iterdir()}
     assert after == before
-    assert {"index.html", "metric.png", "curves.png", "deviation.png"} <= set(after)
+    figures = {"metric.png", "curves.png", "deviation.png"}
+    assert {"index.html", *figures} <= set(after)
+    assert all(after[name].startswith(b"\x89PNG") for name in figures)
     assert {"results.csv", "points.csv"} <= set(after)
 
 

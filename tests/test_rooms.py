@@ -1,6 +1,7 @@
 """How modules depend on one another: no circles, nothing private shared, one door to stores."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ ALSO = {"bs_jax.statistics.noise_curve": {"scaling"}}
 STORES = "bs_jax.records.stores"
 
 
+@functools.cache
 def modules():
     """Module name -> its syntax tree."""
     found = {}
@@ -28,9 +30,6 @@ def modules():
     return found
 
 
-MODULES = modules()
-
-
 def imports(tree):
     """(imported module, imported name or "", name in use here, whether on loading) of ours."""
     for node in ast.walk(tree):
@@ -38,7 +37,7 @@ def imports(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bs_jax":
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                target = (whole, "") if whole in MODULES else (node.module, alias.name)
+                target = (whole, "") if whole in modules() else (node.module, alias.name)
                 yield *target, alias.asname or alias.name, loading
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -80,7 +79,7 @@ def test_a_circle_is_found():
 def test_modules_import_one_another_in_no_circle():
     graph = {
         name: {target for target, *_, loading in imports(tree) if loading and target != name}
-        for name, tree in MODULES.items()
+        for name, tree in modules().items()
     }
     assert sum(map(len, graph.values())) > 100
     assert circles(graph) == []
@@ -88,7 +87,7 @@ def test_modules_import_one_another_in_no_circle():
 
 def test_what_begins_with_an_underscore_stays_in_its_module():
     wrong = []
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         local = {used: target for target, wanted, used, _ in imports(tree) if not wanted}
         for target, wanted, *_ in imports(tree):
             if wanted.startswith("_") and target != name:
@@ -102,9 +101,9 @@ def test_what_begins_with_an_underscore_stays_in_its_module():
 
 
 def test_disks_and_object_stores_have_one_door():
-    behind = {name for name in MODULES if name.startswith(f"{STORES}.")}
+    behind = {name for name in modules() if name.startswith(f"{STORES}.")}
     assert behind
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         if name != STORES and name not in behind:
             assert not behind & {target for target, *_ in imports(tree)}, name
 
@@ -112,7 +111,7 @@ def test_disks_and_object_stores_have_one_door():
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_those_below_it(room):
     """Statistics know no words, reports no study; none of these rooms knows JAX."""
-    for name, tree in MODULES.items():
+    for name, tree in modules().items():
         if name.split(".")[1:2] != [room]:
             continue
         for target, wanted, *_ in imports(tree):

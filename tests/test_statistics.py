@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from bs_jax.statistics import contrasts as statistics
 from bs_jax.statistics import seed_noise as noises
@@ -45,12 +45,12 @@ def test_both_tests_equal_scipy(pooled):
 
     def one_sided(shift, alternative):
         moved = [value + shift for value in group]
-        return stats.ttest_ind(moved, base, equal_var=pooled, alternative=alternative).pvalue
+        return scipy.stats.ttest_ind(moved, base, equal_var=pooled, alternative=alternative).pvalue
 
     expected = max(one_sided(MARGIN, "greater"), one_sided(-MARGIN, "less"))
     assert found.p_equivalent == pytest.approx(expected, rel=1e-9)
     assert found.p_beyond == pytest.approx(one_sided(-MARGIN, "greater"), rel=1e-9)
-    reference = stats.ttest_ind(group, base, equal_var=pooled).confidence_interval(0.95)
+    reference = scipy.stats.ttest_ind(group, base, equal_var=pooled).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx(tuple(reference), rel=1e-9)
     assert found.p_equivalent <= 0.05 or not (found.low_90 > -MARGIN and found.high_90 < MARGIN)
 
@@ -60,7 +60,7 @@ def test_bartlett_equals_scipy():
     groups = [generator.normal(size=n) * s for n, s in ((3, 1), (4, 2), (5, 1), (3, 0.5))]
     noise = noises.estimate_noise(apart(*groups))
     assert noise is not None
-    assert noise.p_equal == pytest.approx(stats.bartlett(*groups).pvalue, rel=1e-9)
+    assert noise.p_equal == pytest.approx(scipy.stats.bartlett(*groups).pvalue, rel=1e-9)
     assert noise.df == 11
     assert not noise.paired
     assert noise.seed_sd == pytest.approx(noise.sd)
@@ -140,10 +140,10 @@ def test_pairing_gives_power_where_seeds_have_much_in_common():
 def test_own_differences_of_a_pair_equal_scipys_paired_test():
     group, base = [0.812, 0.823, 0.819, 0.826], [0.801, 0.811, 0.814, 0.812]
     found = statistics.compare(*together(group, base), MARGIN)
-    reference = stats.ttest_rel(group, base).confidence_interval(0.95)
+    reference = scipy.stats.ttest_rel(group, base).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx(tuple(reference), rel=1e-9)
     moved = [value - MARGIN for value in group]
-    beyond = stats.ttest_rel(moved, base, alternative="greater").pvalue
+    beyond = scipy.stats.ttest_rel(moved, base, alternative="greater").pvalue
     assert found.p_beyond == pytest.approx(beyond, rel=1e-9)
     assert found.share == 2 / 4
 

@@ -1,6 +1,7 @@
 """Real commands with their work folder in an object store: they leave what they leave on a disk."""
 
 import functools
+import importlib.util
 import itertools
 import json
 import random
@@ -12,7 +13,7 @@ from faults.bench import RECIPE, TRAIN, outcome
 from helpers import commands
 from helpers.fake_gcs import serving
 
-pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs gcsfs")
 SWEEP = ("--sweep=tiny", "--workers=2")
 
 
