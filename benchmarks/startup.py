@@ -3,7 +3,8 @@
 python -m benchmarks.startup --model=xresnet50 --image_size=64 --batch_size=32 --json=F
 
 Every measurement is a process of its own; the first finds an empty cache, the others what the
-first has left. `phases` are seconds since the process was started.
+first has left. `phases` are seconds since the process was started. With --one_by_one each program
+is compiled at its first call; without, all of them side by side before, as the trainer does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks import _measure
 
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("imports", "data", "initial state", "first update", "evaluation")
+PHASES = ("imports", "data", "programs", "initial state", "first update", "evaluation")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--image_size", type=int, default=64, help="pixels")
     parser.add_argument("--batch_size", type=int, default=32, help="examples an update")
     parser.add_argument("--repeats", type=int, default=2, help="starts with the cache")
+    parser.add_argument("--one_by_one", action="store_true", help="compile at the first calls")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", help="file to write the result to")
     flags = parser.parse_args(arguments)
@@ -44,6 +46,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "model": flags.model,
         "image_size": flags.image_size,
         "batch_size": flags.batch_size,
+        "one_by_one": flags.one_by_one,
         "cold": cold,
         "cached": {phase: statistics.median(one[phase] for one in warm) for phase in PHASES},
         "environment": _measure.environment(),
@@ -59,6 +62,7 @@ def start(flags: argparse.Namespace, cache: str) -> dict[str, float]:
     """Start a process and read its phases."""
     command = [sys.executable, "-m", "benchmarks.startup", f"--child={time.time()}"]
     command += [f"--{n}={getattr(flags, n)}" for n in ("model", "image_size", "batch_size")]
+    command += ["--one_by_one"] * flags.one_by_one
     environment = dict(os.environ, BS_JAX_CACHE=cache)
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
@@ -90,15 +94,27 @@ def child(flags: argparse.Namespace) -> dict[str, float]:
     resident = parallel.replicate(pipeline.device_arrays(data), devices)
     reached("data")
     inputs = step.run_inputs(run)
+    batches = np.arange(flags.batch_size, dtype=np.int32)[None, None]
+    eval_batches = (batches, np.ones(batches.shape, bool))
+    if not flags.one_by_one:
+        state = jax.eval_shape(programs.init, inputs)
+        whole = parallel.replicated_shapes((state, inputs, np.int32(1)), devices)
+        compilation.side_by_side(
+            [
+                (programs.init, (inputs,)),
+                (programs.train_chunk, (*whole[:2], resident, whole[2], batches)),
+                (programs.evaluate, (*whole[:2], resident, eval_batches)),
+            ]
+        )
+    reached("programs")
     state = jax.block_until_ready(parallel.replicate(programs.init(inputs), devices))
     inputs = parallel.replicate(inputs, devices)
     reached("initial state")
-    batches = np.arange(flags.batch_size, dtype=np.int32)[None, None]
-    state, metrics = programs.train_chunk(state, inputs, resident, np.int32(1), batches)
+    one = parallel.replicate(np.int32(1), devices)
+    state, metrics = programs.train_chunk(state, inputs, resident, one, batches)
     jax.block_until_ready(metrics)
     reached("first update")
-    mask = np.ones(batches.shape, bool)
-    jax.block_until_ready(programs.evaluate(state, inputs, resident, (batches, mask)))
+    jax.block_until_ready(programs.evaluate(state, inputs, resident, eval_batches))
     reached("evaluation")
     return phases
 
