@@ -137,7 +137,7 @@ def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
          "micro_batch_size": ghost, "scaling.rule": "none"},
         data,
     )(tmp_path)  # fmt: skip
-    model = models.create("resnet4_patch", num_classes=3)
+    model = models.create("resnet2_patch", num_classes=3)
     key = jax.random.fold_in(jax.random.key(0), 0)
     images = (data.train.read(np.arange(960)).astype(np.float32) / 255 - 0.3) / 0.3
     labels = data.train.labels

@@ -322,6 +322,7 @@ def average(
     return jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
 
 
+@functools.partial(jax.jit, inline=True)  # else twenty small programs where a loop asks for it
 def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
     """Read the noise scale and its spread out of the running estimate.
 

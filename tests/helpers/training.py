@@ -57,7 +57,7 @@ def tiny_config(**overrides) -> dict:
         "data.crop_padding": 1,
         "data.mean": (0.3,),
         "data.std": (0.3,),
-        "model.name": "resnet4_patch",
+        "model.name": "resnet2_patch",
         "eval_batch_size": 8,
         "eval_every_examples": 96,
         "log_every_examples": 32,
