@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint long clean
+.PHONY: run test processes long lint clean
 
 run: $(VENV)/.installed
 	$(BIN)/python main.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+processes: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m processes tests
 
 long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long

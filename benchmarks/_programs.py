@@ -20,7 +20,7 @@ from benchmarks import _flat, _kernels
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
 from bs_jax.models import layer_forms
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 
 CLASSES = 10
 

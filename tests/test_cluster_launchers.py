@@ -112,13 +112,14 @@ def main(*flags):
     return out
 
 
-@needs_ray
 @pytest.mark.long
+@needs_ray
 def test_main_on_a_ray_of_its_own(tmp_path):
     assert "Report:" in main("--launcher=ray", f"--workdir={tmp_path}")
     assert len(list(tmp_path.glob("runs/*/DONE"))) == 3
 
 
+@pytest.mark.processes
 def test_printed_commands_train_each_run_and_the_report_follows(tmp_path):
     lines = main("--launcher=print", f"--workdir={tmp_path}").splitlines()
     assert len(lines) == 3

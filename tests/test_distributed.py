@@ -27,7 +27,7 @@ def until_end(processes):
     return [finish(process) for process in processes]
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
     code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=2)
     assert code == 0, out
@@ -53,7 +53,7 @@ def test_a_run_in_two_processes_survives_the_loss_of_one(tmp_path):
     assert_same_training(rows(workdir), wanted)
 
 
-@pytest.mark.long
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("count", "devices", "flags"),
     [
@@ -96,7 +96,7 @@ def test_many_processes_train_like_one_with_as_many_devices(tmp_path, count, dev
     )
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_signal_to_one_process_stops_all_and_other_numbers_of_them_go_on(tmp_path):
     code, out = run(TRAIN, f"--workdir={tmp_path / 'one'}", devices=4)
     assert code == 0, out
@@ -115,7 +115,7 @@ def test_a_signal_to_one_process_stops_all_and_other_numbers_of_them_go_on(tmp_p
     assert_same_training(rows(workdir), rows(tmp_path / "one"))
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_sweep_and_a_divergence_in_two_processes(tmp_path):
     recipe = ("--config=tests/faults/recipe.py", "--sweep=tiny")
     flags = ("--config.optimizer.hyperparams.learning_rate=1e30", f"--workdir={tmp_path}")
@@ -127,7 +127,7 @@ def test_a_sweep_and_a_divergence_in_two_processes(tmp_path):
     assert set(statuses) == {"diverged"}
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_an_error_of_one_process_ends_all(tmp_path):
     (tmp_path / "file").write_text("")
     with joined(2, TRAIN, f"--workdir={tmp_path / 'file' / 'below'}") as processes:

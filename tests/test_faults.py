@@ -14,6 +14,7 @@ def judge(results):
     return sum(len(result.injections) for result in results if result.name in KILLS)
 
 
+@pytest.mark.processes
 def test_one_of_each_fault_of_a_run(tmp_path):
     """For sweeps see test_launchers.py, for ramps test_ramp.py; the long form kills those too."""
     kinds = [name for name, (command, _) in ALL.items() if command == TRAIN]

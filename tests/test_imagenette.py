@@ -10,7 +10,7 @@ from helpers import commands
 from PIL import Image
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import FixedValues
+from bs_jax.run import FixedValues
 from bs_jax.sweep.plan import listing, plan_sweep
 from bs_jax.sweep.points import resolve
 from bs_jax.training.optimizers import schedule_shape

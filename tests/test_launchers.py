@@ -7,10 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from faults.bench import outcome
 from helpers.commands import lines, run, start, wait_for
 from helpers.runs import fake_run
 from helpers.training import rows
@@ -18,8 +17,6 @@ from rich.console import Console
 
 from bs_jax.sweep.cohorts import Schedule
 from bs_jax.sweep.progress import Display
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_worker_stays_with_its_cohort_and_then_helps_another():
@@ -144,9 +141,9 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     "number",
     [
-        signal.SIGINT,  # the others are among the injected faults
-        pytest.param(signal.SIGKILL, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+        signal.SIGKILL,
+        pytest.param(signal.SIGINT, marks=pytest.mark.processes),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.processes),
     ],
 )
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
@@ -202,6 +199,7 @@ def swept(tmp_path_factory):
     return workdir, out
 
 
+@pytest.mark.processes
 def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
     workdir, out = swept
     assert "starting another" in out
@@ -215,6 +213,7 @@ def test_a_sweep_in_processes_survives_a_killed_worker_and_is_done_then(swept):
     assert (workdir / "report" / "index.html").exists()
 
 
+@pytest.mark.processes
 def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, swept):
     """To the bits of the sweep that lost a worker, so that neither changed any."""
     for number in range(TRIES):
@@ -244,27 +243,18 @@ def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, s
         assert (began_at > 0) == (twin.parent in trained)
 
 
-@pytest.mark.long
-def test_a_sweep_whose_own_process_is_killed_goes_on(tmp_path):
+@pytest.mark.processes
+def test_a_sweep_whose_own_process_is_killed_goes_on(tmp_path, swept):
     """Its workers notice at their next event; the same command waits for them and finishes."""
-    flags = ("--config=tests/faults/recipe.py", "--sweep=tiny", "--workers=2")
-    command = [sys.executable, "main.py", *flags]
-    for name in ("whole", "killed"):
-        workdir = tmp_path / name
-        again = [*command, f"--workdir={workdir}"]
-        if name == "killed":
-            process = subprocess.Popen(again, cwd=ROOT, stderr=subprocess.DEVNULL)
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and not any(
-                path.stat().st_size for path in workdir.glob("runs/*/metrics.jsonl")
-            ):
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
-            assert len(list(workdir.glob("runs/*/DONE"))) < 3
-        done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-    assert len(list(workdir.glob("runs/*/DONE"))) == 3
-    for metrics in (tmp_path / "whole").glob("runs/*/metrics.jsonl"):
-        twin = workdir / metrics.relative_to(tmp_path / "whole")
-        assert twin.read_bytes() == metrics.read_bytes()
+    for number in range(TRIES):
+        workdir = tmp_path / str(number)
+        process = start(f"--workdir={workdir}", recipe=SWEEP)
+        wait_until_one_trains(workdir, process)
+        process.kill()
+        process.communicate(timeout=120)
+        if len(list(workdir.glob("runs/*/DONE"))) < 3:
+            break
+    assert process.returncode == -signal.SIGKILL
+    code, out = run(f"--workdir={workdir}", recipe=SWEEP)
+    assert code == 0, out
+    assert outcome(workdir) == outcome(swept[0])

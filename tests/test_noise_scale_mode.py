@@ -16,9 +16,9 @@ from helpers.training import tiny_config, tiny_data
 from bs_jax import models
 from bs_jax.cli import noise_scale
 from bs_jax.errors import UserError
-from bs_jax.recipe import FixedValues
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.report import plots
+from bs_jax.run import FixedValues
 from bs_jax.scaling import MicrobatchStats, noise_sample
 from bs_jax.statistics import noise_curve
 from bs_jax.training.train import Interrupted, Trainer

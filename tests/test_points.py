@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bs_jax.cli import sweep as cli
 from bs_jax.errors import UserError
-from bs_jax.recipe import ScaledWhileTraining
+from bs_jax.run import ScaledWhileTraining
 from bs_jax.sweep.plan import plan_sweep
 from bs_jax.sweep.points import (
     Point,

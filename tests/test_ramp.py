@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ScaledWhileTraining
+from bs_jax.recipe import Recipe
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ScaledWhileTraining
 from bs_jax.sweep.plan import listing, plan_sweep
 from bs_jax.sweep.points import Point, resolve
 from bs_jax.training import step

@@ -8,9 +8,10 @@ import pytest
 from helpers.training import tiny_config
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import BatchRamp, FixedValues, Recipe, ResolvedRun, ScaledWhileTraining
+from bs_jax.recipe import BatchRamp, Recipe
 from bs_jax.records.run_files import NOT_IDENTITY, Summary
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import FixedValues, ResolvedRun, ScaledWhileTraining
 from bs_jax.sweep.points import resolve
 
 FIRST = json.loads(

@@ -7,7 +7,7 @@ from helpers.scaling import train as train_by
 from helpers.training import tiny_config
 
 from bs_jax import scale_by_batch
-from bs_jax.recipe import FixedValues
+from bs_jax.run import FixedValues
 from bs_jax.scaling import explain
 from bs_jax.scaling.optimizers import Recipe, resolve_factory
 from bs_jax.sweep.points import resolve

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.training import tiny_config, train
 
-from bs_jax.recipe import FixedValues
+from bs_jax.run import FixedValues
 from bs_jax.scaling import explain, ranger, scale_by_batch
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers

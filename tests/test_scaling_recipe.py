@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.training import tiny_config
 
-from bs_jax.recipe import ScaledWhileTraining
+from bs_jax.run import ScaledWhileTraining
 from bs_jax.scaling import MicrobatchStats, hyperparams
 from bs_jax.sweep.points import resolve
 from bs_jax.training import optimizers, step

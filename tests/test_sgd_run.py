@@ -3,8 +3,8 @@
 import pytest
 from helpers.training import tiny_config, trainer_of
 
-from bs_jax.recipe import FixedValues
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import FixedValues
 from bs_jax.sweep.points import resolve
 
 

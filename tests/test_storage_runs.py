@@ -54,6 +54,7 @@ def left(store, name, folder):
     return outcome(folder / name)
 
 
+@pytest.mark.processes
 def test_a_killed_run_goes_on_and_ends_as_on_a_disk(store, wanted, tmp_path):
     command = (*TRAIN, f"--workdir={store.url}/killed", "--config.tensorboard=True")
     environment = {**store.environment, "BS_JAX_LEASE_SECONDS": "1"}
@@ -100,7 +101,7 @@ def test_a_second_process_is_refused_before_it_writes(store):
     assert {key for key in store.objects if key.startswith("two/")} == {"two/LOCK/000001"}
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_sweep_of_two_workers_and_its_report_are_those_of_a_disk(store, wanted, tmp_path):
     workdir = f"--workdir={store.url}/sweep"
     code, out = run(*SWEEP, workdir, **store.environment)

@@ -17,7 +17,7 @@ from absl import flags
 from bs_jax.cli import recipes
 from bs_jax.cli.fields import Field, fields_of, nearest
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 from bs_jax.schema import choose
 from bs_jax.sweep.points import Point
 

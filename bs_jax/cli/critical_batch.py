@@ -14,8 +14,9 @@ from absl import flags
 
 from bs_jax.cli import common, config, noise_scale, sweep
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import json_files, stores
+from bs_jax.run import ResolvedRun
 
 if TYPE_CHECKING:  # they import JAX, which the other modes need not
     from bs_jax.scaling.critical_batch import CriticalBatch

@@ -11,8 +11,9 @@ from absl import flags
 
 from bs_jax.cli import common, config, train
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import json_files, metrics_file, stores
+from bs_jax.run import ResolvedRun
 
 if TYPE_CHECKING:  # it imports JAX, which the other modes need not
     from bs_jax.statistics.noise_curve import NoiseScaleCurve

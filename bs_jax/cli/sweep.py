@@ -15,8 +15,9 @@ from absl import flags
 
 from bs_jax.cli import common, config, processes
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import stores
+from bs_jax.run import ResolvedRun
 from bs_jax.schema import choose
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import Any
 from absl import flags
 
 from bs_jax.cli import common, config, processes
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import stores
+from bs_jax.run import ResolvedRun
 
 FLAGS = flags.FLAGS
 FLAG_NAMES = (

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import metrics_file, run_files
 from bs_jax.records.json_files import Unreadable, number
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.cohorts import CohortTrainer
 from bs_jax.sweep.points import apply_overrides, resolve
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_files import Summary
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.cohorts import OVERHEAD
 
 _REPORT_SECONDS = 12.0  # that it takes, with something to spare

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.training import distributed
 
 OVERHEAD = 20  # examples that take as long as what a pass over a micro-batch costs beside, on a CPU

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep import machine
 from bs_jax.sweep.cohorts import Assignment, CohortTrainer, Schedule
 from bs_jax.sweep.plan import run_folder

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 
 # Multiply-adds of the forward pass of one update up to which runs are trained side by side on an
 # accelerator. Measured were 11 million (14 times) and 45 million (6.5 times). From about 10 billion

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import sweep_file
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.points import Point, resolve
 from bs_jax.training import checks
 from bs_jax.training.ramp import planned_chunks

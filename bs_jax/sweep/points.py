@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
+from bs_jax.run import ResolvedRun
 from bs_jax.schema import unknown_field
 
 

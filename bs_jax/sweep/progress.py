@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.cohorts import cohorts_of, cost_per_example
 
 _PLAIN_SECONDS = 10.0  # between lines where there is no terminal

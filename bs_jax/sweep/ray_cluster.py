@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.cohorts import Assignment, Schedule
 from bs_jax.sweep.plan import run_folder
 from bs_jax.sweep.progress import Display, describe

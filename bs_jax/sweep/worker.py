@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.stopping import StopRequest
 
 if TYPE_CHECKING:  # it imports JAX, which has to wait until the worker keeps to its core

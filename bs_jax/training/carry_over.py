@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import Recipe, ResolvedRun
+from bs_jax.recipe import Recipe
 from bs_jax.records import metrics_file, run_files, stores
+from bs_jax.run import ResolvedRun
 from bs_jax.scaling import ScaleByBatchState, moments
 from bs_jax.scaling.clock import ExampleClock
 from bs_jax.scaling.hyperparameters import Noise, NoiseScaleNeeded, Scaled

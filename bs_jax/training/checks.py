@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun, ScaledWhileTraining, nearest_multiples
+from bs_jax.run import ResolvedRun, ScaledWhileTraining, nearest_multiples
 from bs_jax.training import optimizers
 
 

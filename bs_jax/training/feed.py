@@ -10,7 +10,7 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ImageData
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 from bs_jax.training import parallel, plan
 from bs_jax.training.lanes import Lanes
 from bs_jax.training.plan import Chunk

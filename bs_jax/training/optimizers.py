@@ -21,14 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from bs_jax import scaling
-from bs_jax.recipe import (
-    FixedValues,
-    Optimizer,
-    ResolvedRun,
-    ScaledWhileTraining,
-    Scaling,
-    Schedule,
-)
+from bs_jax.recipe import Optimizer, Scaling, Schedule
+from bs_jax.run import FixedValues, ResolvedRun, ScaledWhileTraining
 from bs_jax.scaling import optimizers as library
 from bs_jax.scaling.transform import build
 from bs_jax.training.state import TrainState

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import stores
+from bs_jax.run import ResolvedRun
 from bs_jax.training import checks, parallel, plan, step
 
 UPDATES = 10

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 from bs_jax.training.plan import Chunk, Plan
 
 

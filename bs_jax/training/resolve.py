@@ -9,14 +9,8 @@ from typing import Any, cast
 
 from bs_jax import models, scaling
 from bs_jax.errors import UserError
-from bs_jax.recipe import (
-    BatchRamp,
-    FixedValues,
-    Recipe,
-    ResolvedRun,
-    Scaled,
-    ScaledWhileTraining,
-)
+from bs_jax.recipe import BatchRamp, Recipe
+from bs_jax.run import FixedValues, ResolvedRun, Scaled, ScaledWhileTraining
 from bs_jax.scaling.hyperparameters import Noise
 from bs_jax.schema import choose
 from bs_jax.training import optimizers

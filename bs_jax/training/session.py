@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import json_files, metrics_file, stores
 from bs_jax.records.metrics_file import CLOCKS, CONDITIONS, MetricsFile
 from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.training import distributed, parallel, provenance, trackers
 from bs_jax.training.checkpoint import Checkpoints
 from bs_jax.training.plan import Chunk, Plan

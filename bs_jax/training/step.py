@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bs_jax import models, recipe, scaling
 from bs_jax.data import AugmentSpec, RandomResizedCrop, augment, prepare_eval
-from bs_jax.recipe import ResolvedRun
+from bs_jax.run import ResolvedRun
 from bs_jax.training import optimizers, parallel
 from bs_jax.training.state import TrainState
 

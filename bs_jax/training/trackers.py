@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bs_jax.errors import UserError
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records import metrics_file, stores
+from bs_jax.run import ResolvedRun
 from bs_jax.schema import choose
 
 

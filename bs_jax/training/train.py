@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from bs_jax.data.image_data import ImageData
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_files import Summary
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.scaling import ScaleByBatchState
 from bs_jax.training import checks, distributed, optimizers, parallel, step
 from bs_jax.training.carry_over import OtherRun

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from bs_jax.data.image_data import ArraySplit, ImageData
-from bs_jax.recipe import ResolvedRun
 from bs_jax.records.run_folder import RunFolder
+from bs_jax.run import ResolvedRun
 from bs_jax.sweep.points import apply_overrides, resolve
 from bs_jax.training import optimizers
 from bs_jax.training.train import Trainer
