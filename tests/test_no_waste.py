@@ -16,16 +16,16 @@ from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, memory, parallel, profiling, step
 from bs_jax.training.train import Trainer
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @contextlib.contextmanager
 def counted_compilations():
+    """A list that every trace, lowering and compilation is added to."""
     found = []
 
     def listen(event, duration, **_):
-        if event == COMPILED:
-            found.append(duration)
+        if event.startswith("/jax/core/compile/"):
+            found.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -50,10 +50,10 @@ def test_runs_that_differ_in_values_only_and_further_evaluations_compile_nothing
     trainer = Trainer(first.run, tiny_data(), jax.devices()[:1])
     with counted_compilations() as found:
         trainer.train([first])  # two chunks of one length, two evaluations
-        assert found, "the counter does not count"
-        again = len(found)
+        assert len(set(found)) >= 3, "the counter does not count"
+        found.clear()
         trainer.train(others)
-        assert len(found) == again
+        assert not found
 
 
 def with_train_chunk(monkeypatch, wrapped):

@@ -1,7 +1,6 @@
 """--mode=noise_scale: right where the answer is known, for any rule, resumed, early errors."""
 
 import csv
-import functools
 import json
 import math
 
@@ -27,21 +26,21 @@ BATCH, BASE = 64, 32
 
 
 @jax.jit
-@functools.partial(jax.vmap, in_axes=(0, 0, None))
-def sampled(key, signal, trace):
-    """One update's sample from two micro-batches in 50 dimensions."""
-    dim, parts = 50, 2
-    mean = jnp.full(dim, jnp.sqrt(signal / dim))
-    deviation = jnp.sqrt(trace / dim * parts / BATCH)
-    grads = mean[None] + deviation * jax.random.normal(key, (parts, dim))
-    stats = MicrobatchStats(jnp.mean(grads**2, axis=0), parts)
+@jax.vmap
+def sampled(grads):
+    """One update's sample from its micro-batches' gradients."""
+    stats = MicrobatchStats(jnp.mean(grads**2, axis=0), len(grads))
     return noise_sample(grads.mean(0), stats, batch_size=BATCH)
 
 
 def synthetic_rows(trace, signals, seed=0, updates=20):
     """Windows of updates on gradients of known |g|^2 and tr(Sigma)."""
-    keys = jax.random.split(jax.random.key(seed), len(signals) * updates)
-    found = sampled(keys, jnp.repeat(jnp.asarray(signals), updates), trace)
+    dim, parts = 50, 2
+    mean = np.sqrt(np.repeat(signals, updates) / dim)[:, None, None]
+    deviation = np.sqrt(trace / dim * parts / BATCH)
+    rng = np.random.default_rng(seed)
+    grads = mean + deviation * rng.standard_normal((len(mean), parts, dim))
+    found = sampled(grads.astype(np.float32))
     means = {n: np.asarray(v).reshape(-1, updates).mean(1) for n, v in found.items()}
     return [
         {"step": (i + 1) * updates, "examples": (i + 1) * updates * BATCH}
