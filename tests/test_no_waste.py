@@ -17,7 +17,6 @@ from bs_jax.training import compilation, memory, parallel, profiling, step
 from bs_jax.training.train import Trainer
 
 
-
 @contextlib.contextmanager
 def counted_compilations():
     """A list that every trace, lowering and compilation is added to."""
@@ -72,7 +71,7 @@ def with_train_chunk(monkeypatch, wrapped):
 def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
     (folder,) = folders(
         tmp_path,
-        {"eval_every_examples": 48, "log_every_examples": 16, "checkpoint_every_examples": 0},
+        {"train_examples": 288, "log_every_examples": 16, "checkpoint_every_examples": 0},
     )
     fetches, chunks = [], []
     get = jax.device_get
@@ -91,10 +90,10 @@ def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
     trainer = Trainer(folder.run, tiny_data(), jax.devices()[:1])
     monkeypatch.setattr(jax, "device_get", counted_get)
     trainer.train([folder])
-    # 192 examples in chunks of 48: after the first state, the numbers of a chunk are fetched when
+    # 288 examples in chunks of 96: after the first state, the numbers of a chunk are fetched when
     # the next one has begun.
-    assert len(chunks) == 4
-    assert fetches == [0, 2, 3, 4, 4]
+    assert len(chunks) == 3
+    assert fetches == [0, 2, 3, 3]
 
 
 def test_the_state_is_donated_and_lives_on_in_the_same_memory():
@@ -105,7 +104,8 @@ def test_the_state_is_donated_and_lives_on_in_the_same_memory():
     state = parallel.replicate(programs.init(inputs), devices)
     batches = np.zeros((1, 6, 16), np.int32)  # of the program that the first test trains by
     data = parallel.replicate(
-        (jnp.zeros((96, 8, 8, 1), jnp.uint8), jnp.zeros(96, jnp.int32), jnp.ones(96)), devices
+        (np.zeros((96, 8, 8, 1), np.uint8), np.zeros(96, np.int32), np.ones(96, np.float32)),
+        devices,
     )
     new, _ = programs.train_chunk(state, inputs, data, batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
