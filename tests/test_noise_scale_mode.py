@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import commands
-from helpers.training import tiny_config, tiny_data
+from helpers.training import PLAIN, tiny_config, tiny_data
 
 from bs_jax import models
 from bs_jax.cli import noise_scale
@@ -131,7 +131,7 @@ def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
     """Learning rate 0: mean and variance of the gradient of a ghost batch by brute force."""
     ghost, data = 4, tiny_data(train=960)
     curve = measuring(
-        {"optimizer.hyperparams.learning_rate": 0.0, "data.flip": False, "data.crop_padding": 0,
+        {"optimizer.hyperparams.learning_rate": 0.0, **PLAIN,
          "train_examples": 2560, "log_every_examples": 640, "eval_every_examples": 2560,
          "micro_batch_size": ghost, "scaling.rule": "none"},
         data,
@@ -166,7 +166,7 @@ def test_a_run_with_frozen_weights_measures_what_its_gradients_have(tmp_path):
 
 
 def test_it_measures_beside_a_rule_that_measures_and_resumes_to_the_same_numbers(tmp_path):
-    measure = measuring({"scaling.rule": "invariant", "batch_size": 32})
+    measure = measuring(PLAIN | {"scaling.rule": "invariant", "batch_size": 32})
     whole = measure(tmp_path / "whole")
     calls = iter(range(100))
     with pytest.raises(Interrupted):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers.training import rows, tiny_config, tiny_data, train, trainer_of
+from helpers.training import PLAIN, rows, tiny_config, tiny_data, train, trainer_of
 
 from bs_jax import models
 from bs_jax.data import pipeline
@@ -27,7 +27,7 @@ def losses(found):
 
 def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
     """The first update, computed again with nothing but the model, jax.grad and optax."""
-    config = resolve(tiny_config(**{"data.flip": False, "data.crop_padding": 0}))
+    config = resolve(tiny_config(**PLAIN))
     data = tiny_data()
     programs = step.make_programs(config, 3, data.train.image_shape, jax.devices()[:1])
     inputs = step.run_inputs(config)
@@ -74,8 +74,7 @@ def test_one_step_is_the_textbook_update_on_the_first_examples_of_the_stream():
 
 
 def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
-    overrides = {"data.crop_padding": 0, "data.crop_area": (0.35, 1.0), "data.flip": False}
-    config = resolve(tiny_config(**overrides))
+    config = resolve(tiny_config(**PLAIN, **{"data.crop_area": (0.35, 1.0)}))
     split = tiny_data().train
     programs = step.make_programs(config, 3, split.image_shape, jax.devices()[:1])
     inputs, order = step.run_inputs(config), np.arange(16).reshape(1, 1, 16)
