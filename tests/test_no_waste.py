@@ -1,6 +1,5 @@
 """The loop wastes nothing: compiles once, copies no state, waits for the device once a chunk."""
 
-import contextlib
 import functools
 import gzip
 import json
@@ -9,28 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.training import tiny_config, tiny_data
+from helpers.training import counted_compilations, tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, memory, parallel, profiling, step
 from bs_jax.training.train import Trainer
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """A list that every trace, lowering and compilation is added to."""
-    found = []
-
-    def listen(event, duration, **_):
-        if event.startswith("/jax/core/compile/"):
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def folders(path, *overrides):

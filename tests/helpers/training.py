@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -95,3 +97,19 @@ def train(path: Path, overrides: dict | None = None, *, devices: int = 1, **kwar
 def rows(path: Path) -> list[dict]:
     """The rows of a run's metrics."""
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """A list that every trace, lowering and compilation is added to."""
+    found: list[str] = []
+
+    def listen(event, duration, **_):
+        if event.startswith("/jax/core/compile/"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
