@@ -104,7 +104,7 @@ def counted_compilations() -> Iterator[list[str]]:
     """A list that every trace, lowering and compilation is added to."""
     found: list[str] = []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
             found.append(event)
 
