@@ -1,6 +1,5 @@
 """The loop wastes nothing: compiles once, copies no state, waits for the device once a chunk."""
 
-import contextlib
 import functools
 import gzip
 import json
@@ -9,29 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.training import tiny_config, tiny_data
+from helpers.training import counted_compilations, tiny_config, tiny_data
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
 from bs_jax.training import compilation, memory, parallel, profiling, step
 from bs_jax.training.train import Trainer
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    found = []
-
-    def listen(event, duration, **_):
-        if event == COMPILED:
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def folders(path, *overrides):
@@ -50,10 +32,10 @@ def test_runs_that_differ_in_values_only_and_further_evaluations_compile_nothing
     trainer = Trainer(first.run, tiny_data(), jax.devices()[:1])
     with counted_compilations() as found:
         trainer.train([first])  # two chunks of one length, two evaluations
-        assert found, "the counter does not count"
-        again = len(found)
+        assert len(set(found)) >= 3, "the counter does not count"
+        found.clear()
         trainer.train(others)
-        assert len(found) == again
+        assert not found
 
 
 def with_train_chunk(monkeypatch, wrapped):
@@ -73,7 +55,7 @@ def with_train_chunk(monkeypatch, wrapped):
 def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
     (folder,) = folders(
         tmp_path,
-        {"eval_every_examples": 48, "log_every_examples": 16, "checkpoint_every_examples": 0},
+        {"train_examples": 288, "log_every_examples": 16, "checkpoint_every_examples": 0},
     )
     fetches, chunks = [], []
     get = jax.device_get
@@ -92,10 +74,10 @@ def test_the_device_is_waited_for_once_a_chunk(tmp_path, monkeypatch):
     trainer = Trainer(folder.run, tiny_data(), jax.devices()[:1])
     monkeypatch.setattr(jax, "device_get", counted_get)
     trainer.train([folder])
-    # 192 examples in chunks of 48: after the first state, the numbers of a chunk are fetched when
+    # 288 examples in chunks of 96: after the first state, the numbers of a chunk are fetched when
     # the next one has begun.
-    assert len(chunks) == 4
-    assert fetches == [0, 2, 3, 4, 4]
+    assert len(chunks) == 3
+    assert fetches == [0, 2, 3, 3]
 
 
 def test_the_state_is_donated_and_lives_on_in_the_same_memory():
@@ -106,7 +88,8 @@ def test_the_state_is_donated_and_lives_on_in_the_same_memory():
     state = parallel.replicate(programs.init(inputs), devices)
     batches = np.zeros((1, 6, 16), np.int32)  # of the program that the first test trains by
     data = parallel.replicate(
-        (jnp.zeros((96, 8, 8, 1), jnp.uint8), jnp.zeros(96, jnp.int32), jnp.ones(96)), devices
+        (np.zeros((96, 8, 8, 1), np.uint8), np.zeros(96, np.int32), np.ones(96, np.float32)),
+        devices,
     )
     new, _ = programs.train_chunk(state, inputs, data, np.int32(6), batches)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

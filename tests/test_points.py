@@ -221,4 +221,4 @@ def test_sgd_recipes_resolve_with_the_undamped_momentum_corrected():
 
 
 def test_the_tiny_recipe_of_the_tests_is_valid():
-    assert resolve(tiny_config()).model.name == "resnet4_patch"
+    assert resolve(tiny_config()).model.name == "resnet2_patch"

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers.training import rows, tiny_config, tiny_data, train, trainer_of
+from helpers.training import PLAIN, rows, tiny_config, tiny_data, train, trainer_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +32,7 @@ STAGES = {
     "ema_decay": 0.9,
     "checkpoint_every_examples": 48,
 }
-NOISE = {
+NOISE = PLAIN | {
     "batch_size": 64,
     "train_examples": 320,
     "batch_ramp.kind": "noise",
@@ -289,7 +289,6 @@ def test_every_size_must_divide_by_the_devices():
 def test_a_ramp_does_not_go_on_from_another_run(tmp_path):
     from bs_jax.training.carry_over import OtherRun
 
-    train(tmp_path / "other")
     run = resolve(tiny_config(**STAGES))
     other = OtherRun(tmp_path / "other", Recipe.parse(tiny_config(**STAGES)))
     with pytest.raises(UserError, match="begin a ramp with the run"):

@@ -1,7 +1,7 @@
 """SGD with and without momentum trains through the whole trainer."""
 
 import pytest
-from helpers.training import tiny_config, trainer_of
+from helpers.training import PLAIN, tiny_config, trainer_of
 
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.run import FixedValues
@@ -18,7 +18,9 @@ from bs_jax.sweep.points import resolve
 )
 def test_sgd_trains(tmp_path, rule, hyperparams):
 
-    config = tiny_config(**{"batch_size": 32, "scaling.rule": rule, "optimizer.name": "sgd"})
+    config = tiny_config(
+        **PLAIN, **{"batch_size": 32, "scaling.rule": rule, "optimizer.name": "sgd"}
+    )
     config["optimizer"]["hyperparams"] = hyperparams
     run = resolve(config)
     # SGD is linear in the gradient: nothing has to be measured, whatever the noise.

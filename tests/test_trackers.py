@@ -55,6 +55,17 @@ def test_tensorboard_shows_every_row_of_a_run_that_was_interrupted(tmp_path):
     assert shown(tmp_path / "tensorboard") == list(range(32, 289, 32))
 
 
+def test_a_run_that_goes_on_within_a_second_keeps_what_tensorboard_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1.7e9)  # the files are named by it
+    for examples in (0, 96, 1056):
+        tracker = trackers.TensorBoard(run_of(), tmp_path, examples)
+        tracker.log(examples + 32, {"train/loss": 1.0})
+        tracker.log(examples + 64, {"train/loss": 1.0})
+        tracker.flush()
+        tracker.close()
+    assert shown(tmp_path / "tensorboard") == [32, 64, 128, 160, 1088, 1120]
+
+
 def test_the_csv_file_holds_every_row(tmp_path):
     interrupted_and_resumed(tmp_path, run_of())
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -21,7 +21,8 @@ _XSE_RESNEXT50 = partial(
 )
 
 _CATALOGUE: dict[str, Callable[..., nn.Module]] = {
-    # For tests: one block behind the stem.
+    # For tests: the stem alone, and one block behind it.
+    "resnet2_patch": partial(ResNet, stage_sizes=(0,), widths=(8,), stem="patch4"),
     "resnet4_patch": partial(ResNet, stage_sizes=(1,), widths=(8,), stem="patch4"),
     # For 28 to 32 pixels on CPU: maps of 7x7, 4x4 and 2x2; 77,866 parameters with 10 classes. On
     # Fashion-MNIST 1.6 times as quick as 2x2 patches with half the widths, and six points better

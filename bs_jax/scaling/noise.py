@@ -322,7 +322,8 @@ def average(
     return jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
 
 
-@functools.partial(jax.jit, static_argnames="errors", inline=True)  # one program outside jit
+# One program, in place of twenty small ones, where a loop asks for it outside jit.
+@functools.partial(jax.jit, static_argnames="errors", inline=True)
 def estimate(state: NoiseScaleState, errors: float = ERRORS) -> NoiseScale:
     """Read the noise scale and its spread out of the running estimate.
 

@@ -52,8 +52,13 @@ class TensorBoard:
 
         self._folder = folder
         self._outbox = stores.Outbox(folder / "tensorboard")
-        # TensorBoard drops what an interrupted run has logged from this step on.
-        self._writer = SummaryWriter(str(self._outbox.folder), purge_step=examples + 1)
+        # TensorBoard drops what an interrupted run has logged from this step on. It reads the files
+        # by their names, which hold the second: a run that goes on within it needs more.
+        self._writer = SummaryWriter(
+            str(self._outbox.folder),
+            purge_step=examples + 1,
+            filename_suffix=f".{examples:015d}",
+        )
 
     def log(self, examples: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""

@@ -14,7 +14,7 @@ def get_config():
     config.checkpoint_every_examples = 64
     config.tensorboard = False
     config.scaling.rule = "none"
-    config.model.name = "resnet4_patch"
+    config.model.name = "resnet2_patch"
     config.data.name = "synthetic:3x96"
     config.data.image_size = 8
     config.data.mean = config.data.std = (0.4, 0.4, 0.4)

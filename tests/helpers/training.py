@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,6 +18,8 @@ from bs_jax.training import optimizers
 from bs_jax.training.train import Trainer
 
 SIZE = 8  # pixels
+# Images as they are stored, where chance does not matter: a third less to compile.
+PLAIN = {"data.flip": False, "data.crop_padding": 0}
 
 
 def tiny_data(train: int = 96, evaluation: int = 20) -> ImageData:
@@ -57,7 +61,7 @@ def tiny_config(**overrides) -> dict:
         "data.crop_padding": 1,
         "data.mean": (0.3,),
         "data.std": (0.3,),
-        "model.name": "resnet4_patch",
+        "model.name": "resnet2_patch",
         "eval_batch_size": 8,
         "eval_every_examples": 96,
         "log_every_examples": 32,
@@ -93,3 +97,19 @@ def train(path: Path, overrides: dict | None = None, *, devices: int = 1, **kwar
 def rows(path: Path) -> list[dict]:
     """The rows of a run's metrics."""
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[str]]:
+    """A list that every trace, lowering and compilation is added to."""
+    found: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.startswith("/jax/core/compile/"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
