@@ -59,19 +59,25 @@ def test_a_ramp_down_tracks_too():
     np.testing.assert_allclose(down, base, atol=0.012)
 
 
+ONLY_DECAYS = ScalingRule("decays", lr_power=0.0, weight_decay_power=0.0, q_power=0.0)
+
+
+@pytest.fixture(scope="module")
+def adam_of_a_constant_gradient():
+    """Its first state, and one update at a batch size."""
+    scaled = scale_by_batch(optax.adam, batch_size=64, base_batch_size=64, rule=ONLY_DECAYS)
+    tx, grads = scaled(1.0, b1=0.9, b2=0.999, eps=0.0), jnp.full(3, 0.7)
+    return tx.init(grads), jax.jit(lambda s, b: tx.update(grads, s, grads, batch_size=b))
+
+
 @pytest.mark.parametrize("before", [1, 3, 40])
 @pytest.mark.parametrize("batch_size", [32, 100, 512])
-def test_bias_correction_survives_a_change(before, batch_size):
+def test_bias_correction_survives_a_change(before, batch_size, adam_of_a_constant_gradient):
     """On a constant gradient Adam's normalised update is 1 at any time and any decay.
 
     A count of updates and the decay in force give 0.12 in its place after b2 .9 -> .999.
     """
-    only_decays = ScalingRule("decays", lr_power=0.0, weight_decay_power=0.0, q_power=0.0)
-    scaled = scale_by_batch(optax.adam, batch_size=64, base_batch_size=64, rule=only_decays)
-    tx = scaled(1.0, b1=0.9, b2=0.999, eps=0.0)
-    grads = jnp.full(3, 0.7)
-    state = tx.init(grads)
-    update = jax.jit(lambda s, b: tx.update(grads, s, grads, batch_size=b))
+    state, update = adam_of_a_constant_gradient
     for size in [64] * before + [batch_size] * 3:
         updates, state = update(state, jnp.int32(size))
         np.testing.assert_allclose(updates, -1.0, rtol=2e-3)

@@ -265,7 +265,7 @@ def run(
 
     deviations = np.outer(np.sqrt(np.multiply(n, shares)), sigmas).astype(np.float32)
     noise = _noise(seed, deviations, lengths=tuple(lengths), shape=(n, *shape))
-    means = np.asarray(train(noise, np.repeat(np.int32(sizes), lengths)))
+    means = np.asarray(train(noise, np.repeat(np.asarray(sizes, np.int32), lengths)))
     return means[np.cumsum(lengths) - 1].reshape(len(sizes), 2, -1).mean(axis=1).T
 
 
