@@ -216,7 +216,8 @@ def train_over(tx, scale, updates):
     """The state after updates of a known noise scale, and what was in force in each of them."""
     x = jnp.ones(2000)
     given = [stats_of(0.1, scale, seed=i) for i in range(updates)]
-    grads, squares = (np.stack(g) for g in zip(*((m, s.mean_square) for m, s in given), strict=True))
+    parts = [(mean, stats.mean_square) for mean, stats in given]
+    grads, squares = (np.stack(arrays) for arrays in zip(*parts, strict=True))
 
     def step(state, now):
         stats = MicrobatchStats(now[1], 2, mean=now[0])
