@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers.scaling import PARAMS, assert_close, functions_run, gradients, train
@@ -92,7 +93,7 @@ def scaled(factory, rule, **kwargs):
 
 
 def stats_of(grads):
-    return MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), jnp.full(8, 4))
+    return MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), np.full(8, 4))
 
 
 @pytest.mark.parametrize("ramp", [False, True])

@@ -202,7 +202,7 @@ def test_under_vmap_each_is_what_it_is_alone(name, column):
     tx = scaled(factory, column)(**recipe)
 
     def run(grads):
-        params, state, _ = train(tx, grads, extra={"microbatch": statistics(grads, jnp.full(3, 4))})
+        params, state, _ = train(tx, grads, extra={"microbatch": statistics(grads, np.full(3, 4))})
         return params, hyperparams(state)
 
     alone = [run(gradients(3, seed)) for seed in (0, 1)]

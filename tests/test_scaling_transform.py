@@ -107,7 +107,7 @@ def test_schedule_on_the_traced_path_and_what_hyperparams_shows():
     grads = gradients(10)
     static, static_state, _ = train(make(learning_rate=schedule), grads)
     traced, traced_state, _ = train(
-        make(learning_rate=schedule), grads, extra={"batch_size": jnp.full(10, 128)}
+        make(learning_rate=schedule), grads, extra={"batch_size": np.full(10, 128)}
     )
     assert_close(static, traced, rtol=1e-6)
     for state in (static_state, traced_state):
@@ -147,7 +147,7 @@ def test_batch_size_as_an_argument_agrees_and_does_not_retrace(rule):
     tx = scale_by_batch(optax.adamw, batch_size=256, base_batch_size=64, rule=rule)(**RECIPE)
     grads = gradients(200)
     squares = jax.tree.map(lambda g: 1.5 * g**2 + 0.1, grads)
-    stats = MicrobatchStats(squares, jnp.full(200, 4))
+    stats = MicrobatchStats(squares, np.full(200, 4))
     expected = train(tx, grads, extra={"microbatch": stats})[0]
     traces = 0
 
@@ -319,7 +319,7 @@ def test_noise_aware_needs_no_micro_batches_where_neither_q_nor_the_guard_plays_
 
 def test_invariant_adamw_is_scale_by_batch():
     grads = gradients(5)
-    stats = MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), jnp.full(5, 2))
+    stats = MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), np.full(5, 2))
     alias = invariant_adamw(1e-2, 0.9, 0.99, weight_decay=0.1, batch_size=128, base_batch_size=64)
     make = scale_by_batch(optax.adamw, batch_size=128, base_batch_size=64, rule="invariant")
     extra = {"microbatch": stats}
