@@ -119,7 +119,7 @@ def test_a_table_is_asked_by_whole_counts_at_any_size(size, given):
     assert set(asked) == {jnp.dtype(jnp.int32)}
 
 
-@pytest.mark.parametrize("k", [0.25, 0.75, 1, 1.5, 2, 3, 8])
+@pytest.mark.parametrize("k", [0.25, 0.75, 1, 65 / 64, 1.5, 2, 3, 8])
 def test_a_rescaled_schedule_reads_what_the_clock_reads(k):
     """What plain optax is given, in updates of the new size, is what the traced update reads."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 100)
