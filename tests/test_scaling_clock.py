@@ -88,7 +88,7 @@ def test_a_schedule_goes_on_after_a_million_million_tokens(size, given):
 @pytest.mark.parametrize("given", ["static", "traced", "ramped"])
 @pytest.mark.parametrize(
     "size",
-    # Each is in a whole or a broken number of base sizes, below or above one.
+    # Below, at and above the base size; the two in the long form are of these kinds too.
     [
         16,
         pytest.param(48, marks=pytest.mark.long),
