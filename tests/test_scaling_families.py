@@ -167,29 +167,30 @@ def test_trap_lion_does_not_follow_where_gradients_are_sparse():
     """
     rows, base_updates, seen = 2048, 800, 0.3
 
-    def gradient(key, k):
-        first, second = jax.random.split(key)
+    def gradients(k):
+        rng = np.random.default_rng(0)
         parts = max(round(k), 1)  # base batches, or one part of one
-        among = jax.random.bernoulli(first, min(k, 1.0) * seen, (parts, rows))
-        slope = 0.1 + jax.random.normal(second, (parts, rows))
-        return jnp.mean(among * slope, axis=0) / min(k, 1.0)
+        drawn = (round(base_updates / k), parts, rows // 2)  # each row twice, with opposite noise
+        among = rng.random(drawn, np.float32) < min(k, 1.0) * seen
+        noise = rng.standard_normal(drawn, np.float32)
+        among, slope = np.tile(among, 2), 0.1 + np.concatenate([noise, -noise], axis=2)
+        return np.mean(among * slope, axis=1) / min(k, 1.0)
 
     def moved(k):
         tx = scale_by_batch(
             optax.lion, batch_size=round(64 * k), base_batch_size=64, rule="invariant", guard=False
         )(1e-3, weight_decay=0.0)
 
-        def step(carry, key):
+        def step(carry, gradient):
             x, state = carry
-            updates, state = tx.update(gradient(key, k), state, x)
+            updates, state = tx.update(gradient, state, x)
             return (x + updates, state), None
 
         start = jnp.zeros(rows), tx.init(jnp.zeros(rows))
-        keys = jax.random.split(jax.random.key(0), round(base_updates / k))
-        return -float(jax.jit(lambda k: jax.lax.scan(step, start, k))(keys)[0][0].mean())
+        return -float(jax.jit(lambda g: jax.lax.scan(step, start, g))(gradients(k))[0][0].mean())
 
     base = moved(1.0)
-    assert moved(0.25) / base - 1 == pytest.approx(0.11, abs=0.03)
+    assert moved(0.25) / base - 1 == pytest.approx(0.12, abs=0.03)
     assert moved(8.0) / base - 1 == pytest.approx(-0.20, abs=0.03)
 
 
@@ -322,12 +323,12 @@ def test_the_invariant_second_moment_needs_no_rate_correction(name):
     tx = scaled(**check.recipe)
     params = jnp.ones(check.shape)
     stats = MicrobatchStats(2 * params, 2)
-    _, state = one_update(tx, params, params, microbatch=stats)
+    values = jax.jit(lambda: one_update(tx, params, params, microbatch=stats)[1].hyperparams)()
     gain = 1.0
     if name == "novograd":
         gain = (1 - 0.9**4) / (1 - 0.9)
     rate = check.recipe["learning_rate"]
-    assert float(state.hyperparams["learning_rate"]) == pytest.approx(4 * rate * gain)
+    assert float(values["learning_rate"]) == pytest.approx(4 * rate * gain)
     if "weight_decay" in check.recipe:
-        assert float(state.hyperparams["weight_decay"]) == pytest.approx(0.3)
+        assert float(values["weight_decay"]) == pytest.approx(0.3)
     assert RULES["invariant"].invariant

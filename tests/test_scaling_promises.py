@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers.scaling import PARAMS, assert_close, functions_run, gradients, train
@@ -92,23 +93,22 @@ def scaled(factory, rule, **kwargs):
 
 
 def stats_of(grads):
-    return MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), jnp.full(8, 4))
+    return MicrobatchStats(jax.tree.map(lambda g: g**2 + 1.0, grads), np.full(8, 4))
 
 
-@pytest.mark.parametrize("state_class", [OptaxNames, DataClass])
 @pytest.mark.parametrize("ramp", [False, True])
-def test_an_adam_of_ones_own_whose_fields_have_optaxs_names_is_served_as_optaxs_is(
-    state_class, ramp
-):
+def test_an_adam_of_ones_own_whose_fields_have_optaxs_names_is_served_as_optaxs_is(ramp):
     grads = gradients(8)
     extra = {"microbatch": stats_of(grads)}
     if ramp:
         extra["batch_size"] = jnp.array([64] * 4 + [512] * 4)
-    ours = scaled(own_adam(state_class), "invariant", family="adam")(1e-2)
     theirs = scale_by_batch(optax.adam, **SIZES, rule="invariant")(1e-2, b2=0.99)
-    got, expected = train(ours, grads, extra=extra), train(theirs, grads, extra=extra)
-    assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
-    assert_close(got[1].inner_state.nu, expected[1].inner_state[0].nu, rtol=1e-4)
+    expected = train(theirs, grads, extra=extra)
+    for state_class in (OptaxNames, DataClass):
+        ours = scaled(own_adam(state_class), "invariant", family="adam")(1e-2)
+        got = train(ours, grads, extra=extra)
+        assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
+        assert_close(got[1].inner_state.nu, expected[1].inner_state[0].nu, rtol=1e-4)
 
 
 def no_known_moment(rate, b2):

@@ -149,8 +149,17 @@ def test_a_run_of_the_published_rule_is_plain_ranger_with_other_numbers():
     assert scaled["eps"] == 1e-6
 
 
-@pytest.mark.parametrize("rule", ["linear", "sqrt"])
-@pytest.mark.parametrize(("batch_size", "period"), [(256, 2), (16, 24), (64 * 64, 1)])
+@pytest.mark.parametrize(
+    ("rule", "batch_size", "period"),
+    [
+        ("linear", 256, 2),
+        pytest.param("sqrt", 256, 2, marks=pytest.mark.long),
+        pytest.param("linear", 16, 24, marks=pytest.mark.long),
+        ("sqrt", 16, 24),
+        ("linear", 64 * 64, 1),
+        ("sqrt", 64 * 64, 1),
+    ],
+)
 def test_at_another_batch_size_periods_and_rectification_keep_the_base_clock(
     rule, batch_size, period
 ):
@@ -189,9 +198,8 @@ def test_evaluation_sees_the_fast_weights(tmp_path):
         }
         return train(tmp_path / str(sync_period), overrides)[-1]
 
-    never, always, rarely = last(100, 0.5), last(1, 1.0), last(2, 0.5)
+    never, always = last(100, 0.5), last(1, 1.0)
     assert never["eval/loss"] == pytest.approx(always["eval/loss"], rel=1e-5)
-    assert never["eval/loss"] != pytest.approx(rarely["eval/loss"], rel=1e-3)
 
 
 def test_numbers_that_would_never_rectify_are_warned_of():

@@ -67,7 +67,7 @@ def statistics(grads, count=4):
 
 
 @each(EVERY_RULE)
-def test_at_the_base_size_it_is_optaxs_own_program(name, column):
+def test_at_the_base_size_it_is_optaxs_own_program(name, column, request):
     """To the letter, so to the bit; what counts examples and measures noise stands beside it."""
     factory, recipe = TABLE[name]
 
@@ -80,7 +80,10 @@ def test_at_the_base_size_it_is_optaxs_own_program(name, column):
     tx, plain = scaled(factory, column, 1)(**recipe), factory(**recipe)
     expected = lowered(plain, lambda out: out)
     assert "stablehlo." in expected
-    for extra in ({}, {"microbatch": statistics(PARAMS)}):
+    calls = [{"microbatch": statistics(PARAMS)}, {}]
+    if request.node.get_closest_marker("long") is None:  # the one or the other
+        calls = [calls[list(TABLE).index(name) % 2]]
+    for extra in calls:
         assert lowered(tx, lambda out: (out[0], out[1].inner_state), **extra) == expected
 
 
@@ -168,7 +171,7 @@ AROUND = {
 }
 
 
-@each(AROUND, one_in=4)
+@each(AROUND, one_in=7)
 def test_inside_other_transformations_it_is_the_hand_scaled_one(name, column):
     """At batch sizes and under rules that change from row to row.
 
@@ -199,7 +202,7 @@ def test_under_vmap_each_is_what_it_is_alone(name, column):
     tx = scaled(factory, column)(**recipe)
 
     def run(grads):
-        params, state, _ = train(tx, grads, extra={"microbatch": statistics(grads, jnp.full(3, 4))})
+        params, state, _ = train(tx, grads, extra={"microbatch": statistics(grads, np.full(3, 4))})
         return params, hyperparams(state)
 
     alone = [run(gradients(3, seed)) for seed in (0, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -230,56 +231,66 @@ def run(
         >>> [round(float(x), 3) for x in row]
         [0.368, 0.135, 0.05, 0.018]
     """
-    base = BASE_BATCH_SIZE
-    optimizer = make_optimizer(round(base * k), base)
+    optimizer = make_optimizer(round(BASE_BATCH_SIZE * k), BASE_BATCH_SIZE)
     n = microbatches
     steep = jnp.asarray(1.0 if curvature is None else curvature, jnp.float32)
+    sizes = batch_sizes or [round(BASE_BATCH_SIZE * k)] * quarters
+    shares = [BASE_BATCH_SIZE / size for size in sizes]
+    lengths = [round(base_updates * share / quarters) for share in shares]
 
-    def quarter(carry: Any, sigma: Any, key: jax.Array, batch_size: int) -> Any:
-        deviation = sigma * np.sqrt(n * base / batch_size)
+    def update(x: Any, state: Any, noise: jax.Array, batch_size: jax.Array) -> tuple[Any, Any, Any]:
+        parts = x[None] + noise
+        if curvature is not None:
+            parts = (steep * x)[None] + jnp.sqrt(steep)[None] * noise
+        extra: dict[str, Any] = {}
+        if n > 1:
+            extra["microbatch"] = MicrobatchStats(jnp.mean(jnp.square(parts), axis=0), n)
+        if batch_sizes is not None:
+            extra["batch_size"] = batch_size
+        step, state = optimizer.update(jnp.mean(parts, axis=0), state, x, **extra)
+        x = x + step
+        return x, state, jnp.mean(x if read is None else read(x, state))
 
-        def step(carry: tuple[Any, Any], key: jax.Array) -> tuple[tuple[Any, Any], None]:
-            x, state = carry
-            noise = deviation * jax.random.normal(key, (n, *shape))
-            parts = x[None] + noise
-            if curvature is not None:
-                parts = (steep * x)[None] + jnp.sqrt(steep)[None] * noise
-            grad = jnp.mean(parts, axis=0)
-            extra: dict[str, Any] = {}
-            if n > 1:
-                extra["microbatch"] = MicrobatchStats(jnp.mean(jnp.square(parts), axis=0), n)
-            if batch_sizes is not None:
-                extra["batch_size"] = jnp.int32(batch_size)
-            updates, state = optimizer.update(grad, state, x, **extra)
-            return (x + updates, state), None
-
-        updates = round(base_updates * base / batch_size / quarters)
-        return jax.lax.scan(step, carry, jax.random.split(key, updates))[0]
-
-    def look(carry: tuple[Any, Any]) -> jax.Array:
-        return jnp.mean(carry[0] if read is None else read(*carry))
-
-    def train_once(sigma: jax.Array, key: jax.Array) -> jax.Array:
-        x = jnp.ones(shape)
-        carry, keys = (x, optimizer.init(x)), jax.random.split(key, quarters)
-        if batch_sizes is None:
-
-            def body(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-                carry = quarter(carry, sigma, key, round(base * k))
-                return carry, look(carry)
-
-            return jax.lax.scan(body, carry, keys)[1]
-        means = []
-        for i, batch_size in enumerate(batch_sizes):
-            carry = quarter(carry, sigma, keys[i], batch_size)
-            means.append(look(carry))
-        return jnp.stack(means)
-
+    # All runs side by side in one scan: JAX would trace a scan inside vmap again and again.
     @jax.jit
-    @jax.vmap
-    def train(sigma: jax.Array, key: jax.Array) -> jax.Array:
-        both = jax.vmap(train_once, in_axes=(0, None))(jnp.stack([sigma, -sigma]), key)
-        return jnp.mean(both, axis=0)
+    def train(noise: jax.Array, batch_size: jax.Array) -> jax.Array:
+        def step(carry: tuple[Any, Any], now: Any) -> tuple[tuple[Any, Any], jax.Array]:
+            noise, batch_size = now
+            both = jnp.concatenate([noise, -noise])
+            x, state, mean = jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, both, batch_size)
+            return (x, state), mean
 
-    seeds = jax.random.split(jax.random.key(seed), len(sigmas))
-    return np.asarray(train(jnp.asarray(sigmas, jnp.float32), seeds))
+        x = jnp.ones((2 * len(sigmas), *shape))
+        return jax.lax.scan(step, (x, jax.vmap(optimizer.init)(x)), (noise, batch_size))[1]
+
+    deviations = np.outer(np.sqrt(np.multiply(n, shares)), sigmas).astype(np.float32)
+    noise = _noise(seed, deviations, lengths=tuple(lengths), shape=(n, *shape))
+    means = np.asarray(train(noise, np.repeat(np.asarray(sizes, np.int32), lengths)))
+    return means[np.cumsum(lengths) - 1].reshape(len(sizes), 2, -1).mean(axis=1).T
+
+
+@functools.partial(jax.jit, static_argnames=("lengths", "shape"))
+def _noise(
+    seed: int, deviations: jax.Array, *, lengths: tuple[int, ...], shape: tuple[int, ...]
+) -> jax.Array:
+    """Draw the noise of every update; a program of its own, which many optimizers share.
+
+    Args:
+        seed: of the draws.
+        deviations: of a coordinate, in each stretch of each run, shape (stretches, runs).
+        lengths: number of updates of each stretch.
+        shape: of a draw.
+
+    Returns:
+        The draws, shape (updates, runs, *shape).
+    """
+
+    def draw(key: jax.Array, deviations: jax.Array) -> jax.Array:
+        stretches = zip(jax.random.split(key, len(lengths)), lengths, strict=True)
+        keys = jnp.concatenate([jax.random.split(key, length) for key, length in stretches])
+        each = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        scale = jnp.repeat(deviations, np.array(lengths), total_repeat_length=sum(lengths))
+        return scale.reshape(-1, *[1] * len(shape)) * each
+
+    keys = jax.random.split(jax.random.key(seed), deviations.shape[1])
+    return jax.vmap(draw, in_axes=(0, 1), out_axes=1)(keys, deviations)
