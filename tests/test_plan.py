@@ -23,20 +23,26 @@ plans = st.builds(
 )
 
 
+def last_update(plan, size):
+    return plan.train_examples // size
+
+
 @given(plans, sizes)
 def test_chunks_cover_every_update_once_and_end_with_an_evaluation(plan, size):
     chunks = list(plan.chunks(size))
     assert [c.start for c in chunks] == [0, *(c.end for c in chunks[:-1])]
     assert [c.examples for c in chunks] == [c.start * size for c in chunks]
-    assert chunks[-1].end == plan.train_examples // size
+    assert chunks[-1].end == last_update(plan, size)
     assert chunks[-1].evaluate
     assert all(c.end > c.start for c in chunks)
+    (longest,) = {c.longest for c in chunks}  # so one program serves them all
+    assert max(c.updates for c in chunks) <= longest <= last_update(plan, size)
     assert [plan.is_last(c) for c in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 @given(plans, sizes)
 def test_events_are_the_first_updates_that_have_seen_a_multiple_of_their_cadence(plan, size):
-    last = plan.train_examples // size
+    last = last_update(plan, size)
 
     def due(every):
         steps = {-(-m * every // size) for m in range(1, plan.train_examples // every + 1)}

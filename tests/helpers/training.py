@@ -100,13 +100,13 @@ def rows(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def counted_compilations() -> Iterator[list[str]]:
-    """A list that every trace, lowering and compilation is added to."""
-    found: list[str] = []
+def counted_compilations() -> Iterator[list[tuple[str, str]]]:
+    """A list that every trace, lowering and compilation is added to, with the program's name."""
+    found: list[tuple[str, str]] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            found.append(event)
+            found.append((event.rsplit("/", 1)[-1], str(kwargs.get("fun_name"))))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
