@@ -62,7 +62,12 @@ def request_devices(count: int) -> int:
 
 
 def chunk_and_arguments(
-    run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
+    run: ResolvedRun,
+    data: ArraySplit,
+    steps: int,
+    devices: int = 1,
+    runs: int = 0,
+    counted: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The compiled chunk that the trainer runs, and what it is called with at the start of a run.
 
@@ -72,6 +77,7 @@ def chunk_and_arguments(
         steps: updates a call.
         devices: how many to spread a batch over.
         runs: how many to advance side by side in one program; 0: one, not vmapped.
+        counted: with the number of updates as an argument, as where chunks differ in length.
     """
     from bs_jax.training import parallel, plan, step
 
@@ -86,7 +92,8 @@ def chunk_and_arguments(
     state = parallel.replicate(programs.init(inputs), used)
     inputs = parallel.replicate(inputs, used)
     resident = parallel.replicate(pipeline.device_arrays(data), used)
-    return programs.train_chunk, (state, inputs, resident, np.int32(steps), batches)
+    updates = parallel.replicate(np.int32(steps), used) if counted else None
+    return programs.train_chunk, (state, inputs, resident, updates, batches)
 
 
 def train_chunks(
@@ -109,8 +116,9 @@ class Training:
     Args:
         spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
             from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
-            by side, ``forms`` (fields of `layer_forms.LayerForms`), ``flat`` (the optimizer over
-            vectors, see `_flat`). ``keep``: folder for the trace and the program's text.
+            by side, ``counted`` (see `chunk_and_arguments`), ``forms`` (fields of
+            `layer_forms.LayerForms`), ``flat`` (the optimizer over vectors, see `_flat`).
+            ``keep``: folder for the trace and the program's text.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -119,7 +127,11 @@ class Training:
         data = make_images(4 * spec["batch_size"], spec["image_size"])
         with _as_asked(spec):
             chunk, arguments = chunk_and_arguments(
-                run, data, spec["steps"], runs=spec.get("runs", 0)
+                run,
+                data,
+                spec["steps"],
+                runs=spec.get("runs", 0),
+                counted=spec.get("counted", False),
             )
             self._compiled = chunk.lower(*arguments).compile()
         self._steps, self._keep = spec["steps"], spec.get("keep")
@@ -181,7 +193,7 @@ def streamed_chunks(run: ResolvedRun, data: ArraySplit) -> Callable[[Any], Any]:
     def run(chunk: Any) -> Any:
         nonlocal state
         batches = tuple(plan.per_device(leaf, 1) for leaf in chunk)
-        state, metrics = programs.train_chunk(state, inputs, (), np.int32(len(chunk[1])), batches)
+        state, metrics = programs.train_chunk(state, inputs, (), None, batches)
         return metrics
 
     return run

@@ -69,6 +69,7 @@ MODEL_FORMS: dict[str, dict[str, Any]] = {
         }
     },
     "optimizer over vectors": {"flat": True},
+    "length as an argument": {"counted": True},
 }
 _GRAPH_ALL = (
     "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE,+CONDITIONAL"

@@ -98,20 +98,19 @@ def child(flags: argparse.Namespace) -> dict[str, float]:
     eval_batches = (batches, np.ones(batches.shape, bool))
     if not flags.one_by_one:
         state = jax.eval_shape(programs.init, inputs)
-        whole = parallel.replicated_shapes((state, inputs, np.int32(1)), devices)
+        whole = parallel.replicated_shapes((state, inputs), devices)
         compilation.side_by_side(
             [
                 (programs.init, (inputs,)),
-                (programs.train_chunk, (*whole[:2], resident, whole[2], batches)),
-                (programs.evaluate, (*whole[:2], resident, eval_batches)),
+                (programs.train_chunk, (*whole, resident, None, batches)),
+                (programs.evaluate, (*whole, resident, eval_batches)),
             ]
         )
     reached("programs")
     state = jax.block_until_ready(parallel.replicate(programs.init(inputs), devices))
     inputs = parallel.replicate(inputs, devices)
     reached("initial state")
-    one = parallel.replicate(np.int32(1), devices)
-    state, metrics = programs.train_chunk(state, inputs, resident, one, batches)
+    state, metrics = programs.train_chunk(state, inputs, resident, None, batches)
     jax.block_until_ready(metrics)
     reached("first update")
     jax.block_until_ready(programs.evaluate(state, inputs, resident, eval_batches))

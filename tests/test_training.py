@@ -92,9 +92,21 @@ def test_crops_know_the_shape_that_an_image_had_before_it_was_stored():
     found = []
     for aspects in (resident[2], 2 * resident[2], resident[2]):
         data = (*resident[:2], aspects)
-        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, np.int32(1), order)
+        _, metrics = programs.train_chunk(programs.init(inputs), inputs, data, None, order)
         found.append(float(metrics["train/loss"][0]))
     assert found[0] == found[2] != found[1]
+
+
+def test_the_first_updates_of_a_filled_up_chunk_are_those_of_a_chunk_of_their_own():
+    run, split = resolve(tiny_config()), tiny_data().train
+    programs = step.make_programs(run, 3, split.image_shape, jax.devices()[:1])
+    inputs, data = step.run_inputs(run), pipeline.device_arrays(split)
+    order = np.arange(80, dtype=np.int32).reshape(1, 5, 16)
+    filled, metrics = programs.train_chunk(programs.init(inputs), inputs, data, np.int32(3), order)
+    wanted, rows = programs.train_chunk(programs.init(inputs), inputs, data, None, order[:, :3])
+    jax.tree.map(np.testing.assert_array_equal, filled, wanted)
+    for name, values in metrics.items():
+        np.testing.assert_array_equal(values, [*rows[name], 0.0, 0.0])
 
 
 def test_training_learns_and_records(tmp_path):

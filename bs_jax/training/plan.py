@@ -142,6 +142,16 @@ class Plan:
             yield chunk
             step, examples = chunk.end, chunk.end_examples
 
+    def is_even(self, batch_size: int) -> bool:
+        """Whether all chunks of a batch size have one length.
+
+        >>> plan = Plan(train_examples=40, log_every_examples=4, eval_every_examples=20,
+        ...             checkpoint_every_examples=0)
+        >>> plan.is_even(4), plan.is_even(8)  # 5 and 5 updates; 3 and 2
+        (True, False)
+        """
+        return all(chunk.updates == chunk.longest for chunk in self.chunks(batch_size))
+
     def last_examples(self, batch_size: int) -> int:
         """Examples seen at the end, without the incomplete last update."""
         return self.train_examples // batch_size * batch_size

@@ -85,7 +85,7 @@ def profile(
     def once(state: Any) -> Any:
         nonlocal elapsed
         start = time.perf_counter()
-        state, metrics = programs.train_chunk(state, inputs, train, np.int32(updates), batches)
+        state, metrics = programs.train_chunk(state, inputs, train, None, batches)
         jax.block_until_ready(metrics)
         elapsed = time.perf_counter() - start
         jax.block_until_ready(programs.evaluate(state, inputs, evaluation, eval_batches))

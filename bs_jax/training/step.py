@@ -35,8 +35,9 @@ class Programs(NamedTuple):
     Attributes:
         init: RunInputs -> TrainState.
         train_chunk: (state, RunInputs, data, updates, batches) -> (state, metrics with a leading
-            step axis). The first `updates` of the batches are trained on; the metrics of the others
-            are 0. So chunks of any length share a program, filled up to one number of batches.
+            step axis). The first `updates` of the batches are trained on, and the metrics of the
+            others are 0: chunks of any length share a program, filled up to one number of batches.
+            None: all of them, in a loop whose length is known to the compiler.
             The batch size is that of the batches; another one is another compiled program.
             `data` is ``(images, labels, aspects)`` held on the device and `batches` the numbers,
             int32 [devices, steps, examples a device]; or `data` is ``()`` and `batches` the
@@ -179,7 +180,7 @@ def _train_chunk(
         return {f"noise/{name}": value for name, value in found.items()}
 
     def train_chunk(
-        state: TrainState, inputs: RunInputs, data: Any, updates: jax.Array, batches: Any
+        state: TrainState, inputs: RunInputs, data: Any, updates: jax.Array | None, batches: Any
     ):
         hyperparams = inputs.hyperparams
         optimizer = optimizers.make_optimizer(run, hyperparams)
@@ -231,6 +232,8 @@ def _train_chunk(
             )
             return new_state, metrics
 
+        if updates is None:
+            return jax.lax.scan(step, state, batches)
         return _first(step, state, batches, updates)
 
     return train_chunk

@@ -79,6 +79,7 @@ class Trainer:
         self._feed = Feed(run, data, devices, self._lanes)
         self._plan = Plan.of(run, short_chunks=self._feed.streamed)
         self._ramp = ramp_of(run)
+        self._even = not run.ramps and self._plan.is_even(run.batch_size)
 
     def train(
         self,
@@ -159,7 +160,8 @@ class Trainer:
                 status = "interrupted"
                 break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
-            updates = parallel.replicate(np.int32(chunk.updates), self._devices)
+            updates = np.int32(chunk.updates)
+            updates = None if self._even else parallel.replicate(updates, self._devices)
             state, metrics = self._programs.train_chunk(state, inputs, train_data, updates, batches)
             sums = None
             if chunk.evaluate:
@@ -289,7 +291,7 @@ class Trainer:
         """What ``train_chunk`` is called with, or its shapes, for runs that advance together."""
         inputs = self._lanes.shapes(step.run_inputs(self._run, chunk.batch_size), lanes)
         state = jax.eval_shape(self._programs.init, inputs)
-        updates = jax.ShapeDtypeStruct((), np.int32)
+        updates = None if self._even else jax.ShapeDtypeStruct((), np.int32)
         state, inputs, updates = parallel.replicated_shapes((state, inputs, updates), self._devices)
         batches = self._lanes.batch_shapes(self._feed.batch_shapes(chunk), lanes)
         batches = parallel.spread_shapes(batches, self._devices)
