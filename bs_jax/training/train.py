@@ -1,4 +1,4 @@
-"""What a run is, from top to bottom: programs, restore, loop, record, finish.
+"""What a run is, from top to bottom: programs, compile, restore, loop, record, finish.
 
 ``python main.py --mode=train`` arrives here by `cli/train.py`, `sweep/local.py` (signals) and
 `sweep/cohorts.py` (lock, data). From `Trainer.train` on the whole run is here, up to
@@ -70,7 +70,7 @@ class Trainer:
         checks.check_data(run, len(data.train), data.image_shape[-1])
         distributed.check_same("data", data.checksum)
         self._run, self._data, self._devices = run, data, list(devices)
-        # Programs: built once, compiled at their first call, the same for all runs of the cohort.
+        # Programs: built once, the same for all runs of the cohort.
         self._lanes = Lanes(vmapped)
         self._programs = step.make_programs(
             run, data.num_classes, data.train.image_shape, devices, vmapped=vmapped
@@ -107,8 +107,8 @@ class Trainer:
             Interrupted: `should_stop` said so.
         """
         done = distributed.on_first(lambda: [folder.done for folder in folders])
-        # Runs that share a program advance in groups, one run a group unless vmapped. A finished
-        # run keeps its place: who shares a program must not depend on interruptions.
+        # Compile: runs that share a program advance in groups, one run a group unless vmapped. A
+        # finished run keeps its place: who shares a program must not depend on interruptions.
         size = self._runs_at_once(len(folders))
         if not all(done):
             self._compile(size)
