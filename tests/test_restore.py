@@ -96,6 +96,23 @@ def test_at_the_same_batch_size_a_restored_run_is_the_rest_of_the_other(tmp_path
     assert rows(folder.path) == [row for row in whole if row["examples"] > 96]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_that_goes_on_within_a_chunk_does_not_train_on_what_fills_it_up(tmp_path, streamed):
+    # Both cadences give chunks of one length each: six updates, and two.
+    overrides = {"data.streamed": streamed, "log_every_examples": 96}
+    whole = train(tmp_path / "whole", overrides)
+    often = overrides | {"checkpoint_every_examples": 32}
+    train(tmp_path / "parts", often, until_examples=32)
+    resumed = train(tmp_path / "parts", overrides)
+    other = OtherRun(tmp_path / "other", Recipe.parse(tiny_config(**often)))
+    train(other.path, often, until_examples=64)
+    restored = train(tmp_path / "rest", overrides, other_run=other)
+    for found in (resumed, restored):
+        assert [row["eval/loss"] for row in found if "eval/loss" in row] == pytest.approx(
+            [row["eval/loss"] for row in whole], rel=1e-6
+        )
+
+
 def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     recipe = tiny_config(**{"batch_size": 32, "scaling.rule": "sqrt", "eval_every_examples": 32})
     other, run = other_run(tmp_path, recipe), resolve(recipe)

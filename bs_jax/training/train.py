@@ -160,8 +160,10 @@ class Trainer:
                 status = "interrupted"
                 break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
-            updates = np.int32(chunk.updates)
-            updates = None if self._even else parallel.replicate(updates, self._devices)
+            updates = None
+            # A run that goes on between the ends of an even plan's chunks begins with a short one.
+            if not self._even or chunk.updates < chunk.longest:
+                updates = parallel.replicate(np.int32(chunk.updates), self._devices)
             state, metrics = self._programs.train_chunk(state, inputs, train_data, updates, batches)
             sums = None
             if chunk.evaluate:
