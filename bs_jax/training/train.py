@@ -110,13 +110,17 @@ class Trainer:
         # Runs that share a program advance in groups, one run a group unless vmapped. A finished
         # run keeps its place: who shares a program must not depend on interruptions.
         size = self._runs_at_once(len(folders))
-        if not all(done):
+        # Another run's state may not fit this one: that is said before what takes long to compile.
+        late = distributed.on_first(lambda: other_run is not None)
+        if not all(done) and not late:
             self._compile(size)
         # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
         sessions: list[Session | None] = []
         try:
             for folder, is_done in zip(folders, done, strict=True):
                 sessions.append(None if is_done else self._restored(folder, on_event, other_run))
+            if not all(done) and late:
+                self._compile(size)
             for at in range(0, len(sessions), size):
                 part = sessions[at : at + size]
                 group = [session for session in part if session is not None]
