@@ -6,7 +6,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers.training import rows, tiny_config, train, trainer_of
+from helpers.training import (
+    counted_compilations,
+    rows,
+    tiny_config,
+    tiny_data,
+    train,
+    trainer_of,
+)
 
 from bs_jax.errors import UserError
 from bs_jax.recipe import Recipe
@@ -18,7 +25,7 @@ from bs_jax.sweep.points import resolve
 from bs_jax.training import step
 from bs_jax.training.carry_over import OtherRun
 from bs_jax.training.checkpoint import Checkpoints
-from bs_jax.training.train import Interrupted
+from bs_jax.training.train import Interrupted, Trainer
 
 
 def losses(found):
@@ -96,6 +103,23 @@ def test_at_the_same_batch_size_a_restored_run_is_the_rest_of_the_other(tmp_path
     assert rows(folder.path) == [row for row in whole if row["examples"] > 96]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_that_goes_on_within_a_chunk_does_not_train_on_what_fills_it_up(tmp_path, streamed):
+    # Both cadences give chunks of one length each: six updates, and two.
+    overrides = {"data.streamed": streamed, "log_every_examples": 96}
+    whole = train(tmp_path / "whole", overrides)
+    often = overrides | {"checkpoint_every_examples": 32}
+    train(tmp_path / "parts", often, until_examples=32)
+    resumed = train(tmp_path / "parts", overrides)
+    other = OtherRun(tmp_path / "other", Recipe.parse(tiny_config(**often)))
+    train(other.path, often, until_examples=64)
+    restored = train(tmp_path / "rest", overrides, other_run=other)
+    for found in (resumed, restored):
+        assert [row["eval/loss"] for row in found if "eval/loss" in row] == pytest.approx(
+            [row["eval/loss"] for row in whole], rel=1e-6
+        )
+
+
 def test_a_restored_run_that_is_interrupted_needs_the_other_no_more(tmp_path):
     recipe = tiny_config(**{"batch_size": 32, "scaling.rule": "sqrt", "eval_every_examples": 32})
     other, run = other_run(tmp_path, recipe), resolve(recipe)
@@ -131,6 +155,29 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path, overrides, source, mes
     other = other_run(tmp_path, recipe, source)
     with pytest.raises(UserError, match=message):
         state_at(recipe, other)
+
+
+def test_a_state_that_does_not_fit_is_refused_before_training_is_compiled(tmp_path):
+    recipe = tiny_config(batch_size=64, train_examples=256)
+    other, run = other_run(tmp_path, recipe), resolve(recipe)
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
+    with (
+        counted_compilations() as found,
+        pytest.raises(UserError, match="seen 96 examples; going on needs a mult"),
+    ):
+        trainer.train([RunFolder(tmp_path / "rest", run)], other_run=other)
+    programs = {name for event, name in found if event == "backend_compile_duration"}
+    assert not programs & {"jit(train_chunk)", "jit(evaluate)"}
+
+
+def test_each_program_of_a_run_that_begins_with_another_is_compiled_once(tmp_path):
+    other, run = other_run(tmp_path, tiny_config()), resolve(tiny_config())
+    trainer = Trainer(run, tiny_data(), jax.devices()[:1])
+    with counted_compilations() as found:
+        trainer.train([RunFolder(tmp_path / "rest", run)], other_run=other)
+    programs = [name for event, name in found if event == "backend_compile_duration"]
+    for program in ("init", "train_chunk", "evaluate"):
+        assert programs.count(f"jit({program})") == 1
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

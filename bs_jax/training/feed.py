@@ -123,4 +123,6 @@ class Feed:
 def _filled(batches: np.ndarray, chunk: Chunk) -> np.ndarray:
     """A chunk's batches [devices, steps, ...] with empty ones after them, up to `chunk.longest`."""
     missing = chunk.longest - batches.shape[1]
+    if not missing:
+        return batches  # streamed images are large: no copy where none is needed
     return np.pad(batches, [(0, 0), (0, missing), *[(0, 0)] * (batches.ndim - 2)])

@@ -110,13 +110,17 @@ class Trainer:
         # Compile: runs that share a program advance in groups, one run a group unless vmapped. A
         # finished run keeps its place: who shares a program must not depend on interruptions.
         size = self._runs_at_once(len(folders))
-        if not all(done):
+        # Another run's state may not fit this one: that is said before what takes long to compile.
+        late = distributed.on_first(lambda: other_run is not None)
+        if not all(done) and not late:
             self._compile(size)
         # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
         sessions: list[Session | None] = []
         try:
             for folder, is_done in zip(folders, done, strict=True):
                 sessions.append(None if is_done else self._restored(folder, on_event, other_run))
+            if not all(done) and late:
+                self._compile(size)
             for at in range(0, len(sessions), size):
                 part = sessions[at : at + size]
                 group = [session for session in part if session is not None]
@@ -160,8 +164,10 @@ class Trainer:
                 status = "interrupted"
                 break
             train_data, eval_data = self._feed.train_data, self._feed.eval_data
-            updates = np.int32(chunk.updates)
-            updates = None if self._even else parallel.replicate(updates, self._devices)
+            updates = None
+            # A run that goes on between the ends of an even plan's chunks begins with a short one.
+            if not self._even or chunk.updates < chunk.longest:
+                updates = parallel.replicate(np.int32(chunk.updates), self._devices)
             state, metrics = self._programs.train_chunk(state, inputs, train_data, updates, batches)
             sums = None
             if chunk.evaluate:
