@@ -122,11 +122,15 @@ def test_a_run_that_was_interrupted_does_not_count_as_done(capsys, monkeypatch):
     assert "0 of 2 runs done" in capsys.readouterr().out
 
 
-def wait_until_one_trains(workdir, process):
+def training(workdir, *flags, **options):
+    """A command that has begun to train."""
+    process = start(*flags, f"--workdir={workdir}", **options)
+
     def trains():
         return any(lines(path) for path in workdir.rglob("metrics.jsonl"))
 
     wait_for(lambda: trains() or process.poll() is not None)
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +151,7 @@ def undisturbed(tmp_path_factory):
     ],
 )
 def test_a_killed_run_goes_on_to_bit_equal_metrics(tmp_path, undisturbed, number):
-    process = start("--mode=train", f"--workdir={tmp_path}")
-    wait_until_one_trains(tmp_path, process)
+    process = training(tmp_path, "--mode=train")
     if number == signal.SIGINT:  # Ctrl-C comes to the whole group
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -182,8 +185,7 @@ def swept(tmp_path_factory):
     """A sweep one of whose workers was killed; what it printed."""
     for _ in range(TRIES):
         workdir = tmp_path_factory.mktemp("swept")
-        process = start(f"--workdir={workdir}", recipe=SWEEP)
-        wait_until_one_trains(workdir, process)
+        process = training(workdir, recipe=SWEEP)
         found = subprocess.run(
             ["pgrep", "-P", str(process.pid), "-f", "sweep.worker"],
             capture_output=True,
@@ -218,8 +220,7 @@ def test_control_c_ends_a_sweep_with_its_states_saved_and_it_goes_on(tmp_path, s
     """To the bits of the sweep that lost a worker, so that neither changed any."""
     for number in range(TRIES):
         workdir = tmp_path / str(number)
-        process = start(f"--workdir={workdir}", recipe=SWEEP)
-        wait_until_one_trains(workdir, process)
+        process = training(workdir, recipe=SWEEP)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=280)
@@ -248,13 +249,13 @@ def test_a_sweep_whose_own_process_is_killed_goes_on(tmp_path, swept):
     """Its workers notice at their next event; the same command waits for them and finishes."""
     for number in range(TRIES):
         workdir = tmp_path / str(number)
-        process = start(f"--workdir={workdir}", recipe=SWEEP)
-        wait_until_one_trains(workdir, process)
+        process = training(workdir, recipe=SWEEP)
         process.kill()
         process.communicate(timeout=120)
         if len(list(workdir.glob("runs/*/DONE"))) < 3:
             break
     assert process.returncode == -signal.SIGKILL
+    assert len(list(workdir.glob("runs/*/DONE"))) < 3
     code, out = run(f"--workdir={workdir}", recipe=SWEEP)
     assert code == 0, out
     assert outcome(workdir) == outcome(swept[0])

@@ -37,7 +37,19 @@ def test_chunks_cover_every_update_once_and_end_with_an_evaluation(plan, size):
     assert all(c.end > c.start for c in chunks)
     (longest,) = {c.longest for c in chunks}  # so one program serves them all
     assert max(c.updates for c in chunks) <= longest <= last_update(plan, size)
+    if plan.is_even(size):
+        assert {c.updates for c in chunks} == {longest}
     assert [plan.is_last(c) for c in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("size", "train", "lengths"),
+    [(64, 188_160, {147}), (8, 189_280, {1176, 140}), (128, 186_880, {74, 73, 63})],
+)
+def test_the_published_recipe_has_chunks_of_one_length_at_its_own_batch_size(size, train, lengths):
+    plan = make_plan(train, evaluate=9408, checkpoint=47_040)
+    assert {c.updates for c in plan.chunks(size)} == lengths
+    assert plan.is_even(size) == (len(lengths) == 1)
 
 
 @given(plans, sizes)

@@ -91,10 +91,7 @@ class Plan:
         updates = (self.train_examples - examples) // batch_size
         if updates < 1:
             return None
-        cadences = [self.eval_every_examples, self.checkpoint_every_examples]
-        cadences = [every for every in cadences if every]
-        if self.short_chunks:
-            cadences.append(self.log_every_examples)
+        cadences = self._cadences
         due = [examples // every * every + every for every in cadences]
         due += [] if until is None else [until]
         taken = min([updates, *(-(-(at - examples) // batch_size) for at in due)])
@@ -142,15 +139,27 @@ class Plan:
             yield chunk
             step, examples = chunk.end, chunk.end_examples
 
+    @property
+    def _cadences(self) -> list[int]:
+        """What a chunk ends at, in examples."""
+        cadences = [self.eval_every_examples, self.checkpoint_every_examples]
+        cadences += [self.log_every_examples] * self.short_chunks
+        return [every for every in cadences if every]
+
     def is_even(self, batch_size: int) -> bool:
-        """Whether all chunks of a batch size have one length.
+        """Whether all chunks of a batch size have one length, from the start of a run.
 
         >>> plan = Plan(train_examples=40, log_every_examples=4, eval_every_examples=20,
         ...             checkpoint_every_examples=0)
         >>> plan.is_even(4), plan.is_even(8)  # 5 and 5 updates; 3 and 2
         (True, False)
         """
-        return all(chunk.updates == chunk.longest for chunk in self.chunks(batch_size))
+        updates, shortest = self.train_examples // batch_size, min(self._cadences)
+        return -(-shortest // batch_size) >= updates or (
+            shortest % batch_size == 0
+            and all(every % shortest == 0 for every in self._cadences)
+            and updates % (shortest // batch_size) == 0
+        )
 
     def last_examples(self, batch_size: int) -> int:
         """Examples seen at the end, without the incomplete last update."""

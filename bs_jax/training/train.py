@@ -111,15 +111,15 @@ class Trainer:
         # finished run keeps its place: who shares a program must not depend on interruptions.
         size = self._runs_at_once(len(folders))
         # Another run's state may not fit this one: that is said before what takes long to compile.
-        late = distributed.on_first(lambda: other_run is not None)
-        if not all(done) and not late:
+        restores_first = distributed.on_first(lambda: other_run is not None)
+        if not all(done) and not restores_first:
             self._compile(size)
         # Restore: each unfinished run goes on from its newest whole checkpoint, or begins.
         sessions: list[Session | None] = []
         try:
             for folder, is_done in zip(folders, done, strict=True):
                 sessions.append(None if is_done else self._restored(folder, on_event, other_run))
-            if not all(done) and late:
+            if not all(done) and restores_first:
                 self._compile(size)
             for at in range(0, len(sessions), size):
                 part = sessions[at : at + size]
