@@ -19,6 +19,7 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\("
     r"(?P<operands>[^)]*)\)"
 )
+_NAMES_ALONE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -53,6 +54,44 @@ def instructions(program: str) -> dict[str, Instruction]:
         moved = result + sum(sizes.get(name, 0) for name in names)
         found[match["name"]] = Instruction(_group(match["opcode"], line), moved)
     return found
+
+
+def in_an_update(program: str) -> dict[str, Any]:
+    """What one pass of a program's longest loop launches, by the compiled program's text.
+
+    Args:
+        program: the text of a program that takes updates in a loop.
+
+    Returns:
+        ``kernels``: instructions that are not mere names for what others computed; ``bytes``: of
+        their operands and results; ``groups``: name -> ``kernels`` and ``bytes``, the most bytes
+        first.
+    """
+    known = instructions(program)
+    computations: dict[str, list[tuple[str, str, str]]] = {}
+    current: list[tuple[str, str, str]] = []
+    for line in program.splitlines():
+        if start := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations[start[1]] = []
+        elif match := _INSTRUCTION.match(line):
+            current.append((match["name"], match["opcode"], line))
+    bodies = re.findall(r"\bbody=%?([\w.\-]+)", program)
+    groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+    def add(computation: str) -> None:
+        for name, opcode, line in computations[computation]:
+            if opcode == "call" and (called := re.search(r"to_apply=%?([\w.\-]+)", line)):
+                add(called[1])
+            elif opcode not in _NAMES_ALONE:
+                groups[known[name].group].update(kernels=1, bytes=known[name].bytes)
+
+    if bodies:
+        add(max(bodies, key=lambda body: len(computations[body])))
+    return {
+        "kernels": sum(row["kernels"] for row in groups.values()),
+        "bytes": sum(row["bytes"] for row in groups.values()),
+        "groups": dict(sorted(groups.items(), key=lambda item: -item[1]["bytes"])),
+    }
 
 
 def _bytes(shape: str) -> int:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import _flat, _kernels
+from benchmarks import _kernels
 from bs_jax.data import pipeline
 from bs_jax.data.image_data import ArraySplit
 from bs_jax.models import layer_forms
@@ -96,6 +96,37 @@ def chunk_and_arguments(
     return programs.train_chunk, (state, inputs, resident, updates, batches)
 
 
+def chunk_and_shapes(
+    run: ResolvedRun,
+    image_size: int,
+    images: int,
+    steps: int,
+    devices: Sequence[Any],
+    runs: int = 0,
+    counted: bool = False,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """As `chunk_and_arguments`, with the arguments' shapes: the devices need not be there."""
+    from bs_jax.training import step
+
+    def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    image, side_by_side = (image_size, image_size, 3), (runs,) if runs else ()
+    programs = step.make_programs(run, CLASSES, image, devices, vmapped=bool(runs))
+    inputs = jax.tree.map(
+        lambda leaf: shape(*side_by_side, *leaf.shape, dtype=leaf.dtype), step.run_inputs(run)
+    )
+    state = jax.eval_shape(programs.init, inputs)
+    resident = (
+        shape(images, *image, dtype=jnp.uint8),
+        shape(images),
+        shape(images, dtype=jnp.float32),
+    )
+    batches = shape(len(devices), *side_by_side, steps, run.batch_size // len(devices))
+    updates = shape() if counted else None
+    return programs.train_chunk, (state, inputs, resident, updates, batches)
+
+
 def train_chunks(
     run: ResolvedRun, data: ArraySplit, steps: int, devices: int = 1, runs: int = 0
 ) -> Callable[[], Any]:
@@ -116,18 +147,15 @@ class Training:
     Args:
         spec: ``model``, ``image_size``, ``batch_size``, ``dtype``, ``steps``, and where they differ
             from what the trainer does: ``overrides`` of the recipe (field -> value), ``runs`` side
-            by side, ``counted`` (see `chunk_and_arguments`), ``forms`` (fields of
-            `layer_forms.LayerForms`), ``flat`` (the optimizer over vectors, see `_flat`).
+            by side, ``counted`` (see `chunk_and_arguments`), ``forms`` (see `as_asked`).
             ``keep``: folder for the trace and the program's text.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
-        overrides = {"model.dtype": spec["dtype"], **spec.get("overrides", {})}
-        run = make_run(spec["model"], spec["image_size"], spec["batch_size"], **overrides)
         data = make_images(4 * spec["batch_size"], spec["image_size"])
-        with _as_asked(spec):
+        with as_asked(spec):
             chunk, arguments = chunk_and_arguments(
-                run,
+                run_of(spec),
                 data,
                 spec["steps"],
                 runs=spec.get("runs", 0),
@@ -164,19 +192,21 @@ class Training:
         }
 
 
-@contextlib.contextmanager
-def _as_asked(spec: Mapping[str, Any]) -> Iterator[None]:
-    from bs_jax.training import optimizers
+def run_of(spec: Mapping[str, Any]) -> ResolvedRun:
+    """The run that a worker's spec describes."""
+    overrides = {"model.dtype": spec["dtype"], **spec.get("overrides", {})}
+    return make_run(spec["model"], spec["image_size"], spec["batch_size"], **overrides)
 
-    with contextlib.ExitStack() as stack:
-        if "forms" in spec:
-            stack.enter_context(layer_forms.use(layer_forms.LayerForms(**spec["forms"])))
-        if spec.get("flat"):
-            plain = optimizers.make_optimizer
-            flattened = mock.patch.object(
-                optimizers, "make_optimizer", lambda *args: _flat.over_vectors(plain(*args))
-            )
-            stack.enter_context(flattened)
+
+@contextlib.contextmanager
+def as_asked(spec: Mapping[str, Any]) -> Iterator[None]:
+    """Trace networks with the changes that ``spec["forms"]`` makes to the layers' forms in use.
+
+    Args:
+        spec: its ``forms``: field of `layer_forms.LayerForms` -> value.
+    """
+    changed = dataclasses.replace(layer_forms.current(), **spec.get("forms", {}))
+    with layer_forms.use(changed):
         yield
 
 

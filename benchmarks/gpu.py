@@ -56,19 +56,18 @@ _READ_THE_CACHE = ("reduce-overhead", "graph of compile")
 
 # Our step otherwise: what to change of a worker's spec. See `bs_jax.models.layer_forms`.
 MODEL_FORMS: dict[str, dict[str, Any]] = {
-    "statistics in one pass": {"forms": {"one_pass_statistics": True}},
-    "activation fused": {"forms": {"one_pass_statistics": True, "fused_activation": True}},
-    "1x1 as products": {"forms": {"pointwise_products": True}},
-    "XLA's max pool": {"forms": {"native_max_pool": True}},
-    "all of these": {
+    "XLA's plain forms": {
         "forms": {
-            "one_pass_statistics": True,
-            "fused_activation": True,
-            "pointwise_products": True,
-            "native_max_pool": True,
+            "one_pass_statistics": False,
+            "sums_by_rows": False,
+            "fused_activation": False,
         }
     },
-    "optimizer over vectors": {"flat": True},
+    "statistics in two passes": {"forms": {"one_pass_statistics": False}},
+    "every sum by itself": {"forms": {"sums_by_rows": False}},
+    "activation by itself": {"forms": {"fused_activation": False}},
+    "1x1 as products": {"forms": {"pointwise_products": True}},
+    "XLA's max pool": {"forms": {"native_max_pool": True}},
     "length as an argument": {"counted": True},
 }
 _GRAPH_ALL = (

@@ -3,20 +3,18 @@
 import argparse
 import csv
 import gzip
+import importlib.util
 import json
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from benchmarks import (
-    _flat,
     _kernels,
     _programs,
     _workers,
+    compiled,
     conv_forms,
     gpu,
     input,
@@ -26,8 +24,8 @@ from benchmarks import (
     transform_overhead,
 )
 from bs_jax.sweep.points import resolve
-from bs_jax.training import optimizers
 
+_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 SMALL = ["--model=resnet4_patch", "--image_size=8", "--batch_size=4"]
 
 
@@ -60,7 +58,7 @@ def test_all_that_a_gpu_is_to_measure_runs_here(tmp_path, monkeypatch):
         copied_floats=4096,
     )
     monkeypatch.setattr(gpu, "TINY", tiny)
-    monkeypatch.setattr(gpu, "MODEL_FORMS", {"all": gpu.MODEL_FORMS["all of these"]})
+    monkeypatch.setattr(gpu, "MODEL_FORMS", {"plain": gpu.MODEL_FORMS["XLA's plain forms"]})
     monkeypatch.setattr(gpu, "LAUNCH_FLAGS", {"bad": "--xla_no_such_flag=1"})
     monkeypatch.setattr(gpu, "KERNEL_FLAGS", {})
     arguments = ["--tiny", "--against=nothing", "--parts=steps,forms"]
@@ -174,30 +172,55 @@ ENTRY %main {
     assert "normalisation, forward" in _kernels.table(found)
 
 
-@pytest.mark.parametrize("name", ["adamw", "ranger"])
-def test_an_optimizer_over_vectors_is_the_optimizer(name):
-    run = _programs.make_run("resnet4_patch", 8, 4, **{"optimizer.name": name})
-    values = optimizers.traced_values(run)
-    plain = optimizers.make_optimizer(run, {n: jnp.float32(v) for n, v in values.items()})
-    params = {
-        "conv": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)},
-        "norm": {"bias": np.ones(3, np.float32), "scale": np.full(3, 2, np.float32)},
-        "head": {"kernel": np.ones((3, 1), np.float32), "bias": np.zeros(1, np.float32)},
-    }
-    found = []
-    for optimizer in (plain, _flat.over_vectors(plain)):
+def test_what_an_update_launches_is_counted_in_the_longest_loop():
+    program = """
+HloModule jit_step
+%part.1 (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %sin.1 = f32[8]{0} sine(%a)
+}
+%draw.2 (d: (s32[])) -> (s32[]) {
+  %d = (s32[]) parameter(0)
+  ROOT %one.1 = s32[] add(%d, %d)
+}
+%body.3 (p: (f32[8])) -> (f32[8]) {
+  %p = (f32[8]{0}) parameter(0)
+  %x.1 = f32[8]{0} get-tuple-element(%p), index=0
+  %dot.4 = f32[8]{0} dot(%x.1, %x.1)
+  %call.5 = f32[8]{0} call(%dot.4), to_apply=%part.1
+  ROOT %t.1 = (f32[8]{0}) tuple(%call.5)
+}
+ENTRY %main.9 (q: (f32[8])) -> (f32[8]) {
+  %q = (f32[8]{0}) parameter(0)
+  %w.1 = (f32[8]{0}) while(%q), condition=%c.1, body=%body.3
+  ROOT %w.2 = (s32[]) while(%z), condition=%c.2, body=%draw.2
+}
+"""
+    found = _kernels.in_an_update(program)
+    assert (found["kernels"], found["bytes"]) == (2, 32 * 3 + 32 * 2)
+    assert list(found["groups"]) == ["matrix product", "optimizer, augmentation and the rest"]
+    assert _kernels.in_an_update("ENTRY %main () -> f32[] {\n}")["kernels"] == 0
 
-        @jax.jit
-        def step(moved, state, number, optimizer=optimizer):
-            grads = jax.tree.map(lambda p: jnp.cos(p + number), moved)
-            updates, state = optimizer.update(grads, state, moved, microbatch=None)
-            return optax.apply_updates(moved, updates), state
 
-        moved, state = params, jax.jit(optimizer.init)(params)
-        for number in range(3):
-            moved, state = step(moved, state, jnp.float32(number))
-        found.append(moved)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *found)
+def test_a_step_is_counted_for_a_device_without_running(tmp_path):
+    flags = ["--device=cpu", "--model=resnet2_patch", "--image_size=8", "--batch_sizes=4"]
+    (one,) = written(compiled, [*flags, "--runs=2"], tmp_path / "compiled.json")["programs"]
+    assert one["kernels"] == sum(row["kernels"] for row in one["groups"].values()) > 0
+    assert 0.25 * one["held_bytes"] < one["estimated_bytes"]  # as `memory` takes for granted
+    assert {"convolution, forward", "matrix product"} & set(one["groups"])
+
+
+@pytest.mark.skipif(_PLUGIN, reason="JAX's plugin for CUDA is here")
+def test_without_the_compiler_of_a_card_it_is_said_what_to_install():
+    with pytest.raises(SystemExit, match=r"pip install 'bs_jax\[trainer,cuda13\]'"):
+        compiled.main(["--device=h200"])
+
+
+@pytest.mark.skipif(not _PLUGIN, reason="JAX's plugin for CUDA is not here")
+def test_a_step_is_counted_for_a_card_that_is_not_here():
+    flags = ["--device=h100", "--model=resnet2_patch", "--image_size=8", "--batch_sizes=4"]
+    (one,) = compiled.main(flags)["programs"]
+    assert one["kernels"] > 20
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_what_to_do():

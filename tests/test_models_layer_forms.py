@@ -1,5 +1,6 @@
 """The forms that a network's layers may take agree with the plain ones in values and gradients."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -14,7 +15,8 @@ from bs_jax.models.activations import MISH, RELU, Activation
 from bs_jax.models.normalization import BatchNorm, normalise
 from bs_jax.models.xresnet import XResNet
 
-ALL = layer_forms.LayerForms(True, True, True, True)
+ALL = layer_forms.LayerForms(*(True for _ in dataclasses.fields(layer_forms.LayerForms)))
+ONE_PASS = layer_forms.LayerForms(one_pass_statistics=True, sums_by_rows=True)
 X = np.random.default_rng(0).standard_normal((4, 6, 6, 3)).astype(np.float32)
 
 
@@ -71,7 +73,7 @@ def test_every_form_gives_the_plain_values_and_gradients(module):
 def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
     """E[x^2] - E[x]^2 in float32 is off by units here, about a value of the group it is not."""
     x = (1e4 + np.random.default_rng(1).standard_normal((2, 4096, 1))).astype(np.float32)
-    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
+    with layer_forms.use(ONE_PASS):
         _, mean, var = jax.jit(functools.partial(normalise, epsilon=0.0))(
             x, np.ones(1), np.zeros(1)
         )
@@ -81,9 +83,23 @@ def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
     assert np.max(np.abs(naive - x.astype(np.float64).var(1))) > 0.1
 
 
+@pytest.mark.parametrize("deviation", [1.0, 0.1, 0.01])
+def test_statistics_of_one_pass_are_those_of_half_precision_inputs(deviation):
+    """Whatever the mean: what float32 loses beside it, bfloat16 does not hold."""
+    noise = deviation * np.random.default_rng(1).standard_normal((1, 4096, 8))
+    x = jnp.asarray(1.0 + noise, jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    with layer_forms.use(ONE_PASS):
+        _, mean, var = jax.jit(functools.partial(normalise, epsilon=0.0))(
+            x, np.ones(8), np.zeros(8)
+        )
+    np.testing.assert_allclose(mean, exact.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var(1), rtol=5e-3)
+
+
 def test_statistics_of_one_pass_are_shared_over_devices():
     x = np.random.default_rng(2).standard_normal((2, 1, 8, 3)).astype(np.float32) + 3
-    with layer_forms.use(layer_forms.LayerForms(one_pass_statistics=True)):
+    with layer_forms.use(ONE_PASS):
         one = functools.partial(normalise, epsilon=0.0, axis_name="d")
         shared = jax.vmap(one, in_axes=(0, None, None), axis_name="d")
         _, mean, var = jax.jit(shared)(x, np.ones(3), np.zeros(3))

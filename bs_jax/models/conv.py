@@ -26,10 +26,11 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` in the form that is quickest on the default back end.
 
-    On a CPU, floating-point channels-last images with two spatial axes and no dilation take the
-    forms of `bs_jax.models.cpu.convolve`; all else, and other back ends, go to `jax.lax`. For
+    Where `layer_forms` says so, floating-point channels-last images with two spatial axes and no
+    dilation take the forms of `bs_jax.models.cpu.convolve`; all else goes to `jax.lax`. For
     `flax.linen.Conv(conv_general_dilated=...)`: the parameters stay as they are.
     """
+    forms = layer_forms.current()
     undilated = all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     plain = (
         undilated
@@ -45,9 +46,9 @@ def conv_general_dilated(
         and (*rhs.shape[:2], *window_strides) == (1, 1, 1, 1)
         and not any(low or high for low, high in padding)  # pyright: ignore[reportGeneralTypeIssues]
     )
-    if pointwise and layer_forms.current().pointwise_products:
+    if pointwise and forms.pointwise_products:
         return jnp.einsum("bhwi,io->bhwo", lhs, rhs[0, 0], precision=precision)
-    if not plain or jax.default_backend() != "cpu":
+    if not plain or not forms.own_convolutions:
         return lax.conv_general_dilated(
             lhs,
             rhs,

@@ -14,6 +14,9 @@ from bs_jax.errors import UserError
 from bs_jax.models import layer_forms
 from bs_jax.models.activations import Activation
 
+# A card has about a hundred multiprocessors for as many rows; few rows are not worth a second sum.
+_MOST_ROWS, _FEWEST_ROWS = 128, 8
+
 
 class BatchNorm(nn.Module):
     """Normalise every channel by the statistics of a group of examples.
@@ -143,7 +146,7 @@ def normalise(
         dx = scale / sqrt(var + epsilon) (dy - average(dy) - z average(dy z))
 
     Behind an activation, dy stands for its slope at the normalised value times the slope that
-    comes in; the normalised value is computed again, in float32.
+    comes in, rounded to the dtype of `x`; the normalised value is computed again, in float32.
 
     It keeps `x` alone from the forward pass and reads it once; autodiff's form takes two to ten
     times as long on CPU. Mean and variance are for the running statistics: no gradient flows
@@ -181,7 +184,7 @@ def _normalise(
     bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     wide = x.astype(jnp.float32)
-    mean, var = _statistics(wide, axis_name)
+    mean, var = _statistics(x, axis_name)
     factor = scale[None] * lax.rsqrt(var + epsilon)
     y = wide * factor[:, None] + (bias[None] - mean * factor)[:, None]
     if activation is not None:
@@ -205,7 +208,9 @@ def _normalise_backward(epsilon, axis_name, dtype, activation, kept, cotangents)
     centred = (wide - mean[:, None]) * inverse[:, None]
     if activation is not None:
         dy = dy * activation.slope(centred * scale[None, None] + bias[None, None])
-    dbias, dscale = jnp.sum(dy, axis=1), jnp.sum(dy * centred, axis=1)
+        # Two passes over memory need it. Without the barrier a GPU's compiler keeps it in float32.
+        dy = lax.optimization_barrier(dy.astype(x.dtype)).astype(jnp.float32)
+    dbias, dscale = _sums(dy, dy * centred)
     average_dy, average_dyz = dbias / x.shape[1], dscale / x.shape[1]
     if axis_name is not None:
         average_dy, average_dyz = lax.pmean((average_dy, average_dyz), axis_name)
@@ -220,20 +225,36 @@ _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 def _statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of every group and channel, over all members of the axis."""
+    wide = x.astype(jnp.float32)
     if not layer_forms.current().one_pass_statistics:
-        mean = _average(x, axis_name)
+        mean = _average(wide, axis_name)
         # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
-        return mean, _average(jnp.square(x - mean[:, None]), axis_name)
-    # About a value of the group itself the mean is no larger than a few deviations, so that one
-    # pass loses no digits either (Chan, Golub & LeVeque 1983).
-    pivot = x[:, :1]
-    away = x - pivot
-    shift, square = jnp.mean(away, axis=1), jnp.mean(jnp.square(away), axis=1)
+        return mean, _average(jnp.square(wide - mean[:, None]), axis_name)
+    # About a value of the group itself the mean is no larger than a few deviations: one pass then
+    # loses no digits either (Chan, Golub & LeVeque 1983). A half-precision value has 11 bits or
+    # fewer: where the sums lose a deviation's digits beside a mean, the input holds none of them.
+    half = jnp.finfo(x.dtype).nmant <= 10
+    pivot = jnp.zeros_like(wide[:, :1]) if half else wide[:, :1]
+    away = wide - pivot
+    shift, square = (total / x.shape[1] for total in _sums(away, jnp.square(away)))
     own_mean, own_var = pivot[:, 0] + shift, jnp.maximum(square - jnp.square(shift), 0.0)
     if axis_name is None:
         return own_mean, own_var
     mean = lax.pmean(own_mean, axis_name)
     return mean, lax.pmean(own_var + jnp.square(own_mean - mean), axis_name)
+
+
+def _sums(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums over positions of two arrays [groups, positions, channels]."""
+    groups, positions, channels = first.shape
+    rows = max(n for n in range(1, _MOST_ROWS + 1) if positions % n == 0)
+    if rows < _FEWEST_ROWS or not layer_forms.current().sums_by_rows:
+        return jnp.sum(first, axis=1), jnp.sum(second, axis=1)
+    split = (groups, rows, positions // rows, channels)
+    partial_sums = [jnp.sum(array.reshape(split), axis=2) for array in (first, second)]
+    # The barrier keeps XLA from making one sum of the two stages again.
+    total = jnp.sum(jnp.stack(lax.optimization_barrier(partial_sums)), axis=2)
+    return total[0], total[1]
 
 
 def _average(x: jax.Array, axis_name: str | None) -> jax.Array:

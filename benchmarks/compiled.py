@@ -1,0 +1,210 @@
+"""What XLA makes of a training step for a device that is not here.
+
+`python -m benchmarks.compiled --device=h200 --forms` compiles the trainer's own step for a card
+that is described to XLA, on any machine, and counts what an update launches, reads and writes.
+Nothing runs and nothing is timed: a form with fewer kernels and bytes is a candidate, which
+`python -m benchmarks.gpu` measures on a card.
+
+The compiler of a card comes with JAX's plugin for it: `pip install 'bs_jax[trainer,cuda13]'`, and
+for a TPU `pip install 'bs_jax[trainer,tpu]'`. Devices: h200, h100, a100; a TPU's topology such as
+v5e:2x2; cpu, this machine's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import _kernels, _measure, _programs, gpu
+from bs_jax.models import layer_forms
+from bs_jax.training import memory
+
+# What XLA asks a card for, in the fields of its GpuDeviceInfoProto; from the cards' data sheets.
+_HOPPER = {
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "clock_rate_ghz": 1.98,
+    "shared_memory_per_core": 233472,
+    "shared_memory_per_block_optin": 232448,
+    "cuda_compute_capability": "{ major: 9 }",
+}
+CARDS: dict[str, dict[str, Any]] = {
+    "h200": _HOPPER
+    | {"memory_bandwidth": 4.8e12, "l2_cache_size": 60 * 2**20, "device_memory_size": 141e9},
+    "h100": _HOPPER
+    | {"memory_bandwidth": 3.35e12, "l2_cache_size": 50 * 2**20, "device_memory_size": 80e9},
+    "a100": {
+        "core_count": 108,
+        "fpus_per_core": 64,
+        "clock_rate_ghz": 1.41,
+        "shared_memory_per_core": 167936,
+        "shared_memory_per_block_optin": 166912,
+        "cuda_compute_capability": "{ major: 8 }",
+        "memory_bandwidth": 2.04e12,
+        "l2_cache_size": 40 * 2**20,
+        "device_memory_size": 80e9,
+    },
+}
+_EVERY_CARD = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "threads_per_core_limit": 2048,
+    "shared_memory_per_block": 49152,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="h200", help="h200, h100, a100, cpu, or v5e:2x2")
+    parser.add_argument("--model", default="xresnet50")
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--batch_sizes", default="64,8,256")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--runs", type=int, default=0, help="side by side in one program")
+    parser.add_argument("--forms", action="store_true", help="the step in other forms too")
+    parser.add_argument("--only", help="of the forms: those whose names hold this")
+    parser.add_argument("--json", help="file to write the result to, as it grows")
+    flags = parser.parse_args(arguments)
+    platform, devices, options = target(flags.device)
+    changes: dict[str, Mapping[str, Any]] = {gpu.OURS: {}}
+    if flags.forms:
+        changes |= gpu.MODEL_FORMS | gpu.RECIPE_FORMS
+    result: dict[str, Any] = {
+        "compiled_for": flags.device,
+        "model": flags.model,
+        "image_size": flags.image_size,
+        "dtype": flags.dtype,
+        "environment": _measure.environment(),
+        "programs": [],
+    }
+    for batch_size in (int(size) for size in flags.batch_sizes.split(",")):
+        print(f"\n{flags.model}, {flags.image_size} px, batch {batch_size}, for {flags.device}\n")
+        print("| form | kernels | GB | MB held | estimated | seconds to compile |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for name, change in changes.items():
+            if flags.only and name != gpu.OURS and flags.only not in name:
+                continue
+            spec = {
+                "model": flags.model,
+                "image_size": flags.image_size,
+                "batch_size": batch_size,
+                "dtype": flags.dtype,
+                "runs": flags.runs,
+                **change,
+            }
+            row = {"form": name, "batch_size": batch_size, "runs": flags.runs}
+            row |= count(spec, platform, devices, options)
+            result["programs"].append(row)
+            print(
+                f"| {name} | {row['kernels']} | {row['bytes'] / 1e9:.2f} | "
+                f"{row['held_bytes'] / 1e6:.0f} | {row['estimated_bytes'] / 1e6:.0f} | "
+                f"{row['seconds_to_compile']:.0f} |",
+                flush=True,
+            )
+            if flags.json:
+                _measure.write_json(flags.json, result)
+    return result
+
+
+def target(device: str) -> tuple[str, Sequence[Any], dict[str, str]]:
+    """A back end's name, devices that need not be here, and what to compile for them with.
+
+    Args:
+        device: a card of `CARDS`, a TPU's topology, or "cpu".
+
+    Raises:
+        SystemExit: the plugin that holds the compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    if device == "cpu":
+        return "cpu", jax.devices("cpu")[:1], {}
+    # The plugin asks the driver for its version; there is none.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        if device in CARDS:
+            fields = {"topology": "1x1x1", "target_config": _description(device)}
+            described = topologies.get_topology_desc(device, "cuda", **fields)
+            # No algorithm can be tried out.
+            return "gpu", described.devices, {"xla_gpu_autotune_level": "0"}
+        return "tpu", topologies.get_topology_desc(device, "tpu").devices, {}
+    except (NotImplementedError, RuntimeError) as error:
+        needed = f"bs_jax[trainer,{'cuda13' if device in CARDS else 'tpu'}]"
+        raise SystemExit(
+            f"no compiler for {device} is at hand: pip install '{needed}' ({error})"
+        ) from error
+
+
+def _description(card: str) -> str:
+    fields = {**_EVERY_CARD, **CARDS[card]}
+    rows = (
+        f"{name} {value}" if isinstance(value, str) else f"{name}: {_plain(value)}"
+        for name, value in fields.items()
+    )
+    return (
+        f"gpu_device_info {{ {' '.join(rows)} }} platform_name: 'CUDA' "
+        "dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 } "
+        f"device_description_str: 'NVIDIA {card.upper()}'"
+    )
+
+
+def _plain(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def count(
+    spec: Mapping[str, Any], platform: str, devices: Sequence[Any], options: Mapping[str, str]
+) -> dict[str, Any]:
+    """Compile a training step and count what an update launches.
+
+    Args:
+        spec: as `_programs.Training`'s.
+        platform: whose forms of layers to take.
+        devices: to compile for.
+        options: of the compiler.
+
+    Returns:
+        As `_kernels.in_an_update`, with ``held_bytes`` (what the program takes of the device's
+        memory), ``estimated_bytes`` (what the trainer takes that for) and ``seconds_to_compile``.
+    """
+    overrides = {"parallel": "jit", **spec.get("overrides", {})}
+    size, batch_size = spec["image_size"], spec["batch_size"]
+    with layer_forms.use(layer_forms.of(platform)), _programs.as_asked(spec):
+        chunk, shapes = _programs.chunk_and_shapes(
+            _programs.run_of({**spec, "overrides": overrides}),
+            image_size=size,
+            images=4 * batch_size,
+            steps=4,
+            devices=devices,
+            runs=spec.get("runs", 0),
+            counted=spec.get("counted", False),
+        )
+        estimated = memory.peak_bytes(chunk, *shapes)
+        lowered = chunk.lower(*shapes)
+    start = time.perf_counter()
+    compiled = lowered.compile(compiler_options=dict(options))
+    seconds, held = time.perf_counter() - start, compiled.memory_analysis()
+    return {
+        **_kernels.in_an_update(compiled.as_text()),
+        "held_bytes": held.temp_size_in_bytes
+        + held.argument_size_in_bytes
+        + held.output_size_in_bytes
+        - held.alias_size_in_bytes,
+        "estimated_bytes": estimated,
+        "seconds_to_compile": seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
