@@ -7,6 +7,7 @@ instruction computes, for which layer, and how large its operands and results ar
 from __future__ import annotations
 
 import collections
+import functools
 import gzip
 import json
 import re
@@ -19,7 +20,10 @@ _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<result>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\("
     r"(?P<operands>[^)]*)\)"
 )
-_NAMES_ALONE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+_NAMES_ALONE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("all-reduce-done", "copy-done", "async-done"),
+)
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -63,9 +67,9 @@ def in_an_update(program: str) -> dict[str, Any]:
         program: the text of a program that takes updates in a loop.
 
     Returns:
-        ``kernels``: instructions that are not mere names for what others computed; ``bytes``: of
-        their operands and results; ``groups``: name -> ``kernels`` and ``bytes``, the most bytes
-        first.
+        ``kernels``: instructions that are not mere names for what others computed, those of a loop
+        within as often as it turns; ``bytes``: of their operands and results; ``groups``: name ->
+        ``kernels`` and ``bytes``, the most bytes first.
     """
     known = instructions(program)
     computations: dict[str, list[tuple[str, str, str]]] = {}
@@ -75,22 +79,30 @@ def in_an_update(program: str) -> dict[str, Any]:
             current = computations[start[1]] = []
         elif match := _INSTRUCTION.match(line):
             current.append((match["name"], match["opcode"], line))
-    bodies = re.findall(r"\bbody=%?([\w.\-]+)", program)
-    groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
-    def add(computation: str) -> None:
+    @functools.cache
+    def within(computation: str) -> dict[str, collections.Counter[str]]:
+        groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for name, opcode, line in computations[computation]:
-            if opcode == "call" and (called := re.search(r"to_apply=%?([\w.\-]+)", line)):
-                add(called[1])
+            if opcode in ("call", "while"):
+                turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                called = re.search(r"(?:to_apply|body)=%?([\w.\-]+)", line)
+                for group, row in within(called[1]).items() if called else ():
+                    for _ in range(int(turns[1]) if turns else 1):
+                        groups[group].update(row)
             elif opcode not in _NAMES_ALONE:
                 groups[known[name].group].update(kernels=1, bytes=known[name].bytes)
+        return groups
 
-    if bodies:
-        add(max(bodies, key=lambda body: len(computations[body])))
+    def kernels(groups: Mapping[str, Mapping[str, int]]) -> int:
+        return sum(row["kernels"] for row in groups.values())
+
+    loops = [within(body) for body in re.findall(r"\bbody=%?([\w.\-]+)", program)]
+    longest = max(loops, key=kernels, default={})
     return {
-        "kernels": sum(row["kernels"] for row in groups.values()),
-        "bytes": sum(row["bytes"] for row in groups.values()),
-        "groups": dict(sorted(groups.items(), key=lambda item: -item[1]["bytes"])),
+        "kernels": kernels(longest),
+        "bytes": sum(row["bytes"] for row in longest.values()),
+        "groups": dict(sorted(longest.items(), key=lambda item: -item[1]["bytes"])),
     }
 
 
@@ -114,6 +126,8 @@ def _group(opcode: str, line: str) -> str:
         kinds = {"backwardinput": "images' gradient", "backwardfilter": "kernels' gradient"}
         kind = next((words for part, words in kinds.items() if part in called), "")
         return "convolution" + (f", {kind}" if kind else ", backward" if backward else ", forward")
+    if opcode.startswith(("all-", "reduce-scatter", "collective")):
+        return "sums over devices"
     triton_product = re.search(r"__triton\w*gemm", line)
     if "gemm" in called or "cublas" in called or triton_product or opcode == "dot":
         return "matrix product"

@@ -3,7 +3,8 @@
 `python -m benchmarks.compiled --device=h200 --forms` compiles the trainer's own step for a card
 that is described to XLA, on any machine, and counts what an update launches, reads and writes.
 Nothing runs and nothing is timed: a form with fewer kernels and bytes is a candidate, which
-`python -m benchmarks.gpu` measures on a card.
+`python -m benchmarks.gpu` measures on a card. `--transform` counts what scale_by_batch adds to
+the steps of `benchmarks.transform_overhead`.
 
 The compiler of a card comes with JAX's plugin for it: `pip install 'bs_jax[trainer,cuda13]'`, and
 for a TPU `pip install 'bs_jax[trainer,tpu]'`. Devices: h200, h100, a100; a TPU's topology such as
@@ -13,14 +14,17 @@ v5e:2x2; cpu, this machine's own.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import _kernels, _measure, _programs, gpu
+from benchmarks import _kernels, _measure, _programs, gpu, transform_overhead
 from bs_jax.models import layer_forms
 from bs_jax.training import memory
 
@@ -66,34 +70,66 @@ _EVERY_CARD = {
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="h200", help="h200, h100, a100, cpu, or v5e:2x2")
+    parser.add_argument("--devices", type=int, default=1, help="how many cards share a batch")
     parser.add_argument("--model", default="xresnet50")
     parser.add_argument("--image_size", type=int, default=128)
     parser.add_argument("--batch_sizes", default="64,8,256")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--runs", type=int, default=0, help="side by side in one program")
     parser.add_argument("--forms", action="store_true", help="the step in other forms too")
-    parser.add_argument("--only", help="of the forms: those whose names hold this")
+    parser.add_argument("--transform", action="store_true", help="what scale_by_batch adds")
+    parser.add_argument("--only", help="those programs alone whose names hold this")
     parser.add_argument("--json", help="file to write the result to, as it grows")
     flags = parser.parse_args(arguments)
-    platform, devices, options = target(flags.device)
-    changes: dict[str, Mapping[str, Any]] = {gpu.OURS: {}}
-    if flags.forms:
-        changes |= gpu.MODEL_FORMS | gpu.RECIPE_FORMS
+    compiler = target(flags.device, flags.devices)
     result: dict[str, Any] = {
-        "compiled_for": flags.device,
-        "model": flags.model,
-        "image_size": flags.image_size,
-        "dtype": flags.dtype,
+        "settings": {name: value for name, value in vars(flags).items() if name != "json"},
         "environment": _measure.environment(),
         "programs": [],
     }
+    print("| program | kernels | GB | MB held | estimated | seconds to compile |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, lower in transforms(compiler) if flags.transform else forms(flags, compiler):
+        if flags.only and flags.only not in name:
+            continue
+        row = {"name": name, **count(*lower(), compiler.options)}
+        result["programs"].append(row)
+        estimated = row["estimated_bytes"]
+        print(
+            f"| {name} | {row['kernels']} | {row['bytes'] / 1e9:.2f} | "
+            f"{row['held_bytes'] / 1e6:.0f} | {estimated / 1e6:.0f} | "
+            f"{row['seconds_to_compile']:.0f} |",
+            flush=True,
+        )
+        if flags.json:
+            _measure.write_json(flags.json, result)
+    return result
+
+
+class Compiler(NamedTuple):
+    """For what to compile, and how.
+
+    Attributes:
+        platform: whose forms of layers to take: "cpu", "gpu" or "tpu".
+        devices: that need not be here.
+        options: of the compiler.
+    """
+
+    platform: str
+    devices: Sequence[Any]
+    options: Mapping[str, str]
+
+
+Lower = Callable[[], tuple[Any, int]]  # a lowered program, and the memory it is taken to need
+
+
+def forms(flags: argparse.Namespace, compiler: Compiler) -> Iterator[tuple[str, Lower]]:
+    """The trainer's step at every batch size, and in its other forms."""
+    changes: dict[str, Mapping[str, Any]] = {gpu.OURS: {}}
+    if flags.forms:
+        changes |= gpu.MODEL_FORMS | gpu.RECIPE_FORMS
     for batch_size in (int(size) for size in flags.batch_sizes.split(",")):
-        print(f"\n{flags.model}, {flags.image_size} px, batch {batch_size}, for {flags.device}\n")
-        print("| form | kernels | GB | MB held | estimated | seconds to compile |")
-        print("| --- | --- | --- | --- | --- | --- |")
         for name, change in changes.items():
-            if flags.only and name != gpu.OURS and flags.only not in name:
-                continue
             spec = {
                 "model": flags.model,
                 "image_size": flags.image_size,
@@ -102,43 +138,68 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 "runs": flags.runs,
                 **change,
             }
-            row = {"form": name, "batch_size": batch_size, "runs": flags.runs}
-            row |= count(spec, platform, devices, options)
-            result["programs"].append(row)
-            print(
-                f"| {name} | {row['kernels']} | {row['bytes'] / 1e9:.2f} | "
-                f"{row['held_bytes'] / 1e6:.0f} | {row['estimated_bytes'] / 1e6:.0f} | "
-                f"{row['seconds_to_compile']:.0f} |",
-                flush=True,
-            )
-            if flags.json:
-                _measure.write_json(flags.json, result)
-    return result
+            yield f"{name}, {batch_size}", functools.partial(_lower_step, spec, compiler)
 
 
-def target(device: str) -> tuple[str, Sequence[Any], dict[str, str]]:
-    """A back end's name, devices that need not be here, and what to compile for them with.
+def _lower_step(spec: Mapping[str, Any], compiler: Compiler) -> tuple[Any, int]:
+    overrides = {"parallel": "jit", **spec.get("overrides", {})}
+    with layer_forms.use(layer_forms.of(compiler.platform)), _programs.as_asked(spec):
+        chunk, shapes = _programs.chunk_and_shapes(
+            _programs.run_of({**spec, "overrides": overrides}),
+            image_size=spec["image_size"],
+            images=4 * spec["batch_size"],
+            steps=4,
+            devices=compiler.devices,
+            runs=spec["runs"],
+            counted=spec.get("counted", False),
+        )
+        return chunk.lower(*shapes), memory.peak_bytes(chunk, *shapes)
+
+
+def transforms(compiler: Compiler) -> Iterator[tuple[str, Lower]]:
+    """Steps of a ResNet-18 and of a small transformer, with and without scale_by_batch."""
+    for model in ("resnet18", "gpt"):
+        problem = transform_overhead.Problem(
+            transform_overhead.parse([f"--model={model}", "--steps=4"])
+        )
+        for name, case in transform_overhead.CASES.items():
+            yield f"{model}, {name}", functools.partial(_lower_transform, problem, case, compiler)
+
+
+def _lower_transform(
+    problem: transform_overhead.Problem, case: transform_overhead.Case, compiler: Compiler
+) -> tuple[Any, int]:
+    with layer_forms.use(layer_forms.of(compiler.platform)):
+        call, arguments = transform_overhead.program(problem, case)
+        whole = NamedSharding(Mesh(list(compiler.devices), ("batch",)), PartitionSpec())
+        compiled = jax.jit(call, donate_argnums=(0,), in_shardings=whole)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        return compiled.lower(*shapes), memory.peak_bytes(compiled, *shapes)
+
+
+def target(device: str, count: int = 1) -> Compiler:
+    """The compiler for a device that need not be here.
 
     Args:
         device: a card of `CARDS`, a TPU's topology, or "cpu".
+        count: how many cards; of a TPU all in the topology are taken.
 
     Raises:
         SystemExit: the plugin that holds the compiler is not installed.
     """
-    from jax.experimental import topologies
-
     if device == "cpu":
-        return "cpu", jax.devices("cpu")[:1], {}
-    # The plugin asks the driver for its version; there is none.
+        return Compiler("cpu", jax.devices("cpu")[:count], {})
+    # The plugins ask the driver and the cloud about the machine; there is none.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        if device in CARDS:
-            fields = {"topology": "1x1x1", "target_config": _description(device)}
-            described = topologies.get_topology_desc(device, "cuda", **fields)
-            # No algorithm can be tried out.
-            return "gpu", described.devices, {"xla_gpu_autotune_level": "0"}
-        return "tpu", topologies.get_topology_desc(device, "tpu").devices, {}
+        if device not in CARDS:
+            described = topologies.get_topology_desc(device, "tpu")
+            return Compiler("tpu", described.devices, {})
+        fields = {"topology": f"1x1x{count}", "target_config": _description(device)}
+        described = topologies.get_topology_desc(device, "cuda", **fields)
+        # No algorithm can be tried out.
+        return Compiler("gpu", described.devices, {"xla_gpu_autotune_level": "0"})
     except (NotImplementedError, RuntimeError) as error:
         needed = f"bs_jax[trainer,{'cuda13' if device in CARDS else 'tpu'}]"
         raise SystemExit(
@@ -163,35 +224,18 @@ def _plain(value: float) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def count(
-    spec: Mapping[str, Any], platform: str, devices: Sequence[Any], options: Mapping[str, str]
-) -> dict[str, Any]:
-    """Compile a training step and count what an update launches.
+def count(lowered: Any, estimated: int, options: Mapping[str, str]) -> dict[str, Any]:
+    """Compile a program and count what an update launches.
 
     Args:
-        spec: as `_programs.Training`'s.
-        platform: whose forms of layers to take.
-        devices: to compile for.
+        lowered: takes updates in a loop.
+        estimated: bytes that it is taken to need.
         options: of the compiler.
 
     Returns:
         As `_kernels.in_an_update`, with ``held_bytes`` (what the program takes of the device's
-        memory), ``estimated_bytes`` (what the trainer takes that for) and ``seconds_to_compile``.
+        memory), ``estimated_bytes`` and ``seconds_to_compile``.
     """
-    overrides = {"parallel": "jit", **spec.get("overrides", {})}
-    size, batch_size = spec["image_size"], spec["batch_size"]
-    with layer_forms.use(layer_forms.of(platform)), _programs.as_asked(spec):
-        chunk, shapes = _programs.chunk_and_shapes(
-            _programs.run_of({**spec, "overrides": overrides}),
-            image_size=size,
-            images=4 * batch_size,
-            steps=4,
-            devices=devices,
-            runs=spec.get("runs", 0),
-            counted=spec.get("counted", False),
-        )
-        estimated = memory.peak_bytes(chunk, *shapes)
-        lowered = chunk.lower(*shapes)
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=dict(options))
     seconds, held = time.perf_counter() - start, compiled.memory_analysis()

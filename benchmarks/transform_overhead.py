@@ -147,8 +147,8 @@ def make_optimizer(case: Case, batch_size: int) -> optax.GradientTransformationE
     return bs_jax.scale_by_batch(optax.adamw, **sizes, rule=rule, guard=case.guard)(**RECIPE)
 
 
-def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
-    """A compiled call that takes steps from its own last state each time it is called."""
+def program(problem: Problem, case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(state, batch, batch size) -> (state, loss) over `problem.steps` steps, and its arguments."""
     tx = make_optimizer(case, problem.batch_size)
     gradient = problem.gradient(case)
 
@@ -168,12 +168,19 @@ def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
         state, losses = jax.lax.scan(body, state, length=problem.steps)
         return state, losses[-1]
 
-    call = step if problem.steps == 1 else steps
     params, batch_stats = problem.variables["params"], problem.variables["batch_stats"]
     state = jax.tree.map(jnp.copy, (params, batch_stats, tx.init(params)))
-    batch, size = problem.batch, jnp.int32(problem.batch_size)
+    batch = problem.batch
     if problem.devices > 1:
         batch = jax.tree.map(lambda x: x.reshape(problem.devices, -1, *x.shape[1:]), batch)
+    arguments = (state, batch, jnp.int32(problem.batch_size))
+    return step if problem.steps == 1 else steps, arguments
+
+
+def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
+    """A compiled call that takes steps from its own last state each time it is called."""
+    call, (state, *others) = program(problem, case)
+    if problem.devices > 1:
         compiled = jax.pmap(
             call, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,)
         )
@@ -182,7 +189,7 @@ def make_step(problem: Problem, case: Case) -> Callable[[], Any]:
 
     def run() -> Any:
         nonlocal state
-        state, loss = compiled(state, batch, size)
+        state, loss = compiled(state, *others)
         return loss
 
     return run
@@ -202,7 +209,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"settings": settings, "results": results}
 
 
-def main() -> None:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="file to write the result to")
     parser.add_argument("--model", default="resnet18", help="or gpt")
@@ -212,7 +220,11 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1, help="in one program")
     parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = parse()
     if arguments.devices > 1 and jax.config.values["jax_platforms"] == "cpu":
         jax.config.update("jax_num_cpu_devices", arguments.devices)
     found = measure(arguments)

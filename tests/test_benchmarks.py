@@ -183,11 +183,18 @@ HloModule jit_step
   %d = (s32[]) parameter(0)
   ROOT %one.1 = s32[] add(%d, %d)
 }
+%turn.4 (u: (f32[8])) -> (f32[8]) {
+  %u = (f32[8]{0}) parameter(0)
+  %y.1 = f32[8]{0} get-tuple-element(%u), index=0
+  %cos.1 = f32[8]{0} cosine(%y.1)
+  ROOT %t.2 = (f32[8]{0}) tuple(%cos.1)
+}
 %body.3 (p: (f32[8])) -> (f32[8]) {
   %p = (f32[8]{0}) parameter(0)
   %x.1 = f32[8]{0} get-tuple-element(%p), index=0
   %dot.4 = f32[8]{0} dot(%x.1, %x.1)
   %call.5 = f32[8]{0} call(%dot.4), to_apply=%part.1
+  %w.3 = (f32[8]{0}) while(%t.0), body=%turn.4, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %t.1 = (f32[8]{0}) tuple(%call.5)
 }
 ENTRY %main.9 (q: (f32[8])) -> (f32[8]) {
@@ -197,8 +204,8 @@ ENTRY %main.9 (q: (f32[8])) -> (f32[8]) {
 }
 """
     found = _kernels.in_an_update(program)
-    assert (found["kernels"], found["bytes"]) == (2, 32 * 3 + 32 * 2)
-    assert list(found["groups"]) == ["matrix product", "optimizer, augmentation and the rest"]
+    assert (found["kernels"], found["bytes"]) == (5, 32 * 3 + 32 * 2 + 3 * 32 * 2)
+    assert found["groups"]["matrix product"] == {"kernels": 1, "bytes": 96}
     assert _kernels.in_an_update("ENTRY %main () -> f32[] {\n}")["kernels"] == 0
 
 
