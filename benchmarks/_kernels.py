@@ -139,7 +139,7 @@ def _group(opcode: str, line: str) -> str:
     way = "backward" if backward else "forward"
     if any("norm" in scope.lower() for scope in scopes):
         return f"normalisation, {way}"
-    if any(re.search(r"conv", scope, re.IGNORECASE) for scope in scopes):
+    if any(re.search(r"conv(?!ert)", scope, re.IGNORECASE) for scope in scopes):
         return "convolutions' casts and pads"
     return f"activation, shortcut and pools, {way}"
 

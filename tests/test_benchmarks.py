@@ -136,6 +136,14 @@ ENTRY %main {
   ROOT %add.3 = f32[2]{0} add(%y, %y), metadata={op_name="jit(f)/while/body/add"}
 }
 """
+    labels = {
+        "jvp(N)/block/Conv_0/convert_element_type": "convolutions' casts and pads",
+        "jvp(N)/block/convert_element_type": "activation, shortcut and pools, forward",
+        "jvp(N)/block/BatchNorm_0/convert_element_type": "normalisation, forward",
+    }
+    for path, group in labels.items():
+        line = f'  %fusion.9 = f32[2] fusion(%x), metadata={{op_name="{path}"}}'
+        assert _kernels.instructions(line)["fusion.9"].group == group
 
     def named(kind, name, **ids):
         return {"ph": "M", "name": kind, "args": {"name": name}, **ids}
