@@ -13,13 +13,14 @@ import optax
 import pytest
 from helpers.scaling import PARAMS
 from helpers.training import tiny_config, tiny_data
+from jax.experimental import topologies
 
 from bs_jax import scaling
 from bs_jax.models.attention import SimpleSelfAttention
 from bs_jax.models.pooling import max_blur_pool
 from bs_jax.scaling import GradientAccumulator, MicrobatchStats, problems
 from bs_jax.sweep.points import resolve
-from bs_jax.training import step
+from bs_jax.training import parallel, step
 
 STATS = MicrobatchStats(PARAMS, 4, PARAMS)
 OPTIMIZERS = {name: (check.factory, check.recipe) for name, check in problems.checks().items()} | {
@@ -111,12 +112,13 @@ def test_what_is_measured_is_rounded_nowhere():
     assert not products(text)
 
 
-def test_training_rounds_inside_the_network_alone(monkeypatch):
-    """With what a run may have: random crops, noise, a guard, a ramp, an average of the weights."""
+def programs_of_a_run(devices, **overrides):
+    """The programs of a run with all that it may have, and the shapes they are called with."""
     run = resolve(
         tiny_config(
             **{
                 "parallel": "jit",
+                "batch_size": 64,
                 "scaling.rule": "invariant",
                 "base_batch_size": 8,
                 "micro_batch_size": 4,
@@ -124,22 +126,56 @@ def test_training_rounds_inside_the_network_alone(monkeypatch):
                 "ema_decay": 0.9,
                 "data.crop_padding": 0,
                 "data.crop_area": (0.35, 1.0),
+                **overrides,
             }
         )
     )
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    data = tiny_data()
-    images, inputs = data.train.images, step.run_inputs(run)
-    programs = step.make_programs(run, 3, data.image_shape, jax.devices()[:1])
+    data, count = tiny_data(), len(devices)
+    programs = step.make_programs(run, 3, data.image_shape, devices)
+    inputs = step.run_inputs(run)
     state = jax.eval_shape(programs.init, inputs)
+    images = data.train.images
     resident = (images, data.train.labels, np.ones(len(images), np.float32))
-    numbers = np.zeros((1, 2, 16), np.int32)
-    mask = np.ones(numbers.shape, bool)
-    training = lowered(programs.train_chunk, state, inputs, resident, np.int32(2), numbers)
-    evaluation = lowered(programs.evaluate, state, inputs, resident, (numbers, mask))
-    for text in (lowered(programs.init, inputs), training, evaluation):
-        assert all("ResNet" in scope for scope in rounded(text)), rounded(text)
-    assert len(rounded(training)) == 5  # the stem and the head, their weights, the head's input
+    whole = (state, inputs, resident, np.int32(2))
+    state, inputs, resident, updates = parallel.replicated_shapes(whole, devices)
+    numbers = jax.ShapeDtypeStruct((count, 2, run.batch_size // count), np.int32)
+    mask = jax.ShapeDtypeStruct(numbers.shape, bool)
+    return {
+        "init": (programs.init, (inputs,)),
+        "train_chunk": (programs.train_chunk, (state, inputs, resident, updates, numbers)),
+        "evaluate": (programs.evaluate, (state, inputs, resident, (numbers, mask))),
+    }
+
+
+def test_training_rounds_inside_the_network_alone(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    programs = programs_of_a_run(jax.devices()[:1])
+    found = {name: rounded(lowered(call, *given)) for name, (call, given) in programs.items()}
+    assert all("ResNet" in scope for scopes in found.values() for scope in scopes), found
+    # The stem and the head, their weights' gradients, and the gradient of the head's input.
+    assert len(found["train_chunk"]) == 5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1", "v6e:2x4"])
+@pytest.mark.parametrize("cross_device", [False, True])
+def test_the_compiler_of_a_tpu_takes_them(topology, cross_device, monkeypatch):
+    """For chips that are not there; gradients are reduced once an update, all together."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # at a flag that it does not know libtpu aborts
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    shared = {"bn_cross_device": cross_device, "ghost_batch_size": 0 if cross_device else 4}
+    programs = programs_of_a_run(described.devices, **shared)
+    texts = {
+        name: call.lower(*given).compile().as_text() for name, (call, given) in programs.items()
+    }
+    reductions = len(re.findall(r" all-reduce(?:-start)?\(", texts["train_chunk"]))
+    if len(described.devices) == 1:
+        assert not reductions
+    else:
+        assert reductions > 1 if cross_device else reductions == 1
 
 
 def test_pools_and_the_power_iteration_keep_float32():
