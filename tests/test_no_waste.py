@@ -167,6 +167,23 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert 12000 <= memory.peak_bytes(loop, x) <= 20000
 
 
+def test_what_every_round_of_a_loop_reads_stays_to_the_last():
+    """As resident images do: else the memory of a run beside them is taken for theirs."""
+    data = x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+
+    def round_of(data, x):
+        return jnp.sin(jnp.sin(x + data[0]))  # reads the data first, then needs room of its own
+
+    def scanned(data, x):
+        return jax.lax.scan(lambda x, _: (round_of(data, x), None), x, None, length=3)[0]
+
+    def counted(data, x):
+        return jax.lax.fori_loop(0, data[0].astype(int), lambda _, x: round_of(data, x), x)
+
+    for function in (scanned, counted):
+        assert 12000 <= memory.peak_bytes(function, data, x) <= 16100  # data, x, what becomes of it
+
+
 @pytest.mark.long
 def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
     runs = folders(tmp_path, *({"seed": seed} for seed in range(5)))
