@@ -3,6 +3,7 @@
 import hashlib
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -179,6 +180,12 @@ def test_budget_decides_what_stays_resident():
     assert device_budget_bytes(device, 0.5) == pytest.approx(
         2 * device_budget_bytes(device, 0.25), abs=2
     )
+
+
+@pytest.mark.parametrize(("told", "limit"), [({"bytes_limit": 1 << 34}, 16), (None, 8), ({}, 8)])
+def test_an_accelerator_counts_its_own_memory_and_never_the_machines(told, limit):
+    device = types.SimpleNamespace(platform="tpu", memory_stats=lambda: told)
+    assert device_budget_bytes(device, 0.5) == limit << 29
 
 
 @pytest.mark.parametrize("start", [0, 3])

@@ -144,12 +144,44 @@ def test_an_error_of_one_process_ends_all(tmp_path):
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),  # the batch script, outside srun
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "JAX_PLATFORMS": "tpu,cpu"}, "Cloud TPU"),
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "JAX_PLATFORMS": "cpu"}, None),
+        ({"TPU_PROCESS_ADDRESSES": "host-0:1,host-1:1"}, "Cloud TPU"),
+        ({"TPU_WORKER_HOSTNAMES": "host-0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "host-0", "MEGASCALE_NUM_SLICES": "2"}, "Cloud TPU"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that stands alone
     ],
 )
 def test_clusters_are_told_by_their_variables(variables, kind):
     assert distributed.cluster_of(variables) == kind
+
+
+@pytest.mark.parametrize(
+    ("files", "there"),
+    [
+        ({}, False),
+        ({"dev/accel0": ""}, True),
+        ({"dev/vfio/vfio": "", "dev/vfio/3": "", "vendor": "0x1ae0"}, True),
+        ({"dev/vfio/vfio": "", "dev/vfio/3": "", "vendor": "0x15b3"}, False),  # a network card
+        ({"dev/vfio/vfio": "", "vendor": "0x1ae0"}, False),  # Google's own network card
+    ],
+)
+def test_tpu_chips_are_told_by_their_devices(tmp_path, monkeypatch, files, there):
+    folder = "sys/kernel/iommu_groups/3/devices/0000:00:05.0"
+    for name, content in files.items():
+        path = tmp_path / (f"{folder}/{name}" if name == "vendor" else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content + "\n")
+    found = distributed.has_tpu(tmp_path)
+    assert found == there
+    # On a TPU VM no variable tells of the other hosts; the metadata server does, if it is asked.
+    monkeypatch.setattr(distributed, "has_tpu", lambda: found)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
+    assert distributed.cluster_of({}) == ("Cloud TPU" if there else None)
+    for variables in ({"TPU_SKIP_MDS_QUERY": "1"}, {"JAX_PLATFORMS": "cuda,cpu"}):
+        assert distributed.cluster_of(variables) is None
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
+    assert distributed.cluster_of({}) is None
 
 
 def test_pods_of_an_indexed_job_need_the_kubernetes_package(monkeypatch):

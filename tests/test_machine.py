@@ -5,6 +5,7 @@ import types
 import pytest
 from helpers.training import tiny_config
 
+from bs_jax.errors import UserError
 from bs_jax.sweep import machine
 from bs_jax.sweep.machine import Machine
 from bs_jax.sweep.points import resolve
@@ -56,6 +57,11 @@ def test_multiply_adds_are_those_of_the_batch():
 )
 def test_workers(here, wanted, axis, pending, count):
     assert here.workers(pending, wanted, axis) == count
+
+
+def test_no_second_process_is_started_for_a_tpu():
+    with pytest.raises(UserError, match="--workers is 2, but one process holds all chips"):
+        Machine("tpu", 4, 96).workers(9, wanted=2)
 
 
 def test_every_worker_has_a_card_and_its_share_of_the_memory(monkeypatch):

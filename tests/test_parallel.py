@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from helpers.training import rows, tiny_config, trainer_of
 from bs_jax.errors import UserError
 from bs_jax.records.run_folder import RunFolder
 from bs_jax.sweep.points import resolve
-from bs_jax.training import step
+from bs_jax.training import parallel, step
 from bs_jax.training.train import Interrupted
 
 BOTH = ("pmap", "jit")
@@ -51,6 +52,16 @@ def test_so_it_does_on_other_numbers_of_devices(devices):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
+
+
+def test_a_process_on_its_own_takes_no_device_of_another_host(monkeypatch):
+    """A host of a TPU slice lists all of the slice's chips, also where it was not joined."""
+    own = jax.local_devices()
+    other = types.SimpleNamespace(process_index=1, id=own[-1].id + 1)
+    monkeypatch.setattr(jax, "devices", lambda: [other, *own])
+    assert parallel.training_devices() == own
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert parallel.training_devices() == [*own, other]
 
 
 def test_the_config_says_which(monkeypatch):

@@ -96,12 +96,10 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
     Raises:
         UserError: a mistake of the user's.
     """
-    import jax
-
     from bs_jax.records.run_folder import RunFolder
     from bs_jax.sweep import local, progress
     from bs_jax.sweep.stopping import Stopped
-    from bs_jax.training import checks, compilation, distributed
+    from bs_jax.training import checks, compilation, distributed, parallel
 
     distributed.check_same("config", planned.run_id)
     print(progress.describe(planned))
@@ -123,7 +121,7 @@ def train_run(planned: ResolvedRun, workdir: Path, other_run: Any = None) -> int
 
     if not distributed.on_first(lambda: open_folder().done):
         compilation.enable_cache()
-        checks.check_devices(planned, jax.device_count())
+        checks.check_devices(planned, len(parallel.training_devices()))
         folder = open_folder(distributed.is_first())
         with progress.Display([planned], 0, quiet=not distributed.is_first()) as display:
             display.pending([planned])

@@ -141,8 +141,13 @@ def augment(
     keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
     draws = jax.vmap(lambda k: jax.random.uniform(k, (num_draws,)))(keys)
     mirrored = draws[:, 0] < 0.5 if spec.flip else jnp.zeros(len(images), bool)
-    if resized_crop is None:
+    if resized_crop is None and spec.crop_padding:
         cropped = _shifted_crop(draws[:, 1:], mirrored, images, spec)
+    elif resized_crop is None:
+        # Slices: a gather of single pixels takes a TPU two copies padded from 3 channels to 128.
+        cropped = _centre(images, spec.image_size)
+        if spec.flip:
+            cropped = jnp.where(mirrored[:, None, None, None], cropped[:, :, ::-1], cropped)
     else:
         _, height, width, _ = images.shape
         if aspects is None:
@@ -170,9 +175,7 @@ def prepare_eval(images: jax.Array, spec: AugmentSpec) -> jax.Array:
     [[[[1.0], [1.0]], [[1.0], [1.0]]]]
     """
     _check_shape(images.shape, spec, enlarged=False)
-    size = spec.image_size
-    top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
-    return _normalize(images[:, top : top + size, left : left + size], spec)
+    return _normalize(_centre(images, spec.image_size), spec)
 
 
 def resize_boxes(
@@ -267,17 +270,18 @@ def _central_box(aspect: jax.Array, height: int, width: int, spec: RandomResized
     return jnp.stack([top, left, box_height, box_width])
 
 
+def _centre(images: jax.Array, size: int) -> jax.Array:
+    top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
+    return images[:, top : top + size, left : left + size]
+
+
 def _shifted_crop(
     draws: jax.Array, mirrored: jax.Array, images: jax.Array, spec: AugmentSpec
 ) -> jax.Array:
     _, height, width, _ = images.shape
     size, padding = spec.image_size, spec.crop_padding
-    if padding:
-        top = _uniform_integer(draws[:, 0], height + 2 * padding - size + 1) - padding
-        left = _uniform_integer(draws[:, 1], width + 2 * padding - size + 1) - padding
-    else:
-        top = jnp.full(len(images), (height - size) // 2)
-        left = jnp.full(len(images), (width - size) // 2)
+    top = _uniform_integer(draws[:, 0], height + 2 * padding - size + 1) - padding
+    left = _uniform_integer(draws[:, 1], width + 2 * padding - size + 1) - padding
     steps = jnp.arange(size)[None]
     rows = top[:, None] + steps
     columns = left[:, None] + jnp.where(mirrored[:, None], size - 1 - steps, steps)

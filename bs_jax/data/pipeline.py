@@ -13,6 +13,8 @@ import numpy as np
 from bs_jax.data.image_data import ArraySplit, Split
 from bs_jax.errors import UserError
 
+_LEAST_MEMORY = 8 << 30  # bytes, of an accelerator that does not tell its own
+
 
 def example_order(
     seed: int,
@@ -176,17 +178,18 @@ def device_budget_bytes(device: Any, fraction: float) -> int:
     """Return `fraction` of the memory that `device` may use, in bytes.
 
     Args:
-      device: a local `jax.Device`; a CPU device counts the machine's physical memory.
+      device: a local `jax.Device`; a CPU device counts the machine's physical memory, one that
+        does not tell its memory counts 8 GiB, the least of today's accelerators.
       fraction: share of it to give to resident data, in (0, 1].
 
     >>> device_budget_bytes(jax.local_devices()[0], 0.25) > 0
     True
     """
     stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        limit = stats["bytes_limit"]
-    else:
+    if device.platform == "cpu":
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        limit = (stats or {}).get("bytes_limit", _LEAST_MEMORY)
     return int(limit * fraction)
 
 

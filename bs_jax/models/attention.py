@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -92,11 +93,15 @@ class SimpleSelfAttention(nn.Module):
         u, v = left.value, right.value
         if train:
             fixed = lax.stop_gradient(kernel)
-            v = _unit(fixed @ u)
-            u = _unit(v @ fixed)
+            v = _unit(_exact_product(fixed, u))
+            u = _unit(_exact_product(v, fixed))
             if not self.is_initializing():
                 left.value, right.value = u, v
-        return v @ kernel @ u
+        return _exact_product(_exact_product(v, kernel), u)
+
+
+# By default accelerators round the factors of a float32 product: to 8 bits on a TPU.
+_exact_product = functools.partial(jnp.matmul, precision="highest")
 
 
 def _unit(x: jax.Array) -> jax.Array:

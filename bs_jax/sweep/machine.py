@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from bs_jax.errors import UserError
 from bs_jax.run import ResolvedRun
 
 # Multiply-adds of the forward pass of one update up to which runs are trained side by side on an
@@ -44,18 +45,26 @@ class Machine:
     def workers(self, pending: int, wanted: int = 0, run_axis: str = "auto") -> int:
         """How many worker processes train a sweep; 0: this process alone.
 
-        A core each on a CPU, a card each on a machine with several GPUs.
+        A core each on a CPU, a card each on a machine with several GPUs. A TPU is one process's.
 
         Args:
             pending: runs to train.
             wanted: by the user; 0: no wish.
             run_axis: of the flags.
 
+        Raises:
+            UserError: workers are wanted on a TPU, which this process holds.
+
         >>> Machine("cpu", 1, 4).workers(9), Machine("gpu", 1, 4).workers(9)
         (4, 0)
         >>> Machine("gpu", 8, 64).workers(9), Machine("gpu", 1, 16).workers(9, wanted=2)
         (8, 2)
         """
+        if wanted and self.platform == "tpu":
+            raise UserError(
+                f"--workers is {wanted}, but one process holds all chips of a TPU; leave --workers "
+                "out: this process trains small runs side by side (--run_axis=auto)"
+            )
         if not wanted and self.platform == "cpu":
             wanted = 0 if run_axis == "vmap" else self.cores
         elif not wanted and self.platform == "gpu" and self.devices > 1:

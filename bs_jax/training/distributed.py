@@ -8,7 +8,6 @@ that exchange something must be called by all processes; with one process they c
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from bs_jax.errors import UserError
 
 _HEARTBEAT_SECONDS = 60  # silence after which a process counts as lost
 _SHUTDOWN_SECONDS = 20
+_GOOGLE = "0x1ae0"  # as vendor of a PCI device
 EXIT_LOST = 75  # "try again": another process of the run was lost
 Tree = TypeVar("Tree")
 
@@ -120,11 +121,9 @@ def cluster_of(environment: Mapping[str, str]) -> str | None:
         return "Slurm"
     if _count(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         return "Open MPI"
-    if environment.get("JAX_PLATFORMS", "tpu") in ("", "tpu"):
-        if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-            return "Cloud TPU"
-        if glob.glob("/dev/accel*") and importlib.util.find_spec("libtpu"):
-            return "Cloud TPU"
+    platforms = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
+    if "tpu" in platforms and _on_tpu_slice(environment):
+        return "Cloud TPU"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is None:
             raise UserError(
@@ -134,6 +133,37 @@ def cluster_of(environment: Mapping[str, str]) -> str | None:
             )
         return "Kubernetes"
     return None
+
+
+def _on_tpu_slice(environment: Mapping[str, str]) -> bool:
+    """Whether this host may be one of several of a TPU, by what JAX itself goes by.
+
+    On Kubernetes variables name the hosts. On a TPU VM the metadata server does, which JAX asks.
+    """
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    if hosts is not None:
+        return "," in hosts or _count(environment, "MEGASCALE_NUM_SLICES") > 1
+    asks = "TPU_SKIP_MDS_QUERY" not in environment
+    return asks and importlib.util.find_spec("libtpu") is not None and has_tpu()
+
+
+def has_tpu(root: Path = Path("/")) -> bool:
+    """Whether TPU chips are attached.
+
+    Up to v4 they are /dev/accel*, since v5 VFIO groups of Google's devices.
+
+    Args:
+        root: of the file system.
+    """
+    if any(root.glob("dev/accel*")):
+        return True
+    groups = [path.name for path in root.glob("dev/vfio/[0-9]*")]
+    vendors = [
+        vendor
+        for group in groups
+        for vendor in root.glob(f"sys/kernel/iommu_groups/{group}/devices/*/vendor")
+    ]
+    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:

@@ -57,7 +57,8 @@ def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _peak(jaxpr: Any) -> int:
+def _peak(jaxpr: Any, held: int = 0) -> int:
+    """The peak of one jaxpr; of its arguments the first `held` stay to its end."""
     last_use = {
         variable: number
         for number, equation in enumerate(jaxpr.eqns)
@@ -66,7 +67,7 @@ def _peak(jaxpr: Any) -> int:
     }
     last_use |= {
         variable: len(jaxpr.eqns)
-        for variable in jaxpr.outvars
+        for variable in (*jaxpr.outvars, *jaxpr.invars[:held])
         if not isinstance(variable, jax.extend.core.Literal)
     }
     live = sum(_bytes(variable) for variable in {*jaxpr.invars, *jaxpr.constvars})
@@ -75,7 +76,8 @@ def _peak(jaxpr: Any) -> int:
         dying.setdefault(number, set()).add(variable)
     peak = live
     for number, equation in enumerate(jaxpr.eqns):
-        within = max((_peak(part) - _outer_bytes(part) for part in _parts(equation)), default=0)
+        parts = _parts(equation)
+        within = max((_peak(part, held) - _outer_bytes(part) for part, held in parts), default=0)
         live += sum(_bytes(variable) for variable in equation.outvars)
         peak = max(peak, live + within)
         live -= sum(_bytes(variable) for variable in dying.get(number, ()))
@@ -88,13 +90,23 @@ def _outer_bytes(jaxpr: Any) -> int:
     return sum(_bytes(variable) for variable in (*jaxpr.invars, *jaxpr.outvars))
 
 
-def _parts(equation: Any) -> list[Any]:
+# What every round of a loop reads is there until the last: parameters with their numbers.
+_READ_BY_ROUNDS = {
+    "jaxpr": "num_consts",
+    "body_jaxpr": "body_nconsts",
+    "cond_jaxpr": "cond_nconsts",
+}
+
+
+def _parts(equation: Any) -> list[tuple[Any, int]]:
+    """The jaxprs within an equation, each with how many of its arguments stay to its end."""
     found = []
-    for value in equation.params.values():
+    for name, value in equation.params.items():
+        held = equation.params.get(_READ_BY_ROUNDS.get(name), 0)
         for part in value if isinstance(value, tuple | list) else (value,):
             part = getattr(part, "jaxpr", part)  # a closed one holds an open one
             if hasattr(part, "eqns"):
-                found.append(part)
+                found.append((part, held))
     return found
 
 

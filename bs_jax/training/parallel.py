@@ -21,8 +21,13 @@ Devices = Sequence[Any]  # of jax.Device, which type checkers do not take for a 
 
 
 def training_devices() -> list[Any]:
-    """All devices of all processes, those of a process side by side."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    """All devices of all processes that train together, those of a process side by side.
+
+    A process on its own takes its own alone: on a host of a TPU slice JAX lists those of the others
+    too, whether they were joined or not.
+    """
+    devices = jax.devices() if jax.distributed.is_initialized() else jax.local_devices()
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def local_devices(devices: Devices) -> list[Any]:

@@ -41,7 +41,8 @@ class Profile:
 
     def to_text(self, rows: int = 12) -> str:
         """The longest operations, a line each."""
-        lines = [f"{1e3 * self.seconds_per_update:.2f} ms an update; longest operations:"]
+        what = "longest operations:" if self.operations else "its operations show in xprof alone"
+        lines = [f"{1e3 * self.seconds_per_update:.2f} ms an update; {what}"]
         lines += [f"  {share:6.1%}  {name}" for name, share in self.operations[:rows]]
         lines.append(f"Trace: {self.folder} (TensorBoard, xprof; Perfetto: *perfetto_trace*)")
         return "\n".join(lines)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from bs_jax.records import json_files, metrics_file, stores
@@ -196,7 +195,7 @@ class Session:
             examples=examples,
             diverged_at_step=self.diverged_at,
             resumed_at_step=self.start_step,
-            processes=jax.process_count(),
+            processes=distributed.process_count(),
             device=f"{len(self._devices)} x {device.device_kind} ({device.platform})",
             wall_time_seconds=round(time.monotonic() - self._clock, 3),
             runs_at_once=self._runs_at_once,
