@@ -372,6 +372,7 @@ class Centering:
         """Return the squared error that the optimizer adds, the base's, and its noise part."""
         square = abs_square(grad - mean)
         shown = square - 2 / (1 + self.decay) * noise / self.k
+        shown = jnp.where(jnp.isposinf(noise), noise, shown)
         wide = self.base_noise * noise
         return self.decay**2 * square, self.lag**2 * shown + wide, wide
 
@@ -421,7 +422,9 @@ class BaseMoment:
         if self.power != 0.5:
             ratio = largest / jnp.where(target > 0, target, 1.0)
             largest = target * ratio ** (2 * (1 - self.power))
-        return jnp.minimum(largest, target / self.share**2)
+        return jnp.where(
+            jnp.isposinf(target), target, jnp.minimum(largest, target / self.share**2)
+        )
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
@@ -483,9 +486,11 @@ def update_with_base_moment(
         spread = mean - center
         target = jnp.maximum(jnp.maximum(spread, moment.floor * wide), _ROUNDING_FLOOR * own)
         target = moment.guarded(target, spread, wide) + center
+        # What overflowed stays infinite, so that the step is 0, as in plain optax.
+        handed = jnp.where(jnp.isposinf(target), target, (target - own) / own_keep)
         # Float32 stays where the state is bfloat16, but gives way to float64 and complex states.
         dtype = jnp.promote_types(old.dtype, jnp.float32)
-        return ((target - own) / own_keep).astype(dtype), mean, wide
+        return handed.astype(dtype), mean, wide
 
     given = tree_map(abs_square, grads)
     leaves, treedef = jax.tree.flatten(state, is_leaf=holds)
@@ -543,11 +548,14 @@ def block_shares(
     """
     (node,) = [n for n in _states(state, known=True) if "v_row" in _moments_of(n, known=True)]
 
+    def part_of(wide: jax.Array, whole: jax.Array) -> jax.Array:
+        part = wide / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+        return jnp.where(jnp.isposinf(wide), 1.0, part)
+
     def share(*of: jax.Array) -> jax.Array:
         row, v, row_wide, v_wide, v0, noise = (jnp.real(x).astype(jnp.float32) for x in of)
         known, wide = (v, v_wide) if v.shape == v0.shape else (row, row_wide)
-        averaged = jnp.mean(wide / jnp.where(known > 0, known, 1.0))
-        now = jnp.sum(noise) / jnp.maximum(jnp.sum(v0), jnp.finfo(jnp.float32).tiny)
+        averaged, now = jnp.mean(part_of(wide, known)), part_of(jnp.sum(noise), jnp.sum(v0))
         part = jnp.clip(jnp.where(node.count > 0, averaged, now), 0.0, 1.0)
         return jnp.sqrt(1 - (1 - 1 / k) * part)
 
@@ -578,7 +586,8 @@ def _as_seen(
     def scaled(own: jax.Array, raw: jax.Array, v0: jax.Array, noise: jax.Array) -> Any:
         total = jnp.sum(raw)
         factor = jnp.sum(own) / jnp.where(total > 0, total, 1.0)
-        return v0 * factor, noise * factor
+        known = jnp.isfinite(total) & jnp.isfinite(v0) & jnp.isfinite(noise)
+        return jnp.where(known, v0 * factor, own), jnp.where(known, noise * factor, own)
 
     own = tree_map(lambda x: jnp.real(x).astype(jnp.float32) / added, seen)
     return own, tree_map(scaled, own, given, *square, outputs=2)
