@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.scaling import PARAMS, assert_close
+from helpers.scaling import PARAMS
 
 from bs_jax.errors import UserError
 from bs_jax.scaling import (
@@ -296,7 +296,8 @@ def test_gradients_whose_squares_overflow_do_what_they_do_to_plain_optax(name):
     make = scale_by_batch(check.factory, **SIZES, rule="invariant")
     extras = {True: {}, False: {"batch_size": jnp.int32(512)}}  # known before, and while training
     run = jax.jit(train, static_argnums=(0, 3))
-    plain_tx, tx = optax.with_extra_args_support(check.factory(**check.recipe)), make(**check.recipe)
+    plain_tx = optax.with_extra_args_support(check.factory(**check.recipe))
+    tx = make(**check.recipe)
     for huge in (2e19, 1e20, 1e25):
         parts[1, :, 0, 0] = huge * np.array([3, 1, 1, -1])
         given = jnp.asarray(parts, jnp.float32)

@@ -142,18 +142,20 @@ def _nodes(state: State) -> Iterator[Any]:
             yield from _nodes(item)
 
 
-def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
+def init_variance(state: State, scaled: Scaled, params: PyTree) -> tuple[PyTree, ...]:
     """Return zeros for the averaged noise part of every second moment in an optimizer's state.
 
     Args:
         state: the optimizer's.
         scaled: the recipe under a rule that makes the second moment invariant.
+        params: the parameters.
 
     Returns:
         A tree for each field that holds a second moment.
 
     Raises:
-        UserError: if the state holds no second moment; names the state's fields.
+        UserError: if the state holds no second moment, or none that is a tree like the parameters;
+            names the state's fields.
     """
     family = scaled.family
     kind = family.second_moment if family is not None else "none"
@@ -166,6 +168,12 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
             f" {first!r} if it keeps one as optax's optimizers of that family do, give the family"
             " that fits, or use rule='noise_aware'"
         )
+    if not all(_is_like(getattr(node, first), params) for node in nodes):
+        raise UserError(
+            f"rule {scaled.rule.name!r} restates the second moment of {scaled.optimizer} leaf by"
+            f" leaf, but its {first!r} is no tree like the parameters: leave out what reshapes them"
+            " inside (optax.flatten, split_real_and_imaginary), or use rule='noise_aware'"
+        )
     if kind == "layer" and any("count" not in _fields(node) for node in nodes):
         raise UserError(
             f"the second moment of {scaled.optimizer} starts as its first gradient's, which needs a"
@@ -173,6 +181,15 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
             " rule='noise_aware'"
         )
     return tuple(jax.tree.map(jnp.zeros_like, getattr(n, f)) for n in nodes for f in _SECOND[kind])
+
+
+def _is_like(moment: PyTree, params: PyTree) -> bool:
+    """Whether a moment has a leaf for each parameter that is not masked."""
+    try:
+        found = tree_map(lambda _, p: jax.tree_util.all_leaves([p]), moment, params)
+    except (ValueError, TypeError):
+        return False
+    return all(jax.tree.leaves(found))
 
 
 def carry(state: State, old: Scaled, new: Scaled) -> State:
@@ -422,9 +439,7 @@ class BaseMoment:
         if self.power != 0.5:
             ratio = largest / jnp.where(target > 0, target, 1.0)
             largest = target * ratio ** (2 * (1 - self.power))
-        return jnp.where(
-            jnp.isposinf(target), target, jnp.minimum(largest, target / self.share**2)
-        )
+        return jnp.where(jnp.isposinf(target), target, jnp.minimum(largest, target / self.share**2))
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
