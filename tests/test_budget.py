@@ -80,9 +80,10 @@ def test_a_time_that_is_up_before_training_waits_until_a_signal_can_be_noted():
     assert limit.over
 
 
-def test_no_budget_is_no_limit():
-    with budget.Budget(0.0, 20.0, time.monotonic() - 1e6) as limit:
-        assert limit.grace_seconds == 20.0
+@pytest.mark.parametrize(("minutes", "grace"), [(0.0, 20.0), (1e12, 16.0)])
+def test_no_budget_or_a_huge_one_is_no_limit(minutes, grace):
+    with budget.Budget(minutes, 20.0, time.monotonic() - 1e6) as limit:
+        assert limit.grace_seconds == grace
         assert limit.room_for_report
     assert not limit.over
 

@@ -128,6 +128,14 @@ def test_what_is_asked_for_is_found_anywhere_before_a_double_dash():
         (["--mode=report", "--format=json"], "--format has no effect with --mode=report"),
         (["--ray_cpus=2"], "--ray_cpus has no effect with --launcher=local"),
         (["--launcher=print", "--workers=2"], "--workers has no effect with --launcher=print"),
+        (["--budget_minutes=nan"], "--budget_minutes is nan; give a finite number"),
+        (["--grace_seconds=inf"], "--grace_seconds is inf; give a finite number"),
+        (
+            ["--config.optimizer=sgd"],
+            "give --config.optimizer.FIELD=..., or --optimizer='sgd(...)'",
+        ),
+        (["--config.batch_size=1e3"], "--config.batch_size=1e3: give a whole number, in digits"),
+        (["--config.bn_decay=high"], "--config.bn_decay=high: give a number"),
     ],
 )
 def test_a_mistake_in_the_command_is_answered_in_one_line_with_the_right_spelling(words, answer):

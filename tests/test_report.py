@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -220,11 +221,13 @@ def test_writing_again_replaces_every_file_and_leaves_no_others(tmp_path):
 
 
 def test_a_report_that_cannot_be_written_is_a_one_line_error(tmp_path):
-    workdir = write_records(tmp_path, ("none",), (32, 64), seeds=1, rows=2)
+    workdir = write_records(tmp_path / "a b", ("none",), (32, 64), seeds=1, rows=2)
     (workdir / "report").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*report") as caught:
         report_on(workdir)
     assert "\n" not in str(caught.value)
+    command = str(caught.value).split("`")[1]
+    assert shlex.split(command)[2:] == ["--mode=report", f"--workdir={workdir}"]
 
 
 def test_the_terminal_table_has_a_line_a_rule_and_takes_names_literally(tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -197,11 +198,17 @@ def test_an_unusable_sweep_file_is_a_one_line_error(workdir, changes, message):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\x00"])
-def test_no_sweep_file_says_how_to_make_one(tmp_path, content):
+def test_no_sweep_file_says_how_to_make_one(tmp_path, content, monkeypatch):
+    """By a command that a shell takes as it stands, in any folder."""
+    workdir = tmp_path / "a b's"
+    workdir.mkdir()
     if content is not None:
-        (tmp_path / "sweep.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"run `python main\.py --workdir="):
-        results.load_results(tmp_path)
+        (workdir / "sweep.json").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"run `python main\.py ") as caught:
+        results.load_results(Path(workdir.name))
+    command = str(caught.value).split("`")[1]
+    assert shlex.split(command)[2:] == [f"--workdir={workdir}"]
 
 
 def test_records_of_the_first_build_are_read_and_their_runs_stay_done(tmp_path):

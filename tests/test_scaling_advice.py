@@ -50,11 +50,15 @@ def test_advice_that_is_followed_is_right():
     )
 
 
+def low_rank(learning_rate, rank=128):
+    return optax.scale(-learning_rate / rank)
+
+
 @pytest.mark.parametrize(
     ("factory", "args", "told", "asked"),
     [
         (optax.polyak_sgd, {}, ["eps"], ["max_learning_rate", "scaling", "f_min"]),
-        (optax.contrib.galore, {"learning_rate": 1e-3}, ["learning_rate"], ["rank"]),
+        (low_rank, {"learning_rate": 1e-3}, ["learning_rate"], ["rank"]),
         (optax.rprop, {"learning_rate": 1e-3}, ["learning_rate"], ["eta_minus", "eta_plus"]),
         (optax.yogi, {"learning_rate": 1e-3}, ["learning_rate", "b1", "b2", "eps"], []),
     ],

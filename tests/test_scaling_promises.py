@@ -143,6 +143,16 @@ def layerwise(learning_rate, b2=0.9):
     return optax.GradientTransformation(lambda p: NoCount(p), lambda g, s, p=None: (g, s))
 
 
+def around(wrapper, rule, params=PARAMS):
+    """One update, at a batch size that is given, of an optimizer wrapped in the factory."""
+
+    def wrapped(learning_rate, b1=0.9, b2=0.99):
+        return wrapper(optax.adam(learning_rate, b1, b2))
+
+    tx = scaled(wrapped, rule, family="adam")(1e-2)
+    return tx.update(params, tx.init(params), params, batch_size=128)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -161,6 +171,16 @@ def layerwise(learning_rate, b2=0.9):
         (lambda: scaled(layerwise, "invariant", family="novograd",
                         roles={k: v for k, v in ROLES.items() if k != "b1"})(0.1).init(PARAMS),
          "a field 'count'"),
+        # What leaves updates out, or reshapes what is restated.
+        (lambda: around(lambda tx: optax.apply_if_finite(tx, 3), "invariant"),
+         "ApplyIfFiniteState inside"),
+        (lambda: around(lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "sqrt"),
+         "MultiStepsState inside"),
+        (lambda: around(lambda tx: optax.conditionally_mask(tx, lambda n: n < 3), "sqrt"),
+         "ConditionallyMaskState inside"),
+        (lambda: around(optax.flatten, "invariant"), "'nu' is no tree like the parameters"),
+        (lambda: around(contrib.split_real_and_imaginary, "invariant", {"z": jnp.ones(2) * 1j}),
+         "'nu' is no tree like the parameters"),
         # Roles whose formulas need another role.
         (lambda: scaled(lambda rate, mix: optax.sgd(rate), "sqrt",
                         roles={"rate": "learning_rate", "mix": "mixing_weight"})(0.1, 0.5),

@@ -11,6 +11,7 @@ import pytest
 from helpers.process import open_files
 
 from bs_jax.sweep.stopping import StopRequest
+from bs_jax.training import compilation
 
 # What is prepared, and what then runs without Python.
 BUSY = {
@@ -113,3 +114,45 @@ def test_no_thread_and_no_file_is_left():
     assert len(pipes) == len(watchers) == 20
     assert not pipes & set(open_files().values())
     assert not any(watcher.is_alive() for watcher in watchers)
+
+
+class Compiling:
+    """A program that XLA compiles until it is let go."""
+
+    def __init__(self):
+        self.started, self.goes_on = threading.Event(), threading.Event()
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        self.started.set()
+        assert self.goes_on.wait(60)
+
+
+def test_ctrl_c_in_ones_own_script_does_not_wait_for_compiling_threads():
+    programs = [Compiling(), Compiling()]
+
+    def interrupt():
+        assert all(program.started.wait(60) for program in programs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compilation.side_by_side([(program, ()) for program in programs])
+        assert not any(program.goes_on.is_set() for program in programs)
+    finally:
+        for program in programs:
+            program.goes_on.set()
+
+
+def test_what_fails_to_compile_is_raised():
+    class Failing(Compiling):
+        def compile(self):
+            raise ValueError("too large")
+
+    fine = Compiling()
+    fine.goes_on.set()
+    with pytest.raises(ValueError, match="too large"):
+        compilation.side_by_side([(fine, ()), (Failing(), ())])

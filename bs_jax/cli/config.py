@@ -231,7 +231,12 @@ def mistake(error: Exception, argv: Sequence[str]) -> str:
         return _unknown_flag(error, argv)
     if isinstance(error, AttributeError | KeyError | TypeError) and (line := _unknown_field(argv)):
         return line
-    return one_line(error)
+    line = one_line(error)
+    if group := re.match(r"flag --config\.([\w.]+)=(.*): Failed to parse .* as a ConfigDict", line):
+        name, value = group.groups()
+        whole = f", or --optimizer='{value}(...)'" if name == "optimizer" else ""
+        return f"config.{name} is a group of fields: give --config.{name}.FIELD=...{whole}"
+    return line
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError, argv: Sequence[str]) -> str:
@@ -298,4 +303,6 @@ def one_line(error: Exception) -> str:
         return f"config has no field {names[0]!r}; did you mean {meant[1]!r}?"
     if isinstance(error, AttributeError | KeyError) and names:
         return f"config has no field {names[0]!r}; see the fields in the config file"
+    text = re.sub(r"invalid literal for int\(\).*", "give a whole number, in digits", text)
+    text = re.sub(r"could not convert string to float.*", "give a number", text)
     return re.sub(r"\s+", " ", text).strip()

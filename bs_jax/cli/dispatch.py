@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from types import ModuleType
 
@@ -89,6 +90,7 @@ def _run(argv: list[str]) -> int:
                 f"unexpected argument {argv[1]!r}; every setting is a flag (--helpshort)"
             )
         _reject_flags_without_effect()
+        _reject_numbers_that_are_none()
         return _module(FLAGS.mode).run()
     except UserError as error:
         print(f"error: {error}{config.hint(error)}", file=sys.stderr)
@@ -105,3 +107,11 @@ def _reject_flags_without_effect() -> None:
             raise UserError(
                 f"--{name} has no effect with --mode={FLAGS.mode}; leave it out, or use {modes}"
             )
+
+
+def _reject_numbers_that_are_none() -> None:
+    """Reject NaN and infinities, which no comparison would stop; fields of the config have own."""
+    for name in sorted(FLAGS):
+        value = FLAGS[name].value
+        if not name.startswith("config.") and isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}; give a finite number, or leave it out")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bs_jax.errors import UserError
+from bs_jax.records import stores
 from bs_jax.records.json_files import (
     Unreadable,
     number,
@@ -110,9 +112,9 @@ def read_sweep(workdir: Path) -> tuple[Sweep, list[SweepPoint], list[str]]:
     try:
         content = read_object(path)
     except Unreadable as error:
+        flag = shlex.join([f"--workdir={stores.text_of(workdir)}"])
         raise UserError(
-            f"{path}: {error}; run `python main.py --workdir={workdir}` first, "
-            "or name the workdir of a sweep"
+            f"{path}: {error}; run `python main.py {flag}` first, or name the workdir of a sweep"
         ) from None
     sweep = _parse_sweep(content, path)
     problems, points = [], []

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bs_jax.records import stores
 from bs_jax.records.results import DAMAGED, DIVERGED, MISSING, UNFINISHED, Results
 from bs_jax.report.numbers import duration
 from bs_jax.report.page import Html, Section, bullets, html, tag
@@ -15,7 +16,9 @@ _MAX_NAMED = 50
 def reproduce(results: Results, files: Sequence[Path]) -> Section:
     """The exact commands, what they ran on, and the rows for other tools."""
     sweep = results.sweep
-    again = f"python main.py --mode=report --workdir={shlex.quote(str(results.workdir))}"
+    again = shlex.join(
+        ["python", "main.py", "--mode=report", f"--workdir={stores.text_of(results.workdir)}"]
+    )
     commands = [tag("pre", command) for command in (sweep.command, again) if command]
     summaries = [run.summary for run in results.runs.values() if run.summary]
     seconds = [summary.seconds for summary in summaries]

@@ -1,5 +1,6 @@
 """Writes the report of a sweep: a page that opens anywhere, figures, tables for other tools."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,9 @@ def write_report(results: Results, analysis: Analysis, extras: Sequence[Extra] =
     except stores.StoreError:
         raise
     except OSError as error:
+        flag = shlex.join([f"--workdir={stores.text_of(results.workdir)}"])
         raise UserError(
             f"cannot write {error.filename or folder}: {error.strerror}; make room or make "
-            f"{folder} writable, then run `python main.py --mode=report "
-            f"--workdir={results.workdir}`"
+            f"{folder} writable, then run `python main.py --mode=report {flag}`"
         ) from error
     return path

@@ -142,18 +142,20 @@ def _nodes(state: State) -> Iterator[Any]:
             yield from _nodes(item)
 
 
-def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
+def init_variance(state: State, scaled: Scaled, params: PyTree) -> tuple[PyTree, ...]:
     """Return zeros for the averaged noise part of every second moment in an optimizer's state.
 
     Args:
         state: the optimizer's.
         scaled: the recipe under a rule that makes the second moment invariant.
+        params: the parameters.
 
     Returns:
         A tree for each field that holds a second moment.
 
     Raises:
-        UserError: if the state holds no second moment; names the state's fields.
+        UserError: if the state holds no second moment, or none that is a tree like the parameters;
+            names the state's fields.
     """
     family = scaled.family
     kind = family.second_moment if family is not None else "none"
@@ -166,6 +168,12 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
             f" {first!r} if it keeps one as optax's optimizers of that family do, give the family"
             " that fits, or use rule='noise_aware'"
         )
+    if not all(_is_like(getattr(node, first), params) for node in nodes):
+        raise UserError(
+            f"rule {scaled.rule.name!r} restates the second moment of {scaled.optimizer} leaf by"
+            f" leaf, but its {first!r} is no tree like the parameters: leave out what reshapes them"
+            " inside (optax.flatten, split_real_and_imaginary), or use rule='noise_aware'"
+        )
     if kind == "layer" and any("count" not in _fields(node) for node in nodes):
         raise UserError(
             f"the second moment of {scaled.optimizer} starts as its first gradient's, which needs a"
@@ -173,6 +181,15 @@ def init_variance(state: State, scaled: Scaled) -> tuple[PyTree, ...]:
             " rule='noise_aware'"
         )
     return tuple(jax.tree.map(jnp.zeros_like, getattr(n, f)) for n in nodes for f in _SECOND[kind])
+
+
+def _is_like(moment: PyTree, params: PyTree) -> bool:
+    """Whether a moment has a leaf for each parameter that is not masked."""
+    try:
+        found = tree_map(lambda _, p: jax.tree_util.all_leaves([p]), moment, params)
+    except (ValueError, TypeError):
+        return False
+    return all(jax.tree.leaves(found))
 
 
 def carry(state: State, old: Scaled, new: Scaled) -> State:
@@ -372,6 +389,7 @@ class Centering:
         """Return the squared error that the optimizer adds, the base's, and its noise part."""
         square = abs_square(grad - mean)
         shown = square - 2 / (1 + self.decay) * noise / self.k
+        shown = jnp.where(jnp.isposinf(noise), noise, shown)
         wide = self.base_noise * noise
         return self.decay**2 * square, self.lag**2 * shown + wide, wide
 
@@ -421,7 +439,7 @@ class BaseMoment:
         if self.power != 0.5:
             ratio = largest / jnp.where(target > 0, target, 1.0)
             largest = target * ratio ** (2 * (1 - self.power))
-        return jnp.minimum(largest, target / self.share**2)
+        return jnp.where(jnp.isposinf(target), target, jnp.minimum(largest, target / self.share**2))
 
     def weights(self, node: Any) -> tuple[Scalar, Scalar, Scalar, Scalar]:
         """Return the weights of v's last value and of v0, and those that the optimizer uses."""
@@ -483,9 +501,11 @@ def update_with_base_moment(
         spread = mean - center
         target = jnp.maximum(jnp.maximum(spread, moment.floor * wide), _ROUNDING_FLOOR * own)
         target = moment.guarded(target, spread, wide) + center
+        # What overflowed stays infinite, so that the step is 0, as in plain optax.
+        handed = jnp.where(jnp.isposinf(target), target, (target - own) / own_keep)
         # Float32 stays where the state is bfloat16, but gives way to float64 and complex states.
         dtype = jnp.promote_types(old.dtype, jnp.float32)
-        return ((target - own) / own_keep).astype(dtype), mean, wide
+        return handed.astype(dtype), mean, wide
 
     given = tree_map(abs_square, grads)
     leaves, treedef = jax.tree.flatten(state, is_leaf=holds)
@@ -543,11 +563,14 @@ def block_shares(
     """
     (node,) = [n for n in _states(state, known=True) if "v_row" in _moments_of(n, known=True)]
 
+    def part_of(wide: jax.Array, whole: jax.Array) -> jax.Array:
+        part = wide / jnp.maximum(whole, jnp.finfo(jnp.float32).tiny)
+        return jnp.where(jnp.isposinf(wide), 1.0, part)
+
     def share(*of: jax.Array) -> jax.Array:
         row, v, row_wide, v_wide, v0, noise = (jnp.real(x).astype(jnp.float32) for x in of)
         known, wide = (v, v_wide) if v.shape == v0.shape else (row, row_wide)
-        averaged = jnp.mean(wide / jnp.where(known > 0, known, 1.0))
-        now = jnp.sum(noise) / jnp.maximum(jnp.sum(v0), jnp.finfo(jnp.float32).tiny)
+        averaged, now = jnp.mean(part_of(wide, known)), part_of(jnp.sum(noise), jnp.sum(v0))
         part = jnp.clip(jnp.where(node.count > 0, averaged, now), 0.0, 1.0)
         return jnp.sqrt(1 - (1 - 1 / k) * part)
 
@@ -578,7 +601,8 @@ def _as_seen(
     def scaled(own: jax.Array, raw: jax.Array, v0: jax.Array, noise: jax.Array) -> Any:
         total = jnp.sum(raw)
         factor = jnp.sum(own) / jnp.where(total > 0, total, 1.0)
-        return v0 * factor, noise * factor
+        known = jnp.isfinite(total) & jnp.isfinite(v0) & jnp.isfinite(noise)
+        return jnp.where(known, v0 * factor, own), jnp.where(known, noise * factor, own)
 
     own = tree_map(lambda x: jnp.real(x).astype(jnp.float32) / added, seen)
     return own, tree_map(scaled, own, given, *square, outputs=2)

@@ -139,6 +139,9 @@ def base_square(grads: PyTree, stats: MicrobatchStats | None, k: Scalar) -> tupl
     ``v0 = c + w b/B0``, elementwise, with c and w from ``signal_and_noise`` and b = B/n examples
     a micro-batch: ``E v0 = |E g|^2 + Sigma/B0``. At b = B0 it is the mean square itself.
 
+    Squares of gradients beyond 1e19 overflow float32. There the gradient's own square serves, as
+    in plain optax: infinite, so that the step is 0, or finite behind a clip.
+
     Args:
         grads: the gradients that the optimizer sees.
         stats: of the update's micro-batches; ``None``: the batch is of the base size, so the
@@ -161,13 +164,14 @@ def base_square(grads: PyTree, stats: MicrobatchStats | None, k: Scalar) -> tupl
         mean_square = jnp.asarray(mean_square, jnp.float32)
         c, w = signal_and_noise(abs_square(mean), mean_square, count)
         noise = w * size
-        v0 = mean_square if exact else c + noise
+        v0, own = mean_square if exact else c + noise, abs_square(grad)
+        known = jnp.isfinite(v0) & jnp.isfinite(noise)
         if mean is not grad:
             # Clipping and the like rescaled the gradient after the statistics were taken.
-            seen, raw = (jnp.sum(abs_square(x)) for x in (grad, mean))
+            seen, raw = jnp.sum(own), jnp.sum(abs_square(mean))
             scale = seen / jnp.where(raw > 0, raw, 1.0)
-            v0, noise = v0 * scale, noise * scale
-        return v0, noise
+            v0, noise, known = v0 * scale, noise * scale, known & jnp.isfinite(raw)
+        return jnp.where(known, v0, own), jnp.where(known, noise, own)
 
     mean = grads if stats.mean is None else stats.mean
     return tree_map(leaf, grads, mean, stats.mean_square, outputs=2)

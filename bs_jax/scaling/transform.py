@@ -314,8 +314,9 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         inner_state = (setup.plain or build(recipe, values, scaled.clock())).init(params)
         state = state._replace(in_force=shown, inner_state=inner_state)
-        _check_state(state, recipe, base_batch_size, static=static)
-        variance = moments.init_variance(inner_state, scaled) if setup.invariant else ()
+        restates = setup.invariant and not static
+        _check_state(state, recipe, base_batch_size, static=static, restates=restates)
+        variance = moments.init_variance(inner_state, scaled, params) if setup.invariant else ()
         return state._replace(variance=variance)
 
     def update(
@@ -331,7 +332,8 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         changing = batch_size is not None
         size = given_batch_size(batch_size, base_batch_size) if changing else setup.batch_size
         k, plain = size / base_batch_size, None if changing else setup.plain
-        _check_state(state, recipe, base_batch_size, static=plain is not None)
+        restates = plain is None and (changing or setup.invariant)
+        _check_state(state, recipe, base_batch_size, static=plain is not None, restates=restates)
 
         # 2. What its parts say about the noise.
         state = with_statistics(state, updates, size, microbatch)
@@ -493,11 +495,22 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, update))
 
 
-def _check_state(state: Any, recipe: Recipe, base_batch_size: int, *, static: bool) -> None:
+# What applies some updates and leaves the others out.
+_LEAVES_OUT = (
+    optax.MultiStepsState,
+    optax.ApplyIfFiniteState,
+    optax.ConditionallyTransformState,
+    optax.ConditionallyMaskState,
+)
+
+
+def _check_state(
+    state: Any, recipe: Recipe, base_batch_size: int, *, static: bool, restates: bool
+) -> None:
     """Raise a ``UserError`` for a state that an update of this transformation would misread.
 
-    One that is not its own, one that counts other base-size updates, and one whose own values
-    would overrule those that are traced.
+    One that is not its own, one that counts other base-size updates, one whose own values would
+    overrule those that are traced, and one that leaves updates out of moments that are restated.
     """
     name = recipe.optimizer.name
     if not isinstance(state, ScaleByBatchState):
@@ -520,6 +533,15 @@ def _check_state(state: Any, recipe: Recipe, base_batch_size: int, *, static: bo
             f"{name}: optax.inject_hyperparams inside scale_by_batch keeps the values of the first"
             " update, so those that change while training would be ignored; put it outside:"
             " optax.inject_hyperparams(bs_jax.scale_by_batch(...))"
+        )
+    leaves_out = lambda x: isinstance(x, _LEAVES_OUT)  # noqa: E731
+    leaves = jax.tree.leaves(state.inner_state, is_leaf=leaves_out) if restates else []
+    for found in filter(leaves_out, leaves):
+        raise UserError(
+            f"{name}: a {type(found).__name__} inside scale_by_batch leaves out updates whose"
+            " moments are restated all the same; put that wrapper outside, around"
+            " bs_jax.scale_by_batch(...)(...); micro-batches of one update are gathered by"
+            " bs_jax.value_grad_and_stats or GradientAccumulator"
         )
 
 

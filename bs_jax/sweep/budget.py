@@ -55,7 +55,7 @@ class Budget:
 
     def __enter__(self) -> Budget:
         if self._stop_at < math.inf:
-            left = max(self._stop_at - time.monotonic(), 0.0)
+            left = min(max(self._stop_at - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
             self._timer = threading.Timer(left, self._end)
             self._timer.daemon = True
             self._timer.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import os
 import threading
@@ -50,9 +49,24 @@ def side_by_side(programs: Sequence[tuple[Any, tuple[Any, ...]]]) -> None:
             belongs to them: a call with arguments placed otherwise compiles again.
     """
     lowered = [program.lower(*arguments) for program, arguments in programs]
-    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-        for compiled in [pool.submit(program.compile) for program in lowered]:
-            compiled.result()
+    failures: list[BaseException] = []
+
+    def compile_one(one: Any) -> None:
+        try:
+            one.compile()
+        except BaseException as error:
+            failures.append(error)
+
+    # No executor: it would keep Ctrl-C waiting for XLA, which may have minutes to go and cannot be
+    # stopped. So only the end of the process waits for it.
+    threads = [threading.Thread(target=compile_one, args=(one,)) for one in lowered]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.5)  # in between Python answers a signal that another thread was given
+    if failures:
+        raise failures[0]
 
 
 class Stopwatch:
