@@ -221,7 +221,7 @@ def test_a_step_is_counted_for_a_device_without_running(tmp_path):
     flags = ["--device=cpu", "--model=resnet2_patch", "--image_size=8", "--batch_sizes=4"]
     (one,) = written(compiled, [*flags, "--runs=2"], tmp_path / "compiled.json")["programs"]
     assert one["kernels"] == sum(row["kernels"] for row in one["groups"].values()) > 0
-    assert 0.25 * one["held_bytes"] < one["estimated_bytes"]  # as `memory` takes for granted
+    assert 0.4 * one["held_bytes"] < one["estimated_bytes"]  # as `memory` takes for granted
     assert {"convolution, forward", "matrix product"} & set(one["groups"])
 
 

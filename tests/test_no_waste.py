@@ -192,7 +192,7 @@ def test_vmapped_runs_go_in_groups_where_not_all_fit(tmp_path, monkeypatch):
 
     def little_memory(own, shared, budget, wanted):
         one.append(own)
-        return decide(own, shared, shared + int(2.1 / 0.25 * own), wanted)
+        return decide(own, shared, shared + int(2.1 / 0.4 * own), wanted)
 
     monkeypatch.setattr(memory, "runs_at_once", little_memory)
 
