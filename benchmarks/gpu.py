@@ -56,15 +56,9 @@ _READ_THE_CACHE = ("reduce-overhead", "graph of compile")
 
 # Our step otherwise: what to change of a worker's spec. See `bs_jax.models.layer_forms`.
 MODEL_FORMS: dict[str, dict[str, Any]] = {
-    "XLA's plain forms": {
-        "forms": {
-            "one_pass_statistics": False,
-            "sums_by_rows": False,
-            "fused_activation": False,
-        }
-    },
+    "XLA's plain forms": {"forms": {"one_pass_statistics": False, "fused_activation": False}},
     "statistics in two passes": {"forms": {"one_pass_statistics": False}},
-    "every sum by itself": {"forms": {"sums_by_rows": False}},
+    "sums by rows": {"forms": {"sums_by_rows": True}},
     "activation by itself": {"forms": {"fused_activation": False}},
     "1x1 as products": {"forms": {"pointwise_products": True}},
     "XLA's max pool": {"forms": {"native_max_pool": True}},

@@ -37,7 +37,7 @@ _DEFAULTS = {
     # Measured: `benchmarks.conv_forms` and docs/notes/cpu-convolutions.md.
     "cpu": LayerForms(own_convolutions=True),
     # Counted in the compiled program, not timed: `benchmarks.compiled` and docs/performance.md.
-    "gpu": LayerForms(one_pass_statistics=True, sums_by_rows=True, fused_activation=True),
+    "gpu": LayerForms(one_pass_statistics=True, fused_activation=True),
 }
 
 _chosen: contextvars.ContextVar[LayerForms | None] = contextvars.ContextVar("forms", default=None)
