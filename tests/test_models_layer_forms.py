@@ -83,11 +83,33 @@ def test_statistics_of_one_pass_keep_their_digits_far_from_zero():
     assert np.max(np.abs(naive - x.astype(np.float64).var(1))) > 0.1
 
 
-@pytest.mark.parametrize("deviation", [1.0, 0.1, 0.01])
-def test_statistics_of_one_pass_are_those_of_half_precision_inputs(deviation):
-    """Whatever the mean: what float32 loses beside it, bfloat16 does not hold."""
+@pytest.mark.parametrize("form", [layer_forms.LayerForms(), ALL], ids=["plain", "all"])
+def test_a_second_derivative_goes_through_mean_and_variance(form):
+    x, tangent = np.random.default_rng(3).standard_normal((2, 2, 16, 3)).astype(np.float32)
+
+    def by_autodiff(x):
+        mean, var = jnp.mean(x, 1, keepdims=True), jnp.var(x, 1, keepdims=True)
+        return MISH((x - mean) / jnp.sqrt(var + 1e-3))
+
+    def ours(x):
+        return normalise(x, jnp.ones(3), jnp.zeros(3), epsilon=1e-3, activation=MISH)[0]
+
+    def second(function):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(function(x))))
+        return jax.jit(jax.grad(lambda x: jnp.vdot(gradient(x), tangent)))(x)
+
+    with layer_forms.use(form):
+        found = second(ours)
+    np.testing.assert_allclose(found, second(by_autodiff), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "deviation"), [("bfloat16", 1.0), ("bfloat16", 0.01), ("float16", 0.001)]
+)
+def test_statistics_of_one_pass_are_those_of_half_precision_inputs(dtype, deviation):
+    """Down to a deviation of about the last bit of the mean."""
     noise = deviation * np.random.default_rng(1).standard_normal((1, 4096, 8))
-    x = jnp.asarray(1.0 + noise, jnp.bfloat16)
+    x = jnp.asarray(1.0 + noise, dtype)
     exact = np.asarray(x, np.float64)
     with layer_forms.use(ONE_PASS):
         _, mean, var = jax.jit(functools.partial(normalise, epsilon=0.0))(

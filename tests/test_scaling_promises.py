@@ -145,12 +145,19 @@ def layerwise(learning_rate, b2=0.9):
 
 def around(wrapper, rule, params=PARAMS):
     """One update, at a batch size that is given, of an optimizer wrapped in the factory."""
+    tx = wrapped(wrapper, rule)(1e-2)
+    return tx.update(params, tx.init(params), params, batch_size=128)
 
-    def wrapped(learning_rate, b1=0.9, b2=0.99):
+
+def wrapped(wrapper, rule, sizes=SIZES):
+    def factory(learning_rate, b1=0.9, b2=0.99):
         return wrapper(optax.adam(learning_rate, b1, b2))
 
-    tx = scaled(wrapped, rule, family="adam")(1e-2)
-    return tx.update(params, tx.init(params), params, batch_size=128)
+    return scale_by_batch(factory, **sizes, rule=rule, family="adam", roles=ROLES)
+
+
+def two_steps(tx):
+    return optax.MultiSteps(tx, 2).gradient_transformation()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,7 @@ def around(wrapper, rule, params=PARAMS):
         # What leaves updates out, or reshapes what is restated.
         (lambda: around(lambda tx: optax.apply_if_finite(tx, 3), "invariant"),
          "ApplyIfFiniteState inside"),
-        (lambda: around(lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(), "sqrt"),
+        (lambda: around(two_steps, "sqrt"),
          "MultiStepsState inside"),
         (lambda: around(lambda tx: optax.conditionally_mask(tx, lambda n: n < 3), "sqrt"),
          "ConditionallyMaskState inside"),
@@ -194,6 +201,29 @@ def test_what_a_rule_cannot_do_is_an_error_before_training(call, message):
     with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_what_leaves_updates_out_is_served_where_nothing_is_restated():
+    """The rule leaves moments as they are, or the batch is the base's and its own square serves."""
+    state = (tx := wrapped(two_steps, "none")(1e-2)).init(PARAMS)
+    tx.update(PARAMS, state, PARAMS, batch_size=128)
+    base = {"batch_size": 64, "base_batch_size": 64}
+    state = (tx := wrapped(two_steps, "invariant", base)(jnp.float32(1e-2))).init(PARAMS)
+    tx.update(PARAMS, state, PARAMS)
+    with pytest.raises(UserError, match="MultiStepsState inside"):
+        tx.update(PARAMS, state, PARAMS, microbatch=MicrobatchStats(PARAMS, 4))
+
+
+def test_lookahead_in_a_factory_of_ones_own_restates_the_fast_parameters_moment():
+    def around_fast(tx):
+        return optax.lookahead(tx, 5, 0.5)
+
+    both, stats = optax.LookaheadParams.init_synced(PARAMS), MicrobatchStats(PARAMS, 4)
+    tx, plain = (wrapped(w, "invariant")(1e-2) for w in (around_fast, lambda tx: tx))
+    updates, state = tx.update(PARAMS, tx.init(both), both, microbatch=stats)
+    expected, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS, microbatch=stats)
+    assert_close(updates.fast, expected, rtol=1e-6)
+    assert jax.tree.structure(state.variance[0]) == jax.tree.structure(PARAMS)
 
 
 class Velocity(NamedTuple):

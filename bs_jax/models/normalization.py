@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -173,8 +172,7 @@ def normalise(
     return _normalise(epsilon, axis_name, jnp.dtype(dtype), activation, x, scale, bias)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _normalise(
+def _formula(
     epsilon: float,
     axis_name: str | None,
     dtype: Any,
@@ -192,9 +190,12 @@ def _normalise(
     return y.astype(dtype), mean, var
 
 
+_normalise: Any = jax.custom_vjp(_formula, nondiff_argnums=(0, 1, 2, 3))
+
+
 def _normalise_forward(epsilon, axis_name, dtype, activation, x, scale, bias):
-    outputs: Any = _normalise(epsilon, axis_name, dtype, activation, x, scale, bias)
-    y, mean, var = outputs
+    # Not by _normalise: a second derivative goes through the mean and variance that are kept.
+    y, mean, var = _formula(epsilon, axis_name, dtype, activation, x, scale, bias)
     return (y, mean, var), (x, mean, var, scale, bias)
 
 
@@ -231,10 +232,10 @@ def _statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Arr
         # Two passes: E[x^2] - E[x]^2 loses its digits where the mean is large beside the deviation.
         return mean, _average(jnp.square(wide - mean[:, None]), axis_name)
     # About a value of the group itself the mean is no larger than a few deviations: one pass then
-    # loses no digits either (Chan, Golub & LeVeque 1983). A half-precision value has 11 bits or
-    # fewer: where the sums lose a deviation's digits beside a mean, the input holds none of them.
-    half = jnp.finfo(x.dtype).nmant <= 10
-    pivot = jnp.zeros_like(wide[:, :1]) if half else wide[:, :1]
+    # loses no digits either (Chan, Golub & LeVeque 1983). A bfloat16 value has 8 bits: only where
+    # most of a channel rounds to one number do the sums lose its deviation beside the mean.
+    short = jnp.finfo(x.dtype).nmant <= 7
+    pivot = jnp.zeros_like(wide[:, :1]) if short else wide[:, :1]
     away = wide - pivot
     shift, square = (total / x.shape[1] for total in _sums(away, jnp.square(away)))
     own_mean, own_var = pivot[:, 0] + shift, jnp.maximum(square - jnp.square(shift), 0.0)

@@ -168,6 +168,8 @@ def init_variance(state: State, scaled: Scaled, params: PyTree) -> tuple[PyTree,
             f" {first!r} if it keeps one as optax's optimizers of that family do, give the family"
             " that fits, or use rule='noise_aware'"
         )
+    # Lookahead's fast parameters alone have gradients.
+    params = params.fast if isinstance(params, optax.LookaheadParams) else params
     if not all(_is_like(getattr(node, first), params) for node in nodes):
         raise UserError(
             f"rule {scaled.rule.name!r} restates the second moment of {scaled.optimizer} leaf by"

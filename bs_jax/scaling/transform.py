@@ -314,7 +314,7 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
             warnings.warn(caution, ScalingWarning, stacklevel=2)
         inner_state = (setup.plain or build(recipe, values, scaled.clock())).init(params)
         state = state._replace(in_force=shown, inner_state=inner_state)
-        restates = setup.invariant and not static
+        restates = setup.invariant and not static and not setup.scaled.is_identity
         _check_state(state, recipe, base_batch_size, static=static, restates=restates)
         variance = moments.init_variance(inner_state, scaled, params) if setup.invariant else ()
         return state._replace(variance=variance)
@@ -332,7 +332,9 @@ def _transformation(setup: _Setup) -> optax.GradientTransformationExtraArgs:
         changing = batch_size is not None
         size = given_batch_size(batch_size, base_batch_size) if changing else setup.batch_size
         k, plain = size / base_batch_size, None if changing else setup.plain
-        restates = plain is None and (changing or setup.invariant)
+        as_it_is = not changing and setup.scaled.is_identity and microbatch is None
+        restates = changing and rule.time_constants
+        restates |= setup.invariant and plain is None and not as_it_is
         _check_state(state, recipe, base_batch_size, static=plain is not None, restates=restates)
 
         # 2. What its parts say about the noise.
