@@ -137,12 +137,15 @@ def test_ctrl_c_in_ones_own_script_does_not_wait_for_compiling_threads():
         assert all(program.started.wait(60) for program in programs)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A command in the background of a shell without job control ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             compilation.side_by_side([(program, ()) for program in programs])
         assert not any(program.goes_on.is_set() for program in programs)
     finally:
+        signal.signal(signal.SIGINT, before)
         for program in programs:
             program.goes_on.set()
 

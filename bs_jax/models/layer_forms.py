@@ -17,8 +17,8 @@ class LayerForms:
     Attributes:
         own_convolutions: those of `bs_jax.models.cpu`, not XLA's.
         one_pass_statistics: BatchNorm reads its input once for mean and variance, not twice.
-        sums_by_rows: BatchNorm sums over up to 128 rows of positions side by side, then over the
-            rows, and both sums of a pass at once.
+        sums_by_rows: BatchNorm sums ghost batches over up to 128 rows of positions side by side,
+            then over the rows, and both sums of a pass at once.
         fused_activation: BatchNorm and the activation behind it keep only BatchNorm's input for
             the backward pass, which computes the normalised values again.
         pointwise_products: 1x1 convolutions as matrix products.
@@ -37,7 +37,7 @@ _DEFAULTS = {
     # Measured: `benchmarks.conv_forms` and docs/notes/cpu-convolutions.md.
     "cpu": LayerForms(own_convolutions=True),
     # Counted in the compiled program, not timed: `benchmarks.compiled` and docs/performance.md.
-    "gpu": LayerForms(one_pass_statistics=True, fused_activation=True),
+    "gpu": LayerForms(one_pass_statistics=True, sums_by_rows=True, fused_activation=True),
 }
 
 _chosen: contextvars.ContextVar[LayerForms | None] = contextvars.ContextVar("forms", default=None)

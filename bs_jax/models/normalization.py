@@ -249,7 +249,7 @@ def _sums(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sums over positions of two arrays [groups, positions, channels]."""
     groups, positions, channels = first.shape
     rows = max(n for n in range(1, _MOST_ROWS + 1) if positions % n == 0)
-    if rows < _FEWEST_ROWS or not layer_forms.current().sums_by_rows:
+    if groups == 1 or rows < _FEWEST_ROWS or not layer_forms.current().sums_by_rows:
         return jnp.sum(first, axis=1), jnp.sum(second, axis=1)
     split = (groups, rows, positions // rows, channels)
     partial_sums = [jnp.sum(array.reshape(split), axis=2) for array in (first, second)]
