@@ -68,8 +68,9 @@ def in_an_update(program: str) -> dict[str, Any]:
 
     Returns:
         ``kernels``: instructions that are not mere names for what others computed, those of a loop
-        within as often as it turns; ``bytes``: of their operands and results; ``groups``: name ->
-        ``kernels`` and ``bytes``, the most bytes first.
+        within as often as it turns; ``bytes``: of their operands and results; ``cycles``: the sum
+        of what a TPU's compiler estimates for most of them, 0 where none does; ``groups``: name ->
+        the same, the most bytes first.
     """
     known = instructions(program)
     computations: dict[str, list[tuple[str, str, str]]] = {}
@@ -87,21 +88,24 @@ def in_an_update(program: str) -> dict[str, Any]:
             if opcode in ("call", "while"):
                 turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                 called = re.search(r"(?:to_apply|body)=%?([\w.\-]+)", line)
+                times = int(turns[1]) if turns else 1
                 for group, row in within(called[1]).items() if called else ():
-                    for _ in range(int(turns[1]) if turns else 1):
-                        groups[group].update(row)
+                    groups[group].update({what: times * number for what, number in row.items()})
             elif opcode not in _NAMES_ALONE:
-                groups[known[name].group].update(kernels=1, bytes=known[name].bytes)
+                found = re.search(r'"estimated_cycles":"(\d{1,15})"', line)  # longer: not known
+                cycles = {"cycles": int(found[1])} if found else {}
+                groups[known[name].group].update(
+                    {"kernels": 1, "bytes": known[name].bytes, **cycles}
+                )
         return groups
 
-    def kernels(groups: Mapping[str, Mapping[str, int]]) -> int:
-        return sum(row["kernels"] for row in groups.values())
+    def total(groups: Mapping[str, Mapping[str, int]], what: str) -> int:
+        return sum(row.get(what, 0) for row in groups.values())
 
     loops = [within(body) for body in re.findall(r"\bbody=%?([\w.\-]+)", program)]
-    longest = max(loops, key=kernels, default={})
+    longest = max(loops, key=lambda groups: total(groups, "kernels"), default={})
     return {
-        "kernels": kernels(longest),
-        "bytes": sum(row["bytes"] for row in longest.values()),
+        **{what: total(longest, what) for what in ("kernels", "bytes", "cycles")},
         "groups": dict(sorted(longest.items(), key=lambda item: -item[1]["bytes"])),
     }
 

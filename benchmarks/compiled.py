@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "environment": _measure.environment(),
         "programs": [],
     }
-    print("| program | kernels | GB | MB held | estimated | seconds to compile |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| program | kernels | GB | cycles | MB held | estimated | seconds to compile |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, lower in transforms(compiler) if flags.transform else forms(flags, compiler):
         if not (name.startswith(gpu.OURS) or re.search(flags.only, name)):
             continue
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         result["programs"].append(row)
         estimated = row["estimated_bytes"]
         print(
-            f"| {name} | {row['kernels']} | {row['bytes'] / 1e9:.2f} | "
+            f"| {name} | {row['kernels']} | {row['bytes'] / 1e9:.2f} | {row['cycles'] or ''} | "
             f"{row['held_bytes'] / 1e6:.0f} | {estimated / 1e6:.0f} | "
             f"{row['seconds_to_compile']:.0f} |",
             flush=True,
@@ -131,6 +131,9 @@ def forms(flags: argparse.Namespace, compiler: Compiler) -> Iterator[tuple[str, 
         changes |= gpu.MODEL_FORMS | gpu.RECIPE_FORMS
     for batch_size in (int(size) for size in flags.batch_sizes.split(",")):
         for name, change in changes.items():
+            ghost = change.get("overrides", {}).get("ghost_batch_size")
+            if ghost and batch_size % ghost:
+                continue
             spec = {
                 "model": flags.model,
                 "image_size": flags.image_size,

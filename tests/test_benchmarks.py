@@ -194,7 +194,7 @@ HloModule jit_step
 %turn.4 (u: (f32[8])) -> (f32[8]) {
   %u = (f32[8]{0}) parameter(0)
   %y.1 = f32[8]{0} get-tuple-element(%u), index=0
-  %cos.1 = f32[8]{0} cosine(%y.1)
+  %cos.1 = f32[8]{0} cosine(%y.1), backend_config={"estimated_cycles":"70"}
   ROOT %t.2 = (f32[8]{0}) tuple(%cos.1)
 }
 %body.3 (p: (f32[8])) -> (f32[8]) {
@@ -214,6 +214,7 @@ ENTRY %main.9 (q: (f32[8])) -> (f32[8]) {
     found = _kernels.in_an_update(program)
     assert (found["kernels"], found["bytes"]) == (5, 32 * 3 + 32 * 2 + 3 * 32 * 2)
     assert found["groups"]["matrix product"] == {"kernels": 1, "bytes": 96}
+    assert found["cycles"] == 3 * 70
     assert _kernels.in_an_update("ENTRY %main () -> f32[] {\n}")["kernels"] == 0
 
 
@@ -223,6 +224,16 @@ def test_a_step_is_counted_for_a_device_without_running(tmp_path):
     assert one["kernels"] == sum(row["kernels"] for row in one["groups"].values()) > 0
     assert 0.4 * one["held_bytes"] < one["estimated_bytes"]  # as `memory` takes for granted
     assert {"convolution, forward", "matrix product"} & set(one["groups"])
+
+
+def test_forms_that_do_not_fit_a_batch_size_are_left_out():
+    flags = argparse.Namespace(
+        batch_sizes="8,64", forms=True, model="resnet2_patch", image_size=8, dtype="float32", runs=0
+    )
+    names = [name for name, _ in compiled.forms(flags, compiled.target("cpu"))]
+    assert "ghost batches of 16, 64" in names
+    assert "ghost batches of 16, 8" not in names
+    assert len(names) == len(set(names)) > 2 * len(gpu.MODEL_FORMS)
 
 
 @pytest.mark.skipif(_PLUGIN, reason="JAX's plugin for CUDA is here")

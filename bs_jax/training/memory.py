@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.extend
 
-# Of the memory that is free. Compiled for an H200 groups of runs hold 1.2 times the estimate, for a
-# TPU v5e, which pads, 2.3 times (`benchmarks.compiled --runs`).
+# Of the memory that is free. Compiled for an H200, groups of runs hold 1.2 times the estimate
+# (`benchmarks.compiled --runs`); a TPU pads short axes, and allocators leave gaps.
 _SHARE = 0.4
 
 
